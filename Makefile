@@ -1,0 +1,30 @@
+# Each target prints the plain commands that it runs; they work without make, too.
+PYTHON ?= python3
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+BIN := .venv/bin
+# One thread a process: several processes share the cores.
+export OMP_NUM_THREADS ?= 1
+# DeepSpeed shall build nothing at installation, so that no compiler is needed.
+export DS_BUILD_OPS ?= 0
+
+.PHONY: train test lint clean
+
+train: .venv/installed
+	$(BIN)/python -m txl_dist.prepare corpus=stdlib
+	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) -m txl_dist.train +experiment=quickstart
+	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="def " max_tokens=300
+
+test: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

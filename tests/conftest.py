@@ -1,0 +1,94 @@
+"""What several tests need: a small corpus, prepared, and commands run as a user runs them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+REPO = Path(__file__).resolve().parents[1]
+
+# A shared machine is slow at times; what counts is what is found.
+settings.register_profile("patient", deadline=None, max_examples=60)
+settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Run `python -m MODULE ...`, or a script; under torchrun where `processes` are given."""
+
+    def run(module, *overrides, processes=None, cwd=REPO, expect=0, stdin="", **environment):
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
+        target = [str(module)] if str(module).endswith(".py") else ["-m", module]
+        done = subprocess.run(
+            [sys.executable, *launcher, *target, *overrides],
+            cwd=cwd,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | environment,
+            timeout=600,
+        )
+        assert expect is None or done.returncode == expect, f"{overrides}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of 60 small documents in a made-up language, each with words of its own to remember."""
+    folder = tmp_path_factory.mktemp("corpus")
+    dice = random.Random(1)
+    for number in range(60):
+        names = ["".join(dice.choices("abcdefgh", k=4)) for _ in range(5)]
+        lines = (" ".join(dice.choices(["the", "and", "of", *names], k=8)) for _ in range(dice.randint(5, 30)))
+        (folder / f"{number:03d}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus, tmp_path_factory):
+    """The corpus, prepared with bytes; samples and shards are small, so that lanes cross them."""
+    folder = tmp_path_factory.mktemp("dataset") / "bytes"
+    subprocess.run(
+        [sys.executable, "-m", "txl_dist.prepare", "corpus=text", f"corpus.path={corpus}", f"data.dir={folder}"]
+        + ["corpus.valid_share=0.1", "corpus.test_share=0.1", "data.sample_tokens=256", "data.shard_samples=16"],
+        check=True,
+        capture_output=True,
+        cwd=REPO,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(dataset):
+    """Overrides of a training run of seconds."""
+    return [
+        f"data.dir={dataset}",
+        "data.num_lanes=8",
+        "model.n_layer=2",
+        "model.d_model=32",
+        "model.n_head=2",
+        "model.d_head=16",
+        "model.d_inner=64",
+        "model.tgt_len=16",
+        "model.mem_len=24",
+        "model.dropout=0.0",
+        "optimizer.lr=3e-3",
+        "train.max_steps=20",
+        "train.eval_every=10",
+        "train.checkpoint_every=10",
+        "tracking.log_every=1",
+        "tracking.mode=disabled",
+    ]
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """The lines of a run's metrics.jsonl."""
+    return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,147 @@
+"""What is encoded comes back; pieces add up to the whole; vocabularies follow their rules."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from txl_dist.data import tokenizers
+from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
+from txl_dist.errors import UserError
+
+PLACES = ("sea", "mountain", "forest", "house", "old town")
+LINES = [f"    the {kind} of a {place}, {n}" for n in range(40) for kind in ("one", "sum", "end") for place in PLACES]
+NASTY = (
+    "\u2581 a\u2581\u2581b  \t\n\n \x00 <eos> </s> <unk> <0x41> \r\n日本語 é e\u0301 \U0001f600 \u2028 \x85 \ufeff end "
+)
+
+
+def trained(model_type: str) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.train(LINES, 290, model_type)
+
+
+TOKENIZERS: list[Tokenizer] = [
+    BytesTokenizer(),
+    WordTokenizer.train(Counter(" ".join(LINES).split()), None, 1),
+    trained("unigram"),
+    trained("bpe"),
+]
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "word", "unigram", "bpe"])
+lossless = pytest.mark.parametrize("tokenizer", [TOKENIZERS[0], *TOKENIZERS[2:]], ids=["bytes", "unigram", "bpe"])
+any_text = st.text(st.one_of(st.sampled_from(" \n\t\u2581a\x00é日"), st.characters(codec="utf-8")))
+
+
+@lossless
+@settings(max_examples=100, deadline=None)
+@given(text=any_text)
+@example(text=NASTY)
+def test_text_comes_back_exactly(tokenizer, text):
+    tokens = tokenizer.encode(text.encode(), True)
+    assert tokenizer.decode(tokens) == text
+    assert tokens[-1] == tokenizer.eos and (tokens[:-1] != tokenizer.eos).all()
+    assert tokens.dtype == tokenizer.dtype and (tokens < tokenizer.vocab_size).all()
+
+
+@every_tokenizer
+@settings(max_examples=50, deadline=None)
+@given(lines=st.lists(any_text, min_size=1), data=st.data())
+def test_pieces_that_end_at_line_ends_add_up_to_the_whole(tokenizer, lines, data):
+    whole = "\n".join(lines).encode()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    cuts = sorted(data.draw(st.sets(st.sampled_from(ends)))) if ends else []
+    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    tokens = [tokenizer.encode(piece, False) for piece in pieces[:-1]] + [tokenizer.encode(pieces[-1], True)]
+    assert np.concatenate(tokens).tolist() == tokenizer.encode(whole, True).tolist()
+
+
+@every_tokenizer
+def test_saved_tokenizers_come_back(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = tokenizers.load(tmp_path)
+    text = "\n".join(LINES).encode()
+    assert (again.kind, again.vocab_size, again.eos) == (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos)
+    assert again.encode(text, True).tolist() == tokenizer.encode(text, True).tolist()
+
+
+@lossless
+def test_characters_come_out_whole_from_the_incremental_decoder(tokenizer):
+    decoder = tokenizer.decoder()
+    tokens = tokenizer.encode("é日\U0001f600".encode(), False)
+    out = [decoder.feed(int(token)) for token in tokens]
+    assert [text for text in out if text not in ("", " ")] == ["é", "日", "\U0001f600"] and decoder.end() == ""
+    for token in tokens[:-1]:
+        decoder.feed(int(token))
+    assert decoder.feed(tokenizer.eos) == "\ufffd"
+    assert decoder.feed(int(tokens[0])) == "" and decoder.end() == "\ufffd"
+
+
+def test_bytes_need_no_text():
+    data = bytes(range(256))
+    assert TOKENIZERS[0].encode(data, True).tolist() == [*range(256), 256]
+    with pytest.raises(UnicodeDecodeError):
+        TOKENIZERS[1].encode(data, True)
+
+
+def test_words_are_counted_lines_end_and_unknown_words_are_marked():
+    tokenizer = WordTokenizer.train(Counter(["b", "b", "a", "a", "c", "d", "d", "d", "<unk>", "<eos>"]), None, 1)
+    assert tokenizer.words == ["<eos>", "<unk>", "d", "a", "b", "c"]
+    assert tokenizer.encode(b" d x\n\n<unk> <eos> a\tb ", True).tolist() == [2, 1, 0, 0, 1, 1, 3, 4, 0]
+    assert tokenizer.encode(b"a\n", True).tolist() == [3, 0]
+    assert tokenizer.decode([2, 1, 0, 0, 3, 4, 0]) == "d <unk>\n\na b\n"
+    counts = Counter(["b", "b", "a", "a", "c", "d", "d", "d"])
+    assert WordTokenizer.train(counts, 4, 1).words == ["<eos>", "<unk>", "d", "a"]
+    assert WordTokenizer.train(counts, None, 2).words == ["<eos>", "<unk>", "d", "a", "b"]
+
+
+def test_more_than_65536_words_are_stored_in_four_bytes():
+    words = [f"w{number}" for number in range(65534)]
+    assert WordTokenizer(["<eos>", "<unk>", *words]).dtype == np.uint16
+    assert WordTokenizer(["<eos>", "<unk>", *words, "more"]).dtype == np.uint32
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_sentencepiece_training_is_reproducible_and_its_limits_are_told(model_type):
+    assert trained(model_type).model == trained(model_type).model
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size=100000: .* choose (\d+) or less") as error:
+        SentencePieceTokenizer.train(LINES, 100000, model_type)
+    works = int(str(error.value).split(" choose ")[1].split()[0])
+    assert SentencePieceTokenizer.train(LINES, works, model_type).vocab_size == works
+    with pytest.raises(UserError, match=r"vocab_size=300: too few .* choose \d+ or more"):
+        SentencePieceTokenizer.train([*LINES, "".join(chr(0x4E00 + n) for n in range(300))], 300, model_type)
+
+
+def test_a_given_model_is_used_as_it_is(tmp_path: Path):
+    path = tmp_path / "given.model"
+    for eos in (2, -1):
+        with open(path, "wb") as file:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(LINES), model_writer=file, vocab_size=36, eos_id=eos, minloglevel=3
+            )
+        if eos == 2:
+            tokenizer = SentencePieceTokenizer.open(path)
+            assert (tokenizer.eos, tokenizer.vocab_size) == (2, 36)
+            assert tokenizer.encode(b"the sea\nthe sea", True).tolist() == [
+                *tokenizer.encode(b"the sea\n", False),
+                *tokenizer.encode(b"the sea", True),
+            ]
+            assert tokenizer.decode(tokenizer.encode("the sea 日".encode(), True)).split()[:2] == ["the", "sea"]
+        else:
+            with pytest.raises(UserError, match="no end-of-text token"):
+                SentencePieceTokenizer.open(path)
+    path.write_bytes(b"no model")
+    for wrong in (path, tmp_path / "missing.model"):
+        with pytest.raises(UserError, match=f"{wrong.name}: cannot be read"):
+            SentencePieceTokenizer.open(wrong)
+
+
+def test_damaged_folders_are_told(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        tokenizers.load(tmp_path)
+    TOKENIZERS[1].save(tmp_path)
+    (tmp_path / "vocab.txt").write_text("<eos>\n<unk>\na\n")
+    with pytest.raises(UserError, match="3 tokens, not"):
+        tokenizers.load(tmp_path)

@@ -1,0 +1,381 @@
+"""Transformer-XL against Hugging Face's (transformers 4.36.2), and the laws of memory, reach and window."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TransfoXLConfig, TransfoXLLMHeadModel
+
+from txl_dist.config import ModelConfig
+from txl_dist.models.transformer_xl import TransformerXL
+
+torch.set_num_threads(1)
+
+VOCAB, LANES = 50, 3
+FAR = 10**6  # a reach beyond any memory
+BASE = ModelConfig(
+    name="transformer_xl",
+    n_layer=2,
+    d_model=16,
+    n_head=2,
+    d_head=6,
+    d_inner=20,
+    tgt_len=5,
+    mem_len=7,
+    clamp_len=-1,
+    same_length=False,
+    dropout=0.0,
+    dropatt=0.0,
+    div_val=1,
+    cutoffs=[],
+    tie_weights=True,
+    tie_projections=True,
+    pre_lnorm=False,
+    init_std=0.02,
+)
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> TransformerXL:
+    """A model whose weights are large enough for every one of them to matter."""
+    torch.manual_seed(seed)
+    model = TransformerXL(config, VOCAB).to(dtype)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.4)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def from_start(length: int, lanes: int = LANES, start: int = 0) -> Tensor:
+    """The reach of a stream's positions start, start + 1, ..."""
+    return torch.arange(start, start + length).expand(lanes, length)
+
+
+def read(model: TransformerXL, stream: Tensor, lengths: list[int]) -> Tensor:
+    """The log-probabilities over a stream that is read from its start in segments."""
+    memory, start, out = model.empty_memory(len(stream)), 0, []
+    for length in lengths:
+        segment = stream[:, start : start + length]
+        log_probs, memory = model(segment, None, from_start(length, len(stream), start), memory)
+        out.append(log_probs)
+        start += length
+    return torch.cat(out, dim=1)
+
+
+# ------------------------------------------------------------------------------------------- the reference
+
+
+def reference(config: ModelConfig, dtype: torch.dtype) -> TransfoXLLMHeadModel:
+    theirs = TransfoXLLMHeadModel(
+        TransfoXLConfig(
+            vocab_size=VOCAB,
+            d_embed=config.d_model,
+            tie_word_embeddings=config.tie_weights,
+            tie_projs=[False] + [config.tie_projections] * len(config.cutoffs),
+            **asdict(config),
+        )
+    ).to(dtype)
+    frequency = 10000 ** (-torch.arange(0, config.d_model, 2, dtype=torch.float64) / config.d_model)
+    theirs.transformer.pos_emb.inv_freq = frequency.to(dtype)  # theirs is rounded to float32 first
+    return theirs
+
+
+def translate(theirs: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our names and values, from a look-up by their names (of weights, or of gradients)."""
+    for l in range(config.n_layer):
+        q, k, v = theirs(f"transformer.layers.{l}.dec_attn.qkv_net.weight").chunk(3)
+        yield f"layers.{l}.attention.q_net.weight", q
+        yield f"layers.{l}.attention.kv_net.weight", torch.cat([k, v])
+        for mine, their in {
+            "attention.r_net.weight": "dec_attn.r_net.weight",
+            "attention.o_net.weight": "dec_attn.o_net.weight",
+            "attention.u": "dec_attn.r_w_bias",
+            "attention.v": "dec_attn.r_r_bias",
+            "attention.layer_norm.weight": "dec_attn.layer_norm.weight",
+            "attention.layer_norm.bias": "dec_attn.layer_norm.bias",
+            "feed_forward.inner.weight": "pos_ff.CoreNet.0.weight",
+            "feed_forward.inner.bias": "pos_ff.CoreNet.0.bias",
+            "feed_forward.outer.weight": "pos_ff.CoreNet.3.weight",
+            "feed_forward.outer.bias": "pos_ff.CoreNet.3.bias",
+            "feed_forward.layer_norm.weight": "pos_ff.layer_norm.weight",
+            "feed_forward.layer_norm.bias": "pos_ff.layer_norm.bias",
+        }.items():
+            yield f"layers.{l}.{mine}", theirs(f"transformer.layers.{l}.{their}")
+    parts = range(1 + len(config.cutoffs) if config.div_val > 1 else 1)
+    for i in parts:
+        yield f"embedding.table_{i}", theirs(f"transformer.word_emb.emb_layers.{i}.weight")
+        yield f"softmax.table_{i}", theirs(f"crit.out_layers.{i}.weight")
+        if config.div_val > 1:
+            yield f"embedding.projection_{i}", theirs(f"transformer.word_emb.emb_projs.{i}")
+            yield f"softmax.projection_{i}", theirs(f"crit.out_projs.{i}")
+    yield "softmax.bias", torch.cat([theirs(f"crit.out_layers.{i}.bias") for i in parts])
+    if config.cutoffs:
+        yield "softmax.cluster_weight", theirs("crit.cluster_weight")
+        yield "softmax.cluster_bias", theirs("crit.cluster_bias")
+
+
+def assert_near(mine: Tensor, theirs: Tensor, tolerance: float, what: str = "") -> None:
+    """Equal up to `tolerance`, relative to the largest number."""
+    assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, what
+    error = (mine - theirs).abs().max().item() / theirs.abs().max().item() if mine.numel() else 0.0
+    assert error <= tolerance, f"{what}: {error:.1e}"
+
+
+CASES = {
+    "full softmax": {},
+    "full softmax, untied": {"tie_weights": False},
+    "clusters": {"cutoffs": [10, 20, 35]},
+    "clusters, untied": {"cutoffs": [10, 20], "tie_weights": False},
+    "div_val 2": {"cutoffs": [10, 20], "div_val": 2},
+    "div_val 2, untied": {"cutoffs": [10, 20], "div_val": 2, "tie_weights": False},
+    "div_val 2, own projections": {"cutoffs": [10, 20], "div_val": 2, "tie_projections": False},
+    "div_val 2, nothing tied": {"cutoffs": [10, 20], "div_val": 2, "tie_weights": False, "tie_projections": False},
+    "div_val 4": {"cutoffs": [5, 30], "div_val": 4},
+    "same_length": {"same_length": True},
+    "same_length, short memory": {"same_length": True, "mem_len": 3},
+    "clamp_len": {"clamp_len": 4},
+    "pre_lnorm": {"pre_lnorm": True},
+    "no memory": {"mem_len": 0},
+    "short memory": {"mem_len": 2},
+    "memory of one segment": {"mem_len": 5},
+    "long memory": {"mem_len": 13},
+    "dropout": {"dropout": 0.2, "dropatt": 0.4},
+    "all at once": {
+        "dropout": 0.3,
+        "dropatt": 0.1,
+        "cutoffs": [7, 30],
+        "div_val": 2,
+        "same_length": True,
+        "clamp_len": 6,
+        "pre_lnorm": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
+    """Losses, log-probabilities, memories over four segments (the last of another length), and all gradients."""
+    config = replace(BASE, **CASES[case])
+    theirs, model = reference(config, dtype), TransformerXL(config, VOCAB).to(dtype)
+    torch.manual_seed(2)
+    for name, parameter in theirs.named_parameters():
+        nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.4)
+    their_parameters = dict(theirs.named_parameters(remove_duplicate=False))
+    model.load_state_dict(dict(translate(lambda name: their_parameters[name].data, config)), strict=True)
+    theirs.train()
+    # A dropout that falls evenly on all shows that it stands at the same places, whatever the layout.
+    monkeypatch.setattr(nn.functional, "dropout", lambda x, p, training=True, inplace=False: x * (1 - p))
+    if dtype == torch.float64:  # theirs takes scores through float32
+        monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+    memory, their_memory, loss, their_loss = model.empty_memory(LANES), None, 0, 0
+    for step, length in enumerate([5, 5, 5, 3]):
+        inputs, targets = tokens(LANES, length, seed=step), tokens(LANES, length, seed=100 + step)
+        targets[0, 1] = -100
+        reach = torch.full_like(inputs, FAR)  # they look at their first memory of zeros
+        nll, new_memory = model(inputs, targets, reach, memory)
+        log_probs, same_memory = model(inputs, None, reach, memory)
+
+        output = theirs.transformer(inputs, mems=their_memory)
+        hidden = output.last_hidden_state
+        shifted = torch.cat([hidden, hidden[:, :1]], 1), torch.cat([targets[:, :1], targets], 1)  # they shift inside
+        their_nll = theirs.crit(*shifted, keep_order=True).view(LANES, length)
+
+        assert_near(nll, their_nll, tolerance, "nll")
+        assert_near(log_probs, theirs.crit(hidden).view(LANES, length, VOCAB), tolerance, "log_probs")
+        assert len(new_memory) == len(same_memory) == config.n_layer
+        for mine, same, old in zip(new_memory, same_memory, output.mems or [], strict=config.mem_len > 0):
+            assert_near(mine, old.transpose(0, 1), tolerance, "memory")
+            assert torch.equal(mine, same) and not mine.requires_grad
+        memory, their_memory = new_memory, output.mems
+        loss, their_loss = loss + nll.sum(), their_loss + their_nll.sum()
+
+    loss.backward()
+    their_loss.backward()
+    gradients = dict(translate(lambda name: their_parameters[name].grad, config))
+    for name, parameter in model.named_parameters():
+        assert_near(parameter.grad, gradients[name], tolerance, name)
+
+
+# ------------------------------------------------------------------------------------- memory, reach, window
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [1] * 12, [7, 2, 3]], ids=str)
+def test_segment_by_segment_equals_one_long_pass(n_layer, lengths):
+    model = build(replace(BASE, n_layer=n_layer, mem_len=12)).eval()
+    stream = tokens(LANES, 12)
+    torch.testing.assert_close(read(model, stream, lengths), read(model, stream, [12]), rtol=1e-12, atol=1e-12)
+
+
+def test_segment_by_segment_within_a_window_equals_one_long_pass():
+    """One layer needs no more than the memory of its inputs, be the window shorter than the stream."""
+    model = build(replace(BASE, n_layer=1, mem_len=4, same_length=True)).eval()
+    stream = tokens(LANES, 12)
+    torch.testing.assert_close(read(model, stream, [5, 1, 6]), read(model, stream, [12]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_document_in_mid_segment_knows_nothing_of_the_one_before():
+    model = build(BASE).eval()
+    stream, memory = tokens(LANES, 9), model.empty_memory(LANES)
+    reach = torch.cat([from_start(4), from_start(5)], dim=1)
+    first, memory = model(stream[:, :6], None, reach[:, :6], memory)
+    second, memory = model(stream[:, 6:], None, reach[:, 6:], memory)
+    apart = [read(model, stream[:, :4], [4]), read(model, stream[:, 4:], [2, 3])]
+    torch.testing.assert_close(torch.cat([first, second], 1), torch.cat(apart, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pre_lnorm", [False, True])
+def test_a_reset_lane_forgets_and_the_others_do_not(pre_lnorm):
+    model = build(replace(BASE, pre_lnorm=pre_lnorm)).eval()
+    memoryless = TransformerXL(replace(BASE, pre_lnorm=pre_lnorm, mem_len=0), VOCAB).double().eval()
+    memoryless.load_state_dict(model.state_dict())
+    stream = tokens(LANES, 10)
+    _, memory = model(stream[:, :5], None, from_start(5), model.empty_memory(LANES))
+    reach = torch.cat([from_start(5, 1), from_start(5, LANES - 1, start=5)])  # lane 0 starts anew
+    log_probs, _ = model(stream[:, 5:], None, reach, memory)
+    fresh, none = memoryless(stream[:, 5:], None, from_start(5), memoryless.empty_memory(LANES))
+    kept = read(model, stream, [5, 5])[:, 5:]
+    torch.testing.assert_close(log_probs, torch.cat([fresh[:1], kept[1:]]), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(fresh[1:], kept[1:], atol=1e-2)
+    assert [rows.shape for rows in none] == [(LANES, 0, BASE.d_model)] * BASE.n_layer
+
+
+def test_a_window_ends_where_it_ends():
+    """With same_length a position sees mem_len tokens, itself included; without, the whole memory and itself."""
+    for same_length, seen in (True, BASE.mem_len), (False, BASE.mem_len + 1):
+        model = build(replace(BASE, n_layer=1, same_length=same_length)).eval()
+        stream = tokens(1, 13).expand(13, 13).clone()
+        stream[range(13), range(13)] += 1 - 2 * (stream[0] == VOCAB - 1).long()  # lane i differs at token i
+        last = read(model, torch.cat([stream, tokens(1, 13)]), [12, 1])[:, -1]
+        changed = [i for i in range(13) if not torch.allclose(last[i], last[-1], rtol=1e-12)]
+        assert changed == list(range(13 - seen, 13))
+
+
+def test_distances_beyond_clamp_len_look_alike():
+    """The order of two neighbouring tokens matters below clamp_len, not beyond."""
+    for clamp_len, alike in (-1, []), (3, [0, 1, 2, 3, 4]):
+        model = build(replace(BASE, n_layer=1, clamp_len=clamp_len)).eval()
+        swapped = torch.arange(9).expand(8, 9).clone()
+        for i in range(8):
+            swapped[i, [i, i + 1]] = torch.tensor([i + 1, i])  # lane i: tokens i and i + 1 exchanged
+        last = read(model, torch.cat([swapped, torch.arange(9)[None]]), [5, 4])[:, -1]
+        # Seen from position 8, tokens 0 to 5 are at distance 3 or more.
+        assert [i for i in range(7) if torch.allclose(last[i], last[-1], rtol=1e-12)] == alike
+
+
+# ------------------------------------------------------------------------------------------- how it is built
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_nothing(dropout):
+    config = replace(BASE, dropout=dropout, dropatt=dropout, cutoffs=[10, 20], div_val=2)
+    results = []
+    for activation_checkpointing in (False, True):
+        model = build(config, torch.float32)
+        model.activation_checkpointing = activation_checkpointing
+        torch.manual_seed(3)
+        memory, loss = model.empty_memory(LANES), 0
+        for step in range(2):
+            inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=7)
+            nll, memory = model(inputs, targets, from_start(5, start=5 * step), memory)
+            loss = loss + nll.sum()
+        loss.backward()
+        results.append([nll, *memory, *(parameter.grad for parameter in model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+def test_activation_checkpointing_keeps_less():
+    kept = {}
+    for activation_checkpointing in (False, True):
+        model = build(BASE)
+        model.activation_checkpointing = activation_checkpointing
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            model(tokens(LANES, 5), tokens(LANES, 5), from_start(5), model.empty_memory(LANES))
+        kept[activation_checkpointing] = sum(sizes)
+    assert kept[True] < kept[False] / 3
+
+
+@pytest.mark.parametrize("case", ["full softmax", "clusters", "div_val 2", "div_val 2, nothing tied"])
+def test_parameters_are_used_only_by_the_modules_that_own_them(case):
+    """As under ZeRO-3: a parameter is there only within the forward of a module that holds it directly."""
+    model = build(replace(BASE, **CASES[case])).eval()
+    expected, _ = model(tokens(LANES, 5), None, from_start(5), model.empty_memory(LANES))
+    whole = {parameter: parameter.data for parameter in model.parameters()}
+
+    def gather(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = whole[parameter]
+
+    def release(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.new_empty(0)
+
+    memory = model.empty_memory(LANES)
+    for module in model.modules():
+        release(module)
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    with torch.no_grad():
+        log_probs, _ = model(tokens(LANES, 5), None, from_start(5), memory)
+        nll, _ = model(tokens(LANES, 5), tokens(LANES, 5), from_start(5), memory)
+    assert torch.equal(log_probs, expected)
+    torch.testing.assert_close(nll, -expected.gather(-1, tokens(LANES, 5)[..., None]).squeeze(-1))
+
+
+def test_nothing_is_dropped_in_evaluation():
+    model, with_dropout = build(BASE), build(replace(BASE, dropout=0.5, dropatt=0.5))
+    stream = tokens(LANES, 10)
+    expected = read(model.eval(), stream, [5, 5])
+    assert not torch.allclose(read(with_dropout, stream, [5, 5]), expected)
+    assert torch.equal(read(with_dropout.eval(), stream, [5, 5]), expected)
+
+
+def test_bfloat16_is_near_and_its_losses_are_float32():
+    config = replace(BASE, cutoffs=[10, 20], div_val=2, mem_len=6)
+    nll = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = TransformerXL(config, VOCAB)
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(len(name))
+            nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.1, generator=generator)
+        model.to(dtype)
+        memory = model.empty_memory(LANES)
+        for step in range(2):
+            nll[dtype], memory = model(tokens(LANES, 5), tokens(LANES, 5), from_start(5, start=5 * step), memory)
+        assert nll[dtype].dtype == torch.float32 and all(rows.dtype == dtype for rows in memory)
+        nll[dtype].sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    torch.testing.assert_close(nll[torch.bfloat16], nll[torch.float32], rtol=0.03, atol=0.03)
+
+
+def test_initial_weights_are_the_authors():
+    config = replace(BASE, d_model=256, d_inner=512, n_head=8, d_head=32, cutoffs=[10, 20], div_val=2, init_std=0.05)
+    torch.manual_seed(0)
+    model = TransformerXL(config, 400)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+            continue
+        mean, std = (1, 0.05) if "layer_norm" in name else (0, 0.01) if "projection" in name else (0, 0.05)
+        near = 5 * std / parameter.numel() ** 0.5
+        assert abs(parameter.mean().item() - mean) < near and abs(parameter.std().item() - std) < near, name
+
+
+def test_parameter_count_is_the_published_one():
+    """WikiText-103 base: 151.1M parameters (Dai et al. 2019, table 1), 41.1M of them outside the embedding."""
+    config = replace(BASE, n_layer=16, d_model=410, n_head=10, d_head=41, d_inner=2100, cutoffs=[20000, 40000, 200000])
+    with torch.device("meta"):
+        model = TransformerXL(config, 267735)
+    untied_uv = (config.n_layer - 1) * 2 * 410  # the authors share u and v among the layers
+    total = sum(parameter.numel() for parameter in model.parameters()) - untied_uv
+    assert total == 151_107_538
+    assert round(sum(parameter.numel() for parameter in model.layers.parameters()) / 1e6, 1) == 41.1

@@ -1,0 +1,113 @@
+"""Every problem of a config at once, in plain words, with its key."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from txl_dist.cli import CONF, spell_out
+from txl_dist.config import EvaluateJob, GenerateJob, PrepareJob, TrainJob, read
+from txl_dist.errors import ConfigError
+
+JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}
+
+
+def problems(name, *overrides):
+    """What is wrong with a config, as a user's command line gives it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(name, [spell_out(override) for override in overrides])
+    try:
+        read(JOBS[name], OmegaConf.to_container(config, resolve=True))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def one(name, *overrides):
+    (problem,) = problems(name, *overrides)
+    return problem
+
+
+def test_a_sound_config_has_no_problems(small):
+    assert problems("train", *small) == []
+    assert problems("prepare") == []
+
+
+def test_all_problems_are_told_at_once(small):
+    found = problems(
+        "train",
+        *small,
+        "model.d_model=wide",
+        "+model.zzz=1",
+        "nonsense=1",
+        "engine.zero_stage=7",
+        "optimizer.lr=-1",
+        "data.num_lanes=2.5",
+        "model.same_length=maybe",
+        "train.stop_at=30",
+        "data.dir=/nowhere",
+    )
+    keys = ["model.d_model", "model.zzz", "nonsense", "engine.zero_stage", "optimizer.lr", "data.num_lanes"]
+    for key in [*keys, "model.same_length", "train.stop_at"]:
+        assert any(problem.startswith(key) for problem in found), (key, found)
+    assert len(found) == 8, found  # data.dir is looked at once the section can be read
+
+
+def test_an_unknown_key_is_told_with_the_nearest_known():
+    assert "model.tgt_len?" in one("train", "+model.tgt_length=1", "data.dir=${oc.env:DATASET}")
+
+
+@pytest.fixture(autouse=True)
+def dataset_in_environment(dataset, monkeypatch):
+    monkeypatch.setenv("DATASET", str(dataset))
+
+
+@pytest.mark.parametrize("lanes, processes, accumulation, works", [(7, 2, 1, "4, 6, 8, 10"), (8, 3, 2, "6, 12, 18")])
+def test_lanes_that_cannot_be_split_list_those_that_can(small, monkeypatch, lanes, processes, accumulation, works):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    told = one("train", *small, f"data.num_lanes={lanes}", f"engine.gradient_accumulation={accumulation}")
+    assert told.startswith(f"data.num_lanes={lanes}") and works in told
+
+
+@pytest.mark.parametrize(
+    "overrides, key",
+    [
+        (["engine.precision=fp16"], "engine.precision"),  # no GPU
+        (["engine.precision=bf16", "engine.zero_stage=0"], "engine.zero_stage"),
+        (["engine.offload=optimizer", "engine.zero_stage=0"], "engine.offload"),
+        (["engine.offload=parameters", "engine.zero_stage=2"], "engine.offload"),
+        (["optimizer=lamb"], "optimizer.name"),
+        (["model.clamp_len=0"], "model.clamp_len"),
+        (["model.same_length=true", "model.mem_len=0"], "model.same_length"),
+        (["model.cutoffs=[200,100]"], "model.cutoffs"),
+        (["model.cutoffs=[100,300]"], "model.cutoffs"),  # beyond the vocabulary
+        (["model.div_val=2"], "model.div_val"),
+        (["model.cutoffs=[50,100]", "model.div_val=8"], "model.div_val"),
+        (["model.d_model=33"], "model.d_model"),
+        (["train.stop_at=21"], "train.stop_at"),
+        (["schedule.warmup_steps=21"], "schedule.warmup_steps"),
+        (["schedule.min_lr=1.0"], "schedule.min_lr"),
+        (["data.num_lanes=100000"], "data.num_lanes"),
+        (["data.order=random"], "data.order"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, key):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = problems("train", *small, *overrides)
+    assert found and all(problem.startswith(key) for problem in found), found
+
+
+def test_missing_data_tell_the_command_that_makes_them(small):
+    assert "txl_dist.prepare" in one("train", *small, "data.dir=nowhere")
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    assert one("evaluate", "run=nowhere").startswith("run=nowhere")
+    assert one("generate").startswith("run")
+    assert "no checkpoint" in one("generate", f"run={tmp_path}")
+
+
+@pytest.mark.parametrize("prompt", ["def main(", "it's", "a=b, c: {d} [e]", "back\\slash", "new\nline", "${x}", ""])
+def test_a_prompt_is_text_whatever_it_holds(prompt):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("generate", [spell_out(f"prompt={prompt}")])
+    assert OmegaConf.to_container(config, resolve=True)["prompt"] == prompt

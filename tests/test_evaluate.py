@@ -1,0 +1,67 @@
+"""Evaluation: every token once, the same number as a long forward gives, and JSON for scripts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from txl_dist.config import EvaluateJob, LengthsConfig
+from txl_dist.data.shards import Index, SampleReader
+from txl_dist.evaluate import trained_model
+
+LENGTHS = LengthsConfig(None, None, None, None)
+
+
+@pytest.fixture(scope="module")
+def trained(run, small, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("evaluate") / "run"
+    run("txl_dist.train", *small, f"run.dir={run_dir}", "train.max_steps=40")
+    return run_dir
+
+
+def evaluated(run, run_dir, *overrides):
+    return json.loads(run("txl_dist.evaluate", f"run={run_dir}", "format=json", *overrides).stdout)
+
+
+def test_json_is_all_there_is_on_standard_output(run, trained, metrics, dataset):
+    told = evaluated(run, trained, "split=test", "num_lanes=8")
+    split = json.loads((dataset / "index.json").read_text())["splits"]["test"]
+    assert told["split"] == "test" and told["tokens"] == split["tokens"] and told["tokens_per_second"] > 0
+    for key in ("loss", "perplexity", "bits_per_byte"):  # what training told of the same split and lanes
+        assert told[key] == pytest.approx(metrics(trained)[-1][f"test/{key}"], rel=1e-6)
+
+
+def test_a_table_for_people(run, trained):
+    told = run("txl_dist.evaluate", f"run={trained}", "split=valid").stdout
+    assert "bits per byte" in told and "mem_len 24" in told
+
+
+def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
+    """One lane, a memory longer than the split: each token sees all before it, however long the segments are."""
+    index = Index.open(str(dataset))
+    total = index.splits["valid"].tokens
+    tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
+    inputs = torch.cat([torch.full((1, 1), index.eos), tokens[:, :-1]], dim=1)
+    lengths = LengthsConfig(total, 0, None, None)
+    model, _, _ = trained_model(EvaluateJob(str(trained), "valid", "json", None, 1, None, lengths))
+    with torch.no_grad():
+        nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
+    for tgt_len in (16, 50):
+        told = evaluated(
+            run, trained, "split=valid", "num_lanes=1", f"model.mem_len={total}", f"model.tgt_len={tgt_len}"
+        )
+        assert told["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+        assert told["tokens"] == total
+
+
+def test_every_number_of_lanes_scores_every_token(run, trained):
+    told = [evaluated(run, trained, "split=valid", f"num_lanes={lanes}") for lanes in (1, 7)]
+    assert told[0]["tokens"] == told[1]["tokens"]
+    assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=0.02) and told[0]["loss"] != told[1]["loss"]
+
+
+def test_other_data_are_refused(run, trained, corpus, tmp_path):
+    run("txl_dist.prepare", "corpus=text", f"corpus.path={corpus}", f"data.dir={tmp_path / 'other'}", "tokenizer=word")
+    done = run("txl_dist.evaluate", f"run={trained}", f"data_dir={tmp_path / 'other'}", expect=2)
+    assert "data_dir" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""

@@ -1,0 +1,235 @@
+"""Text in, a dataset out: the same one whatever the machine, and never half of one."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from txl_dist import prepare as entry
+from txl_dist.config import (
+    BytesTokenizer,
+    DatasetConfig,
+    PrepareJob,
+    SentencePieceTokenizer,
+    StdlibCorpus,
+    TextCorpus,
+    WordTokenizer,
+)
+from txl_dist.data import corpora
+from txl_dist.data.shards import Index, SampleReader
+from txl_dist.errors import ConfigError, UserError
+from txl_dist.prepare import prepare
+
+REPO = Path(__file__).resolve().parents[1]
+TEXTS = Path(os.environ.get("TXL_DIST_TEXT", REPO.parent / "shared" / "data"))
+
+TOKENIZERS: dict[str, Any] = {
+    "bytes": BytesTokenizer("bytes"),
+    "word": WordTokenizer("word", None, 1),
+    "unigram": SentencePieceTokenizer("sentencepiece", 305, "unigram", None),
+    "bpe": SentencePieceTokenizer("sentencepiece", 305, "bpe", None),
+}
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+
+
+def text_job(folder: Path, tokenizer: str = "bytes", workers: int = 1, sample: int = 64, **corpus: Any) -> PrepareJob:
+    values: dict[str, Any] = dict.fromkeys(("path", "train", "valid", "test"))
+    values |= {"document": "file", "split_by": "auto", "valid_share": 0.1, "test_share": 0.1, **corpus}
+    cut = DatasetConfig(str(folder), sample_tokens=sample, shard_samples=8)
+    return PrepareJob(TextCorpus(name="text", **values), TOKENIZERS[tokenizer], cut, workers)
+
+
+def texts(folder: Path, number: int = 30) -> Path:
+    """Small documents, some of them compressed, of different lengths, every other with no line end at its end."""
+    folder.mkdir(parents=True)
+    for n in range(number):
+        lines = [f"line {line} of document {n}, for the sea and the forest, {n * line}" for line in range(n % 7 + 1)]
+        text = ("\n".join(lines) + "\n" * (n % 2)).encode()
+        if n % 5:
+            (folder / f"{n:02d}.txt").write_bytes(text)
+        else:
+            (folder / f"{n:02d}.gz").write_bytes(gzip.compress(text, mtime=0))
+    return folder
+
+
+def plain(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def decoded(folder: Path) -> dict[str, list[str]]:
+    """The documents of each split, as text."""
+    index = Index.open(str(folder))
+    tokenizer = index.tokenizer()
+    found = {}
+    for name, split in index.splits.items():
+        reader, starts = SampleReader(index, name), split.document_starts.tolist()
+        ids = [reader.tokens(start, end - start) for start, end in pairwise(starts)]
+        assert all(document[-1] == tokenizer.eos for document in ids)
+        found[name] = [tokenizer.decode(document) for document in ids]
+    return found
+
+
+@every_tokenizer
+def test_every_document_comes_out_whole_in_its_split(tmp_path, tokenizer):
+    folder = texts(tmp_path / "text")
+    prepare(text_job(tmp_path / "data", tokenizer, path=str(folder)))
+    found = decoded(tmp_path / "data")
+    raw = [plain(path).decode() for path in sorted(folder.iterdir())]
+    splits = Index.open(str(tmp_path / "data")).splits
+    assert sum(split.bytes for split in splits.values()) == sum(len(text.encode()) for text in raw)
+    if tokenizer == "word":  # words and line ends come back; some of valid and test are unknown
+        del found["valid"], found["test"]
+        raw = [text.rstrip("\n") + "\n" for text in raw]
+    else:
+        assert [len(found[split]) for split in corpora.SPLITS] == [24, 3, 3]
+        assert sorted(text for documents in found.values() for text in documents) == sorted(raw)
+    for documents in found.values():
+        assert documents == [text for text in raw if text in documents]
+
+
+@every_tokenizer
+@pytest.mark.parametrize("document", ["file", "line"])
+def test_the_result_does_not_depend_on_workers_or_place(tmp_path, monkeypatch, tokenizer, document):
+    there = texts(tmp_path / "another" / "place")
+    here = texts(tmp_path / "text")
+    prepare(text_job(tmp_path / "one", tokenizer, path=str(here), document=document))
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 1000)  # many pieces, for the order of the results to matter
+    prepare(text_job(tmp_path / "two", tokenizer, workers=3, path=str(there), document=document))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_a_second_run_finds_nothing_to_do_and_another_is_refused(tmp_path, capsys, monkeypatch):
+    folder = texts(tmp_path / "text")
+    job = text_job(tmp_path / "data", path=str(folder))
+    prepare(job)
+    before = content(tmp_path / "data")
+    capsys.readouterr()
+    monkeypatch.setattr(entry, "write_splits", None)
+    prepare(job)
+    assert "Nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data.dir=.*another dataset \(other settings\).*another data.dir, or delete"):
+        prepare(text_job(tmp_path / "data", "word", path=str(folder)))
+    (folder / "01.txt").write_text("changed")
+    with pytest.raises(UserError, match="another dataset"):
+        prepare(job)
+    assert content(tmp_path / "data") == before
+
+
+def test_what_is_no_dataset_or_a_damaged_one_is_never_overwritten(tmp_path):
+    folder = texts(tmp_path / "text")
+    with pytest.raises(UserError, match="holds something that is no dataset"):
+        prepare(text_job(folder, path=str(folder)))
+    job = text_job(tmp_path / "data", path=str(folder))
+    (tmp_path / "data").mkdir()  # an empty folder is nothing
+    prepare(job)
+    (tmp_path / "data" / "train" / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"000001.tar: is missing"):
+        prepare(job)
+    (tmp_path / "data" / "train" / "samples.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"samples.npy"):
+        prepare(job)
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    job = text_job(tmp_path / "data", path=str(texts(tmp_path / "text")))
+    left = tmp_path / ".data.partial" / "train"
+    left.mkdir(parents=True)  # of a run that was killed
+    (left / "000000.tar").write_text("half")
+    with monkeypatch.context() as patch:
+        patch.setattr(entry.shards, "write_index", lambda *values: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(job)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+    prepare(job)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text"]
+
+
+def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):
+    for split in corpora.SPLITS:
+        (tmp_path / split).write_text(f"word of {split}\n" * 10)
+    paths: dict[str, Any] = {split: str(tmp_path / split) for split in corpora.SPLITS}
+    prepare(text_job(tmp_path / "data", "word", **paths))
+    assert (tmp_path / "data" / "tokenizer" / "vocab.txt").read_text().split() == [
+        "<eos>",
+        "<unk>",
+        "of",
+        "train",
+        "word",
+    ]
+    assert decoded(tmp_path / "data")["test"] == ["word of <unk>\n" * 10]
+
+
+def test_text_that_is_not_utf8_is_told_by_file_and_byte(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n" * 1000 + b"caf\xe9 latin\n" + b"good\n" * 1000)
+    for tokenizer, workers in (("word", 1), ("unigram", 2)):
+        with pytest.raises(UserError, match=r"a.txt: byte 5,003 of the text is not UTF-8 .*tokenizer=bytes"):
+            prepare(text_job(tmp_path / "data", tokenizer, workers, train=str(tmp_path / "a.txt")))
+    prepare(text_job(tmp_path / "data", train=str(tmp_path / "a.txt")))
+    assert Index.open(str(tmp_path / "data")).splits["train"].bytes == 10011
+
+
+def test_problems_of_the_config_are_told_together(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        prepare(text_job(tmp_path / "data", path=["nowhere", "*.none"]))
+    assert len(error.value.problems) == 2
+
+
+def test_a_given_model_is_the_datasets_tokenizer(tmp_path):
+    folder = texts(tmp_path / "text")
+    prepare(text_job(tmp_path / "first", "bpe", path=str(folder)))
+    model = tmp_path / "first" / "tokenizer" / "sentencepiece.model"
+    job = text_job(tmp_path / "second", path=str(folder))
+    prepare(PrepareJob(job.corpus, SentencePieceTokenizer("sentencepiece", 8000, "unigram", str(model)), job.data, 1))
+    assert (tmp_path / "second" / "tokenizer" / "sentencepiece.model").read_bytes() == model.read_bytes()
+    assert decoded(tmp_path / "second") == decoded(tmp_path / "first")
+
+
+@pytest.mark.skipif(not (TEXTS / "ptb").is_dir(), reason=f"no Penn Treebank in {TEXTS} (TXL_DIST_TEXT)")
+def test_penn_treebank_has_the_tokens_of_the_literature(tmp_path):
+    paths: dict[str, Any] = {split: str(TEXTS / "ptb" / f"ptb.{split}.txt") for split in corpora.SPLITS}
+    prepare(text_job(tmp_path / "data", "word", sample=8192, **paths))
+    index = Index.open(str(tmp_path / "data"))
+    assert {name: split.tokens for name, split in index.splits.items()} == {
+        "train": 929589,
+        "valid": 73760,
+        "test": 82430,
+    }
+    assert index.vocab_size == 10000
+    lines = Path(paths["valid"]).read_text().splitlines()
+    assert decoded(tmp_path / "data")["valid"] == ["".join(" ".join(line.split()) + "\n" for line in lines)]
+
+
+def test_the_command_prepares_the_standard_library_and_tells_what_is_next(tmp_path):
+    command = [sys.executable, "-m", "txl_dist.prepare", f"data.dir={tmp_path}/data"]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"torchrun --nproc_per_node=2 -m txl_dist.train data.dir={tmp_path}/data" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    corpus = json.loads((tmp_path / "data" / "index.json").read_text())["corpus"]
+    assert corpus["name"] == "stdlib" and corpus["files"] > 500
+    wrong = subprocess.run([*command, "corpus=text"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "corpus.path: is missing" in wrong.stderr
+
+
+def test_the_documents_of_the_stdlib_are_its_files(tmp_path):
+    config = StdlibCorpus("stdlib", 0, 0)
+    prepare(PrepareJob(config, TOKENIZERS["bytes"], DatasetConfig(str(tmp_path / "data"), 8192, 64), 1))
+    index = Index.open(str(tmp_path / "data"))
+    texts = [text for source in corpora.find(config, []) if (text := source.path.read_bytes())]
+    starts = index.splits["train"].document_starts.astype(np.int64)
+    assert np.diff(starts).tolist() == [len(text) + 1 for text in texts]
+    reader = SampleReader(index, "train")
+    for number in (0, len(texts) // 2, len(texts) - 1):
+        assert reader.tokens(starts[number], len(texts[number])).astype(np.uint8).tobytes() == texts[number]

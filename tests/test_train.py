@@ -1,0 +1,113 @@
+"""A run as a user sees it: its directory, its metrics, a second start, a mistake."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from txl_dist.engine.checkpoint import newest
+
+
+@pytest.fixture(scope="module")
+def trained(run, small, tmp_path_factory):
+    """A finished run of 20 steps, and what the command printed."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    return run_dir, run("txl_dist.train", *small, f"run.dir={run_dir}").stdout
+
+
+def test_metrics_have_their_keys_and_agree_with_each_other(trained, metrics, dataset):
+    lines = metrics(trained[0])
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert all(line["tokens"] == line["step"] * 8 * 16 for line in lines)
+    for key in ("train/lr", "train/grad_norm", "train/tokens_per_second", "train/data_wait"):
+        assert all(math.isfinite(line[key]) and line[key] >= 0 for line in steps), key
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"] - 1  # it learns
+    assert [line["step"] for line in lines if "valid/loss" in line] == [10, 20]
+    split = json.loads((dataset / "index.json").read_text())["splits"]["test"]
+    last = lines[-1]
+    assert last["test/perplexity"] == pytest.approx(math.exp(last["test/loss"]))
+    bits = last["test/loss"] / math.log(2) * split["tokens"] / split["bytes"]
+    assert last["test/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_the_run_directory_stands_alone(trained):
+    run_dir, printed = trained
+    assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "num_lanes: 8" in (run_dir / "config.yaml").read_text()
+    assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
+    assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+    for told in ("test bits per byte", str(run_dir / "curve.png"), f"txl_dist.evaluate run={run_dir}"):
+        assert told in printed
+
+
+def test_a_finished_run_is_only_told_again(trained, run, small, metrics):
+    run_dir, printed = trained
+    before = metrics(run_dir)
+    again = run("txl_dist.train", *small, f"run.dir={run_dir}").stdout
+    assert metrics(run_dir) == before
+    assert "step" not in again.split("test bits per byte")[0]  # no step was trained
+    assert again.split("test bits per byte")[1] == printed.split("test bits per byte")[1]
+
+
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(trained, run, small, metrics, tmp_path):
+    """Killed after step 13 while a checkpoint was being written: steps 11 to 13 are done again, and logged once."""
+    whole = trained[0]
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000000020")
+    half = tmp_path / "run/checkpoints/.step-000000020.partial"
+    half.mkdir()
+    (half / "weights-00000.safetensors").write_bytes(b"half")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run/metrics.jsonl").write_text("".join(lines[:13]) + lines[13][:20])
+    run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}")
+    for key in ("step", "train/loss", "valid/loss", "test/loss"):
+        told = [[line[key] for line in metrics(each) if key in line] for each in (whole, tmp_path / "run")]
+        assert told[0] == told[1], key
+    one, two = (newest(each).tensors("weights") for each in (whole, tmp_path / "run"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_damaged_checkpoint_stops_the_start(trained, run, small, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    path = next((tmp_path / "run/checkpoints/step-000000020").glob("weights-*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", expect=2)
+    assert path.name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_is_not_continued_as_another(trained, run, small):
+    done = run("txl_dist.train", *small, f"run.dir={trained[0]}", "data.num_lanes=4", "model.n_layer=3", expect=2)
+    assert "data.num_lanes=4" in done.stderr and "model.n_layer=3" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mistake_is_told_once_by_several_processes(run, small):
+    done = run("txl_dist.train", *small, "data.num_lanes=7", "+model.zzz=1", processes=2, expect=1)
+    assert done.stderr.count("data.num_lanes=7") == done.stderr.count("model.zzz") == 1
+    ours = done.stderr.split("torch.distributed.elastic")[0].split("ChildFailedError")[0]
+    assert "txl_dist" not in ours  # no frame of our code: no stack trace of ours
+    assert done.stderr.count("exitcode  : 2") == 2
+
+
+@pytest.mark.parametrize("entry", ["prepare", "train", "evaluate", "generate"])
+def test_help_shows_groups_keys_and_an_example(run, entry):
+    told = run(f"txl_dist.{entry}", "--help").stdout
+    assert f"python -m txl_dist.{entry}" in told or f"-m txl_dist.{entry}" in told
+    assert "Groups" in told and "Examples" in told and "KEY=VALUE" in told
+
+
+@pytest.mark.parametrize("options", [["optimizer=lamb", "engine.zero_stage=0"], ["optimizer=adamw", "schedule=linear"]])
+def test_other_optimizers_learn_and_go_on(run, small, metrics, tmp_path, options):
+    for where, stops in (("whole", [[]]), ("parts", [["train.stop_at=10"], []])):
+        for stop in stops:
+            run("txl_dist.train", *small, f"run.dir={tmp_path / where}", *options, *stop)
+    whole, parts = (
+        [line["train/loss"] for line in metrics(tmp_path / where) if "train/loss" in line]
+        for where in ("whole", "parts")
+    )
+    assert whole == parts and whole[-1] < whole[0] - 0.3

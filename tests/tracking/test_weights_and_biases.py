@@ -1,0 +1,73 @@
+"""W&B's own offline files, read back."""
+
+import struct
+from pathlib import Path
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+
+def records(path):
+    """The records of a .wandb file: after 7 bytes, log blocks of 32 KiB as LevelDB writes them."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # no header fits any more: padding
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # the whole of a record, or its last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def values(items):
+    return {item.key or item.nested_key[0]: item.value_json for item in items}
+
+
+def told(run_dir):
+    """Of each start of a run: its id, config, history and summary as W&B has them."""
+    starts = []
+    for path in sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb")):
+        start = {"id": None, "config": {}, "history": [], "summary": {}}
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                start["id"] = record.run.run_id
+                start["config"] |= {item.key: item.value_json for item in record.run.config.update}
+            elif kind == "history":
+                start["history"].append(values(record.history.item))
+            elif kind == "summary":
+                start["summary"] |= values(record.summary.update)
+        starts.append(start)
+    return starts
+
+
+def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_path):
+    command = [*small, f"run.dir={tmp_path}", "tracking.mode=auto"]
+    run("txl_dist.train", *command, "train.stop_at=10", WANDB_API_KEY="", NETRC="/nowhere")
+    run("txl_dist.train", *command, WANDB_API_KEY="", NETRC="/nowhere")
+    first, second = told(tmp_path)
+    assert first["id"] == second["id"] == (tmp_path / "wandb_id").read_text().strip()
+    assert '"d_model":32' in first["config"]["model"].replace(" ", "")
+    lines = metrics(tmp_path)
+    history = [*first["history"], *second["history"]]
+    assert len(history) == len(lines)
+    for line, shown in zip(lines, history, strict=True):
+        for key, value in line.items():
+            assert float(shown[key]) == value, key
+    assert float(second["summary"]["test/loss"]) == lines[-1]["test/loss"]
+
+
+def test_a_wandb_that_cannot_be_reached_does_not_stop_training(run, small, metrics, tmp_path):
+    done = run(
+        "txl_dist.train",
+        *small,
+        f"run.dir={tmp_path}",
+        "tracking.mode=online",
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+    )
+    assert "kept offline" in done.stdout
+    assert len([line for line in metrics(tmp_path) if "train/loss" in line]) == 20
+    assert len(told(tmp_path)[-1]["history"]) == len(metrics(tmp_path))

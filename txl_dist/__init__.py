@@ -1,0 +1,1 @@
+"""Distributed training of language models with memory: Transformer-XL and its kin."""

@@ -1,0 +1,111 @@
+"""How the entry points start: Hydra composes conf/, `config.read` checks it, the job runs.
+
+`python -m txl_dist.train data.num_lanes=32` and the installed package find the same conf/. A user's mistake is told on
+one screen, once, and ends every rank with exit code 2.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from txl_dist.config import read
+from txl_dist.errors import ConfigError, UserError
+
+Job = TypeVar("Job")
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+
+# What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
+OURS = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+    "hydra/help=txl_dist",
+]
+
+
+def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
+    """Run one entry point: compose conf/`name`.yaml with the command line's overrides, check it, call `run`."""
+    sys.argv[1:] = [*map(spell_out, sys.argv[1:]), *OURS]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors whole, and they are told here like all others
+
+    @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
+    def job(config: DictConfig) -> None:
+        with mistakes_told():
+            run(read(schema, OmegaConf.to_container(config, resolve=True)))
+
+    with mistakes_told():
+        job()
+
+
+@contextlib.contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Turn a user's mistake into words on standard error and exit code 2.
+
+    A mistake in the config is every rank's: they agree on what is wrong, the first tells it, and all end together.
+    """
+    try:
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(str(error).strip().splitlines()) from error
+    except ConfigError as error:
+        problems = everyones(error.problems)
+        if os.environ.get("RANK", "0") == "0":
+            print(told(ConfigError(problems)), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except UserError as error:
+        print(told(error), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def everyones(problems: list[str]) -> list[str]:
+    """The problems of all ranks: one rank's end must not silence the others before they have spoken."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return problems
+    import torch.distributed as dist  # seconds to import, and only processes that are several need it
+
+    from txl_dist.engine.launch import world
+
+    if dist.is_initialized():  # then they have agreed already
+        return problems
+    with world() as ranks:
+        return ranks.gather(problems)
+
+
+def told(error: UserError) -> str:
+    if isinstance(error, ConfigError):
+        count = len(error.problems)
+        head = "The config has a problem:" if count == 1 else f"The config has {count} problems:"
+    else:
+        head = "Stopped:"
+    return "\n".join([head, *(f"  {line}" for line in str(error).splitlines())])
+
+
+def spell_out(argument: str) -> str:
+    """Make an override say what its author meant.
+
+    `a.b=1` becomes `++a.b=1`, so that an unknown key reaches our check and is reported with all other problems (Hydra
+    would stop at the first). A prompt is text, not Hydra's grammar: it is quoted, unless it is a list or quoted itself.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    if key == "prompt" and value[:1] not in ("[", "'", '"'):
+        quoted = value.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
+        return f"prompt='{quoted}'"
+    if key[:1] in ("+", "~") or "@" in key or key.startswith("hydra") or (CONF / key).is_dir():
+        return argument
+    return "++" + argument

@@ -1,0 +1,405 @@
+"""Where the text comes from: which files, which documents in them, and which split each document belongs to.
+
+    find -> survey -> plan -> Plan.pieces
+
+Nothing here depends on where the files lie, on the machine or on the number of workers: files are taken in sorted order
+under names relative to what the user gave, and a document's split depends on those names (or on positions) alone.
+"""
+
+import glob
+import gzip
+import hashlib
+import io
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Literal, NamedTuple
+
+import zstandard
+
+from txl_dist.config import CorpusConfig, StdlibCorpus, TextCorpus
+from txl_dist.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+PIECE_BYTES = 1 << 20
+ENOUGH_DOCUMENTS = 20  # from here on split_by=auto cuts between documents
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+class Source(NamedTuple):
+    """A file: where it lies, its name below what the user gave, and its split where the user gave the split its own."""
+
+    path: Path
+    name: str
+    split: str | None
+
+
+class File(NamedTuple):
+    """A file that has been read once: `size` and `sha256` are those of its text, decompressed."""
+
+    source: Source
+    size: int
+    sha256: str
+
+
+class Part(NamedTuple):
+    """The bytes [start, end) of a file's text; with no split, each of its lines has its own (`split_of_line`)."""
+
+    split: str | None
+    start: int
+    end: int
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of one document, or, where `line` is given, of consecutive lines that are documents.
+
+    offset: of the first byte in the file's text. first, last: whether the document begins, and ends, in this piece.
+    line: the number of the first line, from 0.
+    """
+
+    source: Source
+    split: str | None
+    offset: int
+    data: bytes
+    first: bool
+    last: bool
+    line: int | None
+
+
+# --------------------------------------------------------------------------------------------------------- find
+
+
+def find(config: CorpusConfig, problems: list[str]) -> list[Source]:
+    """List the files of a corpus in their order; what is wrong with the config is appended to `problems`."""
+    if config.valid_share + config.test_share >= 1:
+        problems.append("corpus.valid_share + corpus.test_share: leave nothing to train on; choose less than 1")
+    if isinstance(config, StdlibCorpus):
+        root = Path(sysconfig.get_path("stdlib"))
+        return [Source(path, name, None) for name, path in walk(root, NOT_STDLIB) if path.suffix == ".py"]
+
+    given = {split: paths for split in SPLITS if (paths := getattr(config, split)) is not None}
+    if config.path is not None and given:
+        problems.append(f"corpus.path and corpus.{', corpus.'.join(given)}: give either the one or the other")
+    elif config.path is None and not given:
+        problems.append("corpus.path: is missing; give a file, a folder or a glob (or corpus.train=... of its own)")
+    elif config.path is None and "train" not in given:
+        problems.append(f"corpus.train: is missing, though corpus.{', corpus.'.join(given)} is given")
+    pools: dict[str, tuple[str | None, str | list[str]]] = {f"corpus.{split}": (split, given[split]) for split in given}
+    if config.path is not None:
+        pools["corpus.path"] = (None, config.path)
+
+    found: dict[Path, Source] = {}
+    for key, (split, paths) in pools.items():
+        for pattern in [paths] if isinstance(paths, str) else paths:
+            matches = match(pattern)
+            if not matches:
+                problems.append(f"{key}={pattern}: {missing(pattern)}")
+            for name, path in matches:
+                source = found.setdefault(path.resolve(), Source(path, name, split))
+                if source.split != split:
+                    problems.append(f"{key}={pattern}: {path} is in corpus.{source.split} as well; give it to one")
+    return list(found.values())
+
+
+def match(pattern: str) -> list[tuple[str, Path]]:
+    """The files (name, path) that a path, a folder or a glob stands for, sorted by name."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return list(walk(path))
+    if path.is_file():
+        return [(path.name, path)]
+    fixed = next((index for index, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+    root = Path(*path.parts[:fixed])
+    found = {}
+    for text in glob.glob(str(path), recursive=True):
+        here = Path(text)
+        files = [file for _, file in walk(here)] if here.is_dir() else [here] if here.is_file() else []
+        found.update({file.relative_to(root).as_posix(): file for file in files})
+    return sorted(found.items())
+
+
+def walk(root: Path, without: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
+    """All files below a folder (name, path), sorted by name, but for the hidden ones and the folders `without`."""
+    files = []
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    yield from sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
+
+
+def missing(pattern: str) -> str:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return "the folder holds no files"
+    if glob.has_magic(pattern):
+        return "no file matches the glob"
+    if path.exists():
+        return "is no regular file; the text is read more than once"
+    return f"there is no such file or folder (from {Path.cwd()})"
+
+
+# --------------------------------------------------------------------------------------------------------- read
+
+
+class ZstdReader(io.RawIOBase):
+    """Reads the frames of a .zst file; unlike zstandard's own reader it notices when the last one is cut off."""
+
+    def __init__(self, raw: BinaryIO):
+        self.raw = raw
+        self.frame: Any = None
+        self.compressed = self.text = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.text:
+            self.compressed = self.compressed or self.raw.read(1 << 14)
+            if not self.compressed:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            if not self.frame or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self.text = self.frame.decompress(self.compressed)
+            self.compressed = self.frame.unused_data
+        size = min(len(buffer), len(self.text))
+        buffer[:size] = self.text[:size]
+        self.text = self.text[size:]
+        return size
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The text of a file, decompressed.
+
+    Raises:
+        UserError: where the file cannot be opened or its compressed data are damaged.
+    """
+    try:
+        with open(path, "rb") as raw:
+            try:
+                if path.suffix == ".gz":
+                    yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 16)
+                elif path.suffix == ".zst":
+                    yield io.BufferedReader(ZstdReader(raw), 1 << 16)
+                else:
+                    yield raw
+            except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+                place = f"at about byte {raw.tell():,} of its {path.stat().st_size:,}"
+                kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+                raise UserError(f"{path}: damaged {place} ({error}); fetch it again, or test it: {kind} -t") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def survey(sources: list[Source], advance: Callable[[int], None]) -> list[File]:
+    """Read every file once, for its text's size and sha256; `advance` is told the bytes read. Drops empty files."""
+    files = []
+    for source in sources:
+        digest, size = hashlib.sha256(), 0
+        with opened(source.path) as stream:
+            while block := stream.read(PIECE_BYTES):
+                digest.update(block)
+                size += len(block)
+                advance(len(block))
+        if size:
+            files.append(File(source, size, digest.hexdigest()))
+    return files
+
+
+def cut(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    """Cut the next `size` bytes into pieces of at most PIECE_BYTES, at line ends.
+
+    A longer line is cut before a space, and one without spaces between two UTF-8 characters. Fewer bytes come where the
+    stream ends earlier.
+    """
+    rest = b""
+    while size:
+        block = stream.read(min(PIECE_BYTES - len(rest), size))
+        if not block:
+            return
+        size -= len(block)
+        data = rest + block
+        end = boundary(data) if size else len(data)
+        yield data[:end]
+        rest = data[end:]
+
+
+def boundary(data: bytes) -> int:
+    """Where to end a piece: a position in 1..len(data)."""
+    end = data.rfind(b"\n") + 1
+    if end == 0:
+        end = max(data.rfind(b" "), 0)
+    if end == 0:
+        end = next((at for at in range(len(data) - 1, 0, -1) if data[at] & 0xC0 != 0x80), 0)
+    return end or len(data)
+
+
+def line_ends(file: File, targets: list[int]) -> list[int]:
+    """For each ascending position in the text of `file` the first line end at or after it (the text's end, if none)."""
+    found: list[int] = []
+    at = 0
+    with opened(file.source.path) as stream:
+        while len(found) < len(targets) and (block := stream.read(PIECE_BYTES)):
+            # A position right behind a "\n" is a line end itself, so the search begins one byte earlier.
+            while len(found) < len(targets):
+                newline = block.find(b"\n", max(targets[len(found)] - 1 - at, 0))
+                if newline < 0:
+                    break
+                found.append(at + newline + 1)
+            at += len(block)
+    return found + [file.size] * (len(targets) - len(found))
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to read: every file's parts, in order. `shares` (of valid and test) decide where a part has no split."""
+
+    files: list[tuple[File, list[Part]]]
+    document: Literal["file", "line"]
+    split_by: Literal["given", "document", "position"]
+    shares: tuple[float, float]
+
+    def size(self, split: str | None = None) -> int:
+        """Bytes of text in all pieces, or in those that may hold text of `split`."""
+        parts = [part for _, parts in self.files for part in parts if split is None or part.split in (None, split)]
+        return sum(part.end - part.start for part in parts)
+
+    def pieces(self, split: str | None = None) -> Iterator[Piece]:
+        """All pieces in the order of the files and their text, or those that may hold text of `split`.
+
+        Raises:
+            UserError: where a file cannot be read, or has become shorter since the survey.
+        """
+        for file, parts in self.files:
+            if split is None or any(part.split in (None, split) for part in parts):
+                yield from (piece for piece in self._read(file, parts) if split is None or piece.split in (None, split))
+
+    def _read(self, file: File, parts: list[Part]) -> Iterator[Piece]:
+        line = 0 if self.document == "line" else None
+        with opened(file.source.path) as stream:
+            for part in parts:
+                at, first = part.start, True
+                for data in cut(stream, part.end - part.start):
+                    whole_lines = line is not None and data.endswith(b"\n")
+                    last = whole_lines or at + len(data) == part.end
+                    yield Piece(file.source, part.split, at, data, first, last, line)
+                    at += len(data)
+                    first = whole_lines
+                    if line is not None:
+                        line += data.count(b"\n")
+                if at != part.end:
+                    raise UserError(f"{file.source.path}: became shorter while it was read; start again")
+
+
+def plan(config: CorpusConfig, files: list[File]) -> Plan:
+    """Decide which bytes of which file belong to which split.
+
+    Raises:
+        UserError: where a split would be empty.
+    """
+    shares = (config.valid_share, config.test_share)
+    document: Literal["file", "line"] = "file"
+    split_by: Literal["given", "auto", "document", "position"] = "document"
+    if isinstance(config, TextCorpus):
+        document, split_by = config.document, config.split_by
+    if any(file.source.split for file in files):
+        split_by, shares = "given", (0.0, 0.0)
+    if split_by == "auto":
+        split_by = "document" if document == "line" or len(files) >= ENOUGH_DOCUMENTS else "position"
+
+    if split_by == "given":
+        parts = [[Part(file.source.split, 0, file.size)] for file in files]
+    elif split_by == "position":
+        parts = [parts_by_position(file, shares) for file in files]
+    elif document == "line":
+        parts = [[Part(None, 0, file.size)] for file in files]
+    else:
+        splits = splits_by_quota([file.source.name for file in files], shares)
+        parts = [[Part(split, 0, file.size)] for file, split in zip(files, splits, strict=True)]
+    found = {part.split for some in parts for part in some}
+    if None not in found:
+        check_splits(config, found)
+    return Plan(list(zip(files, parts, strict=True)), document, split_by, shares)
+
+
+def check_splits(config: CorpusConfig, found: Collection[str | None]) -> None:
+    """Refuse a split that was wanted and got no text."""
+    given = [split for split in SPLITS if getattr(config, split, None) is not None]
+    wanted = given or ["train", *(split for split in SPLITS[1:] if getattr(config, f"{split}_share") > 0)]
+    lacking = [split for split in wanted if split not in found]
+    if given and lacking:
+        raise UserError(f"corpus.{', corpus.'.join(lacking)}: the files are empty; give others")
+    if lacking:
+        shares = " ".join(f"corpus.{split}_share=0" for split in lacking if split != "train") or "other shares"
+        raise UserError(f"corpus: no text falls to {' and '.join(lacking)}; give more text, or {shares}")
+
+
+def splits_by_quota(names: list[str], shares: tuple[float, float]) -> list[str]:
+    """The split of each document: in the order of their hashes the first are valid, the next test, the rest train."""
+    valid, test = (max(1, round(share * len(names))) if share else 0 for share in shares)
+    if valid + test >= len(names):
+        raise UserError(
+            f"corpus: {len(names)} documents are too few to split between them: {valid} would be valid, {test} test "
+            "and none train; use corpus.split_by=position, or set corpus.valid_share and corpus.test_share to 0"
+        )
+    order = sorted(range(len(names)), key=lambda index: (name_hash(names[index]), index))
+    splits = ["train"] * len(names)
+    for rank, index in enumerate(order[: valid + test]):
+        splits[index] = "valid" if rank < valid else "test"
+    return splits
+
+
+def parts_by_position(file: File, shares: tuple[float, float]) -> list[Part]:
+    """Train, then valid, then test, cut at line ends."""
+    valid, test = shares
+    cuts = line_ends(file, [round(file.size * (1 - valid - test)), round(file.size * (1 - test))])
+    starts, ends = [0, *cuts], [*cuts, file.size]
+    return [Part(*part) for part in zip(SPLITS, starts, ends, strict=True) if part[1] < part[2]]
+
+
+def split_of_line(name: str, line: int, shares: tuple[float, float]) -> str:
+    """The split of the line with this number (from 0) of the file with this name."""
+    place = name_hash(f"{name}:{line}") / 2**64
+    valid, test = shares
+    return "valid" if place < valid else "test" if place < valid + test else "train"
+
+
+def text(piece: Piece) -> str:
+    try:
+        return piece.data.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(piece, error) from error
+
+
+def not_utf8(piece: Piece, error: UnicodeDecodeError) -> UserError:
+    place = f"{piece.source.path}: byte {piece.offset + error.start:,} of the text"
+    return UserError(f"{place} is not UTF-8 ({error.reason}); convert the file (iconv), or use tokenizer=bytes")
+
+
+def name_hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def documents(piece: Piece, shares: tuple[float, float]) -> Iterator[Piece]:
+    """Resolve a piece into pieces of single documents, each with its split."""
+    if piece.line is None:
+        yield piece
+        return
+    at, first = piece.offset, piece.first
+    for number, data in enumerate(io.BytesIO(piece.data), piece.line):
+        split = piece.split or split_of_line(piece.source.name, number, shares)
+        yield Piece(piece.source, split, at, data, first, data.endswith(b"\n") or piece.last, number)
+        at, first = at + len(data), True

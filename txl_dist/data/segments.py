@@ -1,0 +1,90 @@
+"""Segments: what the lanes of one rank read at one step, as arrays, fetched ahead in the background."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from txl_dist.data.lanes import LanePlan
+from txl_dist.data.shards import SampleReader
+
+NOT_SCORED = -100  # the target of a position that holds no token: torch's own mark for it
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One step of some lanes; all arrays int64 [lanes, tgt_len].
+
+    targets: the tokens of the lanes' spans, NOT_SCORED where a lane has ended.
+    inputs: the token before each target; `<eos>` before a document's first.
+    reach: how many tokens back each position may look: those that the lane has read and may remember.
+    """
+
+    step: int
+    inputs: np.ndarray
+    targets: np.ndarray
+    reach: np.ndarray
+
+
+class Segments:
+    """Iterates over the segments of `lanes` for the steps from `start` up to `stop`.
+
+    `workers` threads read ahead; their number changes nothing in what comes out. `waited` holds the seconds that the
+    consumer has waited for data so far.
+
+    Raises:
+        UserError: where a shard disagrees with the index, naming shard and sample.
+    """
+
+    def __init__(
+        self,
+        plan: LanePlan,
+        reader: SampleReader,
+        lanes: Sequence[int],
+        eos: int,
+        start: int,
+        stop: int,
+        workers: int = 1,
+    ):
+        self.plan, self.reader, self.lanes, self.eos = plan, reader, lanes, eos
+        self.start, self.stop, self.workers = start, stop, workers
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[Segment]:
+        ahead = 2 * self.workers + 2
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="segments") as pool:
+            steps = iter(range(self.start, self.stop))
+            coming = deque(pool.submit(self.read, step) for step in islice(steps, ahead))
+            try:
+                while coming:
+                    began = time.perf_counter()
+                    segment = coming.popleft().result()
+                    self.waited += time.perf_counter() - began
+                    coming.extend(pool.submit(self.read, step) for step in islice(steps, 1))
+                    yield segment
+            finally:
+                for future in coming:
+                    future.cancel()
+
+    def read(self, step: int) -> Segment:
+        shape = (len(self.lanes), self.plan.tgt_len)
+        inputs, reach = np.full(shape, self.eos), np.zeros(shape, np.int64)
+        targets = np.full(shape, NOT_SCORED)
+        for row, lane in enumerate(self.lanes):
+            at = 0
+            for span in self.plan.spans(lane, step):
+                here = slice(at, at + span.length)
+                before = min(1, span.position)  # the stream's first token has none before it: <eos> stands there
+                tokens = self.reader.tokens(span.position - before, span.length + before)
+                targets[row, here] = tokens[before:]
+                inputs[row, at + 1 - before : at + span.length] = tokens[: span.length - 1 + before]
+                reach[row, here] = np.arange(span.history, span.history + span.length)
+                at += span.length
+        return Segment(step, inputs, targets, reach)

@@ -1,0 +1,317 @@
+"""From text to token numbers and back: bytes, words, SentencePiece.
+
+Every tokenizer has a token `<eos>` that ends a document (with words: a line, as in the Penn Treebank and WikiText-103
+experiments of the Transformer-XL paper). They are saved as files a person can read; no pickle.
+"""
+
+import codecs
+import hashlib
+import io
+import itertools
+import json
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+
+from txl_dist.errors import UserError
+
+EOS, UNK = "<eos>", "<unk>"
+BLOCK = "\u2581"  # what SentencePiece writes for a space
+
+
+class Decoder(Protocol):
+    """Turns tokens into text one at a time, so that a character of several tokens comes out whole."""
+
+    def feed(self, token: int) -> str:
+        """The text that is settled by this token; it may be empty."""
+
+    def end(self) -> str:
+        """The rest: an unfinished character comes out as U+FFFD."""
+
+
+class Tokenizer(ABC):
+    """vocab_size: tokens are 0 .. vocab_size - 1. eos: the token that ends a document (words: a line)."""
+
+    kind: str
+    vocab_size: int
+    eos: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How tokens are stored: little-endian, as narrow as the vocabulary allows."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    @abstractmethod
+    def encode(self, data: bytes, end: bool) -> np.ndarray:
+        """Tokens [n], of `dtype`, of a piece of a document that ends at a line end, or with the document (`end`).
+
+        The pieces' tokens, one after the other, are those of the whole document.
+
+        Raises:
+            UnicodeDecodeError: where the tokenizer needs text and `data` are not UTF-8.
+        """
+
+    @abstractmethod
+    def decoder(self) -> Decoder: ...
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        decoder = self.decoder()
+        return "".join(decoder.feed(int(token)) for token in tokens) + decoder.end()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and the vocabulary beside it where there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eos": self.eos}
+        (folder / "tokenizer.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------------- bytes
+
+
+class BytesTokenizer(Tokenizer):
+    """Token = byte, whatever the bytes are; 256 is `<eos>`."""
+
+    kind = "bytes"
+    vocab_size = 257
+    eos = 256
+
+    def encode(self, data: bytes, end: bool) -> np.ndarray:
+        tokens = np.full(len(data) + end, self.eos, self.dtype)
+        tokens[: len(data)] = np.frombuffer(data, np.uint8)
+        return tokens
+
+    def decoder(self) -> Decoder:
+        return BytesDecoder()
+
+
+class BytesDecoder:
+    def __init__(self) -> None:
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        return self.utf8.decode(bytes([token])) if token < 256 else self.end()
+
+    def end(self) -> str:
+        rest = self.utf8.decode(b"", final=True)
+        self.utf8.reset()
+        return rest
+
+
+# -------------------------------------------------------------------------------------------------------- words
+
+
+class WordTokenizer(Tokenizer):
+    """Token = word, as white space separates them; `<eos>` (0) after every line, `<unk>` (1) for an unknown word.
+
+    `<unk>` written in the text is token 1, too; `<eos>` written in the text is a word that is never known.
+    """
+
+    kind = "word"
+    eos = 0
+    unk = 1
+
+    def __init__(self, words: list[str]):
+        """words: the vocabulary in the order of the tokens; it begins with `<eos>` and `<unk>`."""
+        assert words[:2] == [EOS, UNK]
+        self.words = words
+        self.vocab_size = len(words)
+        self.ids = {word: token for token, word in enumerate(words) if token != self.eos}
+
+    @classmethod
+    def train(cls, counts: Counter[str], vocab_size: int | None, min_count: int) -> "WordTokenizer":
+        """The most frequent words first, those of equal count in lexical order; at most `vocab_size` tokens in all."""
+        known = [word for word, count in counts.items() if count >= min_count and word not in (EOS, UNK)]
+        known.sort(key=lambda word: (-counts[word], word))
+        return cls([EOS, UNK, *known][:vocab_size])
+
+    def encode(self, data: bytes, end: bool) -> np.ndarray:
+        tokens: list[int] = []
+        unknown = itertools.repeat(self.unk)
+        lines = data.decode().split("\n")
+        rest = lines.pop()
+        for line in lines:
+            tokens.extend(map(self.ids.get, line.split(), unknown))
+            tokens.append(self.eos)
+        tokens.extend(map(self.ids.get, rest.split(), unknown))
+        if rest and end:
+            tokens.append(self.eos)
+        return np.array(tokens, self.dtype)
+
+    def decoder(self) -> Decoder:
+        return WordDecoder(self)
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        (folder / "vocab.txt").write_bytes("".join(f"{word}\n" for word in self.words).encode())
+
+
+class WordDecoder:
+    def __init__(self, tokenizer: WordTokenizer):
+        self.tokenizer = tokenizer
+        self.space = ""
+
+    def feed(self, token: int) -> str:
+        if token == self.tokenizer.eos:
+            self.space = ""
+            return "\n"
+        text = self.space + self.tokenizer.words[token]
+        self.space = " "
+        return text
+
+    def end(self) -> str:
+        return ""
+
+
+# ------------------------------------------------------------------------------------------------ sentencepiece
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, applied line by line, line ends included.
+
+    One trained here loses nothing: no normalization, bytes where a character has no piece, the line end a piece of its
+    own, and U+2581, which SentencePiece itself writes for a space, goes by its bytes. A given model is used as it is:
+    what it does to white space and to rare characters it does to every line.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self.pieces.get_piece_size()
+        self.eos = self.pieces.eos_id()
+        block = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in BLOCK.encode()]
+        self.block = block if all(map(self.pieces.is_byte, block)) else []
+
+    @classmethod
+    def train(cls, lines: Iterable[str], vocab_size: int, model_type: str) -> "SentencePieceTokenizer":
+        """Train on lines of text. The result depends on nothing else.
+
+        Raises:
+            UserError: where the text allows no vocabulary of this size; it names the size that would work.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=sentences(lines),
+                model_writer=model,
+                model_type=model_type,
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,  # an indentation is one token
+                user_defined_symbols=["\n"],
+                unk_id=0,
+                eos_id=1,
+                eos_piece=EOS,
+                bos_id=-1,
+                pad_id=-1,
+                num_threads=4,  # sums are made in as many parts, so the number must not be the machine's
+                minloglevel=3,
+            )
+        except RuntimeError as error:
+            raise UserError(vocabulary_problem(vocab_size, str(error))) from error
+        return cls(model.getvalue())
+
+    @classmethod
+    def open(cls, path: Path) -> "SentencePieceTokenizer":
+        """A given .model file.
+
+        Raises:
+            UserError: where it is no SentencePiece model, or one without a token that ends a text.
+        """
+        try:
+            tokenizer = cls(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"tokenizer.model={path}: cannot be read as a SentencePiece model ({error})") from error
+        if tokenizer.eos < 0:
+            raise UserError(f"tokenizer.model={path}: the model has no end-of-text token; train it with an eos_id >= 0")
+        return tokenizer
+
+    def encode(self, data: bytes, end: bool) -> np.ndarray:
+        tokens: list[int] = []
+        first, *others = data.decode().split(BLOCK) if self.block else [data.decode()]
+        tokens.extend(self._encode_lines(first))
+        for text in others:
+            tokens.extend(self.block)
+            tokens.extend(self._encode_lines(text))
+        return np.array(tokens + [self.eos] * end, self.dtype)
+
+    def _encode_lines(self, text: str) -> Iterator[int]:
+        lines = list(io.StringIO(text, newline="\n"))
+        return itertools.chain.from_iterable(self.pieces.encode(lines, num_threads=1))
+
+    def decoder(self) -> Decoder:
+        return SentencePieceDecoder(self.pieces)
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        (folder / "sentencepiece.model").write_bytes(self.model)
+
+
+class SentencePieceDecoder:
+    def __init__(self, pieces: sentencepiece.SentencePieceProcessor):
+        self.pieces = pieces
+        self.bytes = BytesDecoder()
+
+    def feed(self, token: int) -> str:
+        if self.pieces.is_byte(token):
+            return self.bytes.feed(int(self.pieces.id_to_piece(token)[3:5], 16))  # "<0xE2>"
+        if self.pieces.is_control(token) or self.pieces.is_unknown(token):
+            return self.end() + self.pieces.decode([token])
+        return self.end() + self.pieces.id_to_piece(token).replace(BLOCK, " ")
+
+    def end(self) -> str:
+        return self.bytes.end()
+
+
+def sentences(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends, in stretches that SentencePiece accepts: it leaves out longer ones (4192 bytes)."""
+    for line in lines:
+        text = line.rstrip("\n")
+        yield from (text[at : at + 1000] for at in range(0, len(text), 1000))
+
+
+def vocabulary_problem(vocab_size: int, error: str) -> str:
+    if found := re.search(r"too high .*<= (\d+)", error):
+        return f"tokenizer.vocab_size={vocab_size}: the training text has too few pieces; choose {found[1]} or less"
+    if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
+        return f"tokenizer.vocab_size={vocab_size}: too few for all characters of the text; choose {found[1]} or more"
+    return f"tokenizer: SentencePiece cannot be trained on this text: {error}"
+
+
+# --------------------------------------------------------------------------------------------------------- load
+
+
+def load(folder: Path) -> Tokenizer:
+    """Read what `Tokenizer.save` wrote.
+
+    Raises:
+        UserError: where it is not there or does not fit together.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        tokenizer: Tokenizer
+        if facts["kind"] == "bytes":
+            tokenizer = BytesTokenizer()
+        elif facts["kind"] == "word":
+            tokenizer = WordTokenizer((folder / "vocab.txt").read_bytes().decode().split("\n")[:-1])
+        elif facts["kind"] == "sentencepiece":
+            tokenizer = SentencePieceTokenizer((folder / "sentencepiece.model").read_bytes())
+        else:
+            raise UserError(f"{path}: kind {facts['kind']!r} is unknown here; it is bytes, word or sentencepiece")
+        if (tokenizer.vocab_size, tokenizer.eos) != (facts["vocab_size"], facts["eos"]):
+            raise UserError(f"{path}: its vocabulary has {tokenizer.vocab_size} tokens, not {facts['vocab_size']}")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: holds no tokenizer that can be read ({error})") from error
+    return tokenizer

@@ -1,0 +1,13 @@
+"""What a user did wrong, as exceptions: told in plain words by the command line, without a stack trace."""
+
+
+class UserError(Exception):
+    """A user's mistake: names the key or the file, what is wrong and what would be right."""
+
+
+class ConfigError(UserError):
+    """All problems of one config, a line each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems

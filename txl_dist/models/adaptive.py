@@ -1,0 +1,144 @@
+"""Adaptive input and adaptive softmax (Baevski & Auli 2019; Grave et al. 2017) as Transformer-XL has them.
+
+The vocabulary is sorted by frequency and cut into clusters. The softmax first chooses among the tokens of the first
+cluster and the other clusters as wholes (the head), then within the cluster (a tail). With div_val > 1 rarer clusters
+have narrower embeddings, brought to d_model and back by a projection.
+
+ZeRO gathers parameters module by module, on all ranks in step. So both modules own directly every parameter they use,
+tied ones included, and run the same operations whatever the tokens: on zero rows for a cluster without any.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from txl_dist.config import ModelConfig
+
+
+class Clusters(nn.Module):
+    """The clusters' geometry and their parameters: `table_i` [size, width] and `projection_i` [d_model, width].
+
+    The width of cluster i is d_model // div_val**i. With div_val 1 there is one table for all, and no projection.
+    """
+
+    cutoffs: Tensor  # int64, the first tokens of all clusters but the first
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.div_val = config.div_val
+        self.starts = [0, *config.cutoffs]
+        self.sizes = [end - start for start, end in zip(self.starts, [*config.cutoffs, vocab_size], strict=True)]
+        self.register_buffer("cutoffs", torch.tensor(config.cutoffs, dtype=torch.int64), persistent=False)
+
+    def tables(self) -> list[Tensor]:
+        """One a cluster."""
+        if self.div_val == 1:
+            return list(self.get_parameter("table_0").split(self.sizes))
+        return [self.get_parameter(f"table_{i}") for i in range(len(self.sizes))]
+
+    def projections(self) -> list[Tensor]:
+        return [self.get_parameter(f"projection_{i}") for i in range(len(self.sizes))]
+
+    def members(self, tokens: Tensor) -> list[Tensor]:
+        """For each cluster the places of its tokens in int64 [n], possibly none."""
+        cluster = torch.bucketize(tokens, self.cutoffs, right=True)
+        return [(cluster == i).nonzero().squeeze(1) for i in range(len(self.sizes))]
+
+
+class AdaptiveEmbedding(Clusters):
+    """Embeds tokens, scaled by sqrt(d_model)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__(config, vocab_size)
+        self.d_model = config.d_model
+        for i, size in enumerate(self.sizes if self.div_val > 1 else [vocab_size]):
+            width = config.d_model // config.div_val**i
+            self.register_parameter(f"table_{i}", nn.Parameter(torch.empty(size, width)))
+            if self.div_val > 1:
+                self.register_parameter(f"projection_{i}", nn.Parameter(torch.empty(config.d_model, width)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [lanes, length] -> [lanes, length, d_model]."""
+        if self.div_val == 1:
+            embedded = F.embedding(tokens, self.get_parameter("table_0"))
+        else:
+            embedded = self.by_cluster(tokens.flatten()).view(*tokens.shape, self.d_model)
+        return embedded * self.d_model**0.5
+
+    def by_cluster(self, tokens: Tensor) -> Tensor:
+        """int64 [n] -> [n, d_model]."""
+        places = self.members(tokens)
+        parts = zip(places, self.starts, self.tables(), self.projections(), strict=True)
+        rows = torch.cat([F.linear(F.embedding(tokens[at] - start, table), proj) for at, start, table, proj in parts])
+        return torch.empty_like(rows).index_copy(0, torch.cat(places), rows)
+
+
+class AdaptiveSoftmax(Clusters):
+    """The distribution of the next token; without cutoffs an ordinary softmax.
+
+    The head's outputs are the first cluster's tokens, then the other clusters in their order.
+
+    Args:
+        embedding: lends its tables with tie_weights, its projections but the first with tie_projections.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, embedding: AdaptiveEmbedding):
+        super().__init__(config, vocab_size)
+        for name, parameter in embedding.named_parameters():
+            tied = config.tie_weights if name.startswith("table") else config.tie_projections and name != "projection_0"
+            self.register_parameter(name, parameter if tied else nn.Parameter(torch.empty_like(parameter)))
+        self.bias = nn.Parameter(torch.empty(vocab_size))
+        if config.cutoffs:
+            self.cluster_weight = nn.Parameter(torch.empty(len(config.cutoffs), config.d_model))
+            self.cluster_bias = nn.Parameter(torch.empty(len(config.cutoffs)))
+
+    def forward(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+        """The negative log-likelihood of the targets, or all log-probabilities where `targets` is None; in nats.
+
+        Args:
+            hidden: [lanes, length, d_model].
+            targets: int64 [lanes, length]; -100: not scored, the result there is 0.
+
+        Returns:
+            [lanes, length], or [lanes, length, vocab_size]; float32 (float64 in a float64 model).
+        """
+        if targets is None:
+            return self.log_probs(hidden)
+        return self.nll(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[n, d_model], int64 [n] -> [n]."""
+        head, *tails = self.outputs()
+        _, *places = self.members(targets)
+        in_head = targets
+        for i, at in enumerate(places):
+            in_head = in_head.index_fill(0, at, self.sizes[0] + i)
+        nll = F.cross_entropy(logits(hidden, *head), in_head, reduction="none")
+        for at, start, tail in zip(places, self.starts[1:], tails, strict=True):
+            within = F.cross_entropy(logits(hidden.index_select(0, at), *tail), targets[at] - start, reduction="none")
+            nll = nll.index_add(0, at, within)
+        return nll
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """[..., d_model] -> [..., vocab_size]."""
+        head, *tails = self.outputs()
+        first, *clusters = logits(hidden, *head).log_softmax(-1).split([self.sizes[0], *[1] * len(tails)], dim=-1)
+        within = [logits(hidden, *tail).log_softmax(-1) for tail in tails]
+        return torch.cat([first, *map(torch.add, clusters, within)], dim=-1)
+
+    def outputs(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Each cluster's table, bias and projection; the first's with a row for each other cluster: the head."""
+        tables, biases = self.tables(), list(self.bias.split(self.sizes))
+        if len(tables) > 1:
+            tables[0] = torch.cat([tables[0], self.cluster_weight])
+            biases[0] = torch.cat([biases[0], self.cluster_bias])
+        projections = self.projections() if self.div_val > 1 else [None] * len(tables)
+        return list(zip(tables, biases, projections, strict=True))
+
+
+def logits(hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
+    """[..., d_model] -> [..., size], in float32 at least: what is made of them are logarithms."""
+    if projection is not None:
+        hidden = hidden @ projection
+    scores = F.linear(hidden, table, bias)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,129 @@
+"""Transformer-XL (Dai et al. 2019, section 3): attention over the segment and a memory of the segments before it.
+
+    h~ = [SG(memory) ; h]                                  (section 3.2)
+    q, k, v = h W_q, h~ W_k, h~ W_v;  r = R W_r            (section 3.3)
+    h <- LayerNorm(h + attention(q, k, v, r, u, v))
+    h <- LayerNorm(h + feed-forward(h))
+
+What a layer remembers of a lane are its own last mem_len *inputs*, oldest first. Memory is an argument and a result: a
+forward writes nothing, and may be run again (activation checkpointing, pipelines) without harm.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from txl_dist.config import ModelConfig
+from txl_dist.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from txl_dist.models.attention import RelativeAttention, sinusoids, visibility
+
+
+class FeedForward(nn.Module):
+    """The position-wise feed-forward sublayer, with residual connection and layer normalisation."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.inner = nn.Linear(config.d_model, config.d_inner)
+        self.outer = nn.Linear(config.d_inner, config.d_model)
+        self.layer_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.pre_lnorm = config.pre_lnorm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[lanes, length, d_model] -> the same."""
+        inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu_()
+        hidden = hidden + self.dropout(self.outer(self.dropout(inner)))
+        return hidden if self.pre_lnorm else self.layer_norm(hidden)
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = RelativeAttention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, hidden: Tensor, memory: Tensor, encoding: Tensor, visible: Tensor) -> Tensor:
+        """[lanes, length, d_model] -> the same; the arguments are those of RelativeAttention."""
+        return self.feed_forward(self.attention(hidden, memory, encoding, visible))
+
+
+class TransformerXL(nn.Module):
+    """The language model: token by token, the distribution of the next one.
+
+    Attributes:
+        activation_checkpointing: in training keep no activations within the layers, and compute them again in backward.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = AdaptiveEmbedding(config, vocab_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.softmax = AdaptiveSoftmax(config, vocab_size, self.embedding)
+        self.dropout = nn.Dropout(config.dropout)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw all weights as the authors' code does."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "layer_norm" in name:
+                nn.init.normal_(parameter, 1.0, self.config.init_std)
+            elif "projection" in name:
+                nn.init.normal_(parameter, 0.0, 0.01)
+            else:
+                nn.init.normal_(parameter, 0.0, self.config.init_std)
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor | None, reach: Tensor, memory: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read a segment of any length.
+
+        Args:
+            inputs: int64 [lanes, length].
+            targets: int64 [lanes, length], the token to be predicted at each position; -100: not scored.
+                None: the whole distribution is wanted.
+            reach: int64 [lanes, length], how many tokens back each position may look: the number of tokens before it
+                in its document, or in its stream since the last reset. What the memory holds beyond has no effect.
+            memory: [lanes, mem_len, d_model] a layer, what the segment before left; at first `empty_memory`.
+
+        Returns:
+            The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
+            [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
+        """
+        hidden = self.dropout(self.embedding(inputs))
+        encoding, visible = self.surroundings(hidden, reach)
+        new_memory = []
+        for layer, past in zip(self.layers, memory, strict=True):
+            new_memory.append(remember(past, hidden))
+            hidden = self.run(layer, hidden, past, encoding, visible)
+        return self.softmax(self.dropout(hidden), targets), new_memory
+
+    def surroundings(self, hidden: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """What all layers share: the encoding of distances, and which keys each query sees."""
+        config = self.config
+        keys = config.mem_len + reach.size(1)
+        encoding = self.dropout(sinusoids(keys, config.d_model, config.clamp_len, like=hidden))
+        window = config.mem_len if config.same_length else None
+        return encoding, visibility(reach, config.mem_len, window)
+
+    def run(self, layer: nn.Module, *args: Tensor) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+    def empty_memory(self, lanes: int) -> list[Tensor]:
+        """The memory before the first token: zeros, which `reach` hides."""
+        like = next(self.parameters())
+        shape = lanes, self.config.mem_len, self.config.d_model
+        return [like.new_zeros(shape) for _ in self.layers]
+
+
+def remember(memory: Tensor, hidden: Tensor) -> Tensor:
+    """The last mem_len positions of memory and segment together, detached."""
+    mem_len, length = memory.size(1), hidden.size(1)
+    return torch.cat([memory[:, length:], hidden[:, max(0, length - mem_len) :].detach()], dim=1)

@@ -1,0 +1,320 @@
+"""Turn text into a dataset: python -m txl_dist.prepare corpus=text corpus.path=books tokenizer=sentencepiece
+
+The text is read up to three times: for its fingerprint, for the vocabulary, for the tokens. This process reads, cuts
+and writes; others tokenize. What comes out depends on the text and the settings alone, not on how many those are.
+"""
+
+import os
+import random
+import shutil
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from txl_dist.config import PrepareJob, SentencePieceTokenizer, WordTokenizer
+from txl_dist.data import corpora, shards, tokenizers
+from txl_dist.data.corpora import Piece, Plan
+from txl_dist.errors import ConfigError, UserError
+
+SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
+
+Shares = tuple[float, float]
+Result = TypeVar("Result")
+
+
+def prepare(job: PrepareJob) -> None:
+    """Write the dataset that `job` describes to `job.data.dir`, or find that it is there already.
+
+    Raises:
+        UserError: where the text cannot be read or split, or the folder holds something else.
+    """
+    folder = Path(job.data.dir).expanduser()
+    existing = existing_dataset(folder)
+    problems: list[str] = []
+    sources = corpora.find(job.corpus, problems)
+    if problems:
+        raise ConfigError(problems)
+    tokenizer = given_tokenizer(job)
+    with Work(job.workers) as work:
+        with work.progress("reading", None) as advance:
+            files = corpora.survey(sources, advance)
+        plan = corpora.plan(job.corpus, files)
+        corpus = describe(job, plan, tokenizer)
+        if existing is not None:
+            check_same(folder, existing, corpus)
+            work.console.print("Nothing to do: the dataset is there, made of the same text with the same settings.")
+        else:
+            with partial_folder(folder) as partial:
+                tokenizer = tokenizer or train_tokenizer(job, plan, work)
+                tokenizer.save(partial / "tokenizer")
+                splits = write_splits(job, plan, tokenizer, partial, work)
+                shards.write_index(partial, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits)
+        show(folder, work.console)
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+
+
+def existing_dataset(folder: Path) -> shards.Index | None:
+    """The dataset in `folder`; None where there is nothing yet."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / "index.json").exists():
+        raise UserError(f"data.dir={folder}: holds something that is no dataset; give another folder")
+    return shards.Index.open(str(folder))
+
+
+def check_same(folder: Path, existing: shards.Index, corpus: dict[str, Any]) -> None:
+    """Refuse to go on where `folder` holds another dataset, or shards of it are missing."""
+    if existing.corpus["fingerprint"] != corpus["fingerprint"]:
+        old, new = existing.corpus, corpus
+        what = [key for key in ("settings", "files", "bytes") if old.get(key) != new[key]]
+        raise UserError(
+            f"data.dir={folder}: holds another dataset (other {' and '.join(what) or 'text'}); nothing is overwritten: "
+            "give another data.dir, or delete the folder"
+        )
+    for shard in (shard for split in existing.splits.values() for shard in split.shards):
+        path = folder / shard.name
+        if not path.exists() or path.stat().st_size != shard.bytes:
+            raise UserError(
+                f"{path}: is missing or has not {shard.bytes:,} bytes; delete {folder} and prepare it again"
+            )
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name in the end, so that what is half done never looks finished."""
+    here = folder.resolve().with_name(f".{folder.resolve().name}.partial")
+    if here.exists():
+        shutil.rmtree(here)
+    here.mkdir(parents=True)
+    try:
+        yield here
+        here.rename(folder)
+    except BaseException:
+        shutil.rmtree(here)
+        raise
+
+
+def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) -> dict[str, Any]:
+    """What decides the content of the dataset, as the index tells it, and a fingerprint of all that."""
+    tokenizer = asdict(job.tokenizer)
+    if isinstance(given, tokenizers.SentencePieceTokenizer):
+        tokenizer = {"name": given.kind, "model": given.sha256}
+    settings = {
+        "document": plan.document,
+        "split_by": plan.split_by,
+        "shares": plan.shares,
+        "tokenizer": tokenizer,
+        "sample_tokens": job.data.sample_tokens,
+        "shard_samples": job.data.shard_samples,
+    }
+    files = [(file.source.split, file.source.name, file.size, file.sha256) for file, _ in plan.files]
+    return {
+        "name": job.corpus.name,
+        "files": len(files),
+        "bytes": sum(size for _, _, size, _ in files),
+        "settings": settings,
+        "fingerprint": shards.sha256_of_json([files, settings]),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- tokenizers
+
+
+def given_tokenizer(job: PrepareJob) -> tokenizers.Tokenizer | None:
+    """The tokenizer that needs no training text, if it is such a one."""
+    if isinstance(job.tokenizer, SentencePieceTokenizer):
+        path = job.tokenizer.model
+        return tokenizers.SentencePieceTokenizer.open(Path(path).expanduser()) if path is not None else None
+    return None if isinstance(job.tokenizer, WordTokenizer) else tokenizers.BytesTokenizer()
+
+
+def train_tokenizer(job: PrepareJob, plan: Plan, work: "Work") -> tokenizers.Tokenizer:
+    """Learn the vocabulary from the training split, and from nothing else."""
+    size = plan.size("train")
+    pieces = plan.pieces("train")
+    if isinstance(job.tokenizer, WordTokenizer):
+        counts: Counter[str] = Counter()
+        for counted in work.map("counting words", partial(count_words, plan.shares), pieces, size):
+            counts.update(counted)
+        return tokenizers.WordTokenizer.train(counts, job.tokenizer.vocab_size, job.tokenizer.min_count)
+    assert isinstance(job.tokenizer, SentencePieceTokenizer)
+    sample = partial(sample_lines, plan.shares, min(1.0, SENTENCEPIECE_BYTES / size))
+    lines = [line for found in work.map("sampling lines", sample, pieces, size) for line in found]
+    work.say(
+        f"training SentencePiece ({job.tokenizer.type}, {job.tokenizer.vocab_size} pieces) on {len(lines):,} lines"
+    )
+    return tokenizers.SentencePieceTokenizer.train(lines, job.tokenizer.vocab_size, job.tokenizer.type)
+
+
+def count_words(shares: Shares, pieces: list[Piece]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for document in (document for piece in pieces for document in corpora.documents(piece, shares)):
+        if document.split == "train":
+            counts.update(corpora.text(document).split())
+    return counts
+
+
+def sample_lines(shares: Shares, rate: float, pieces: list[Piece]) -> list[str]:
+    """Each line of the training split with a chance of `rate`; which ones depends on the pieces alone."""
+    found = []
+    for piece in pieces:
+        chance = random.Random(f"{piece.source.name}:{piece.offset}")
+        for document in corpora.documents(piece, shares):
+            if document.split == "train":
+                found += [line for line in corpora.text(document).split("\n") if line and chance.random() < rate]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- tokens
+
+
+class Encoded(NamedTuple):
+    """Tokens [n] of a split, the positions in them at which documents start, and the bytes they were made of."""
+
+    tokens: np.ndarray
+    starts: list[int]
+    bytes: int
+
+
+def write_splits(job: PrepareJob, plan: Plan, tokenizer: tokenizers.Tokenizer, folder: Path, work: "Work") -> dict:
+    """Tokenize everything into `folder`; returns the splits' entries in the index."""
+    writers: dict[str, shards.SplitWriter] = {}
+    encode = partial(encode_pieces, folder / "tokenizer", plan.shares)
+    for found in work.map("tokenizing", encode, plan.pieces(), plan.size()):
+        for split, encoded in found.items():
+            if split not in writers:
+                cut = (job.data.sample_tokens, job.data.shard_samples)
+                writers[split] = shards.SplitWriter(folder, split, tokenizer.dtype, *cut)
+            writers[split].add(*encoded)
+    corpora.check_splits(job.corpus, writers)
+    return {split: writers[split].close() for split in corpora.SPLITS if split in writers}
+
+
+def encode_pieces(tokenizer_folder: Path, shares: Shares, pieces: list[Piece]) -> dict[str, Encoded]:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    parts: dict[str, list[np.ndarray]] = {}
+    starts: dict[str, list[int]] = {}
+    lengths: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for document in (document for piece in pieces for document in corpora.documents(piece, shares)):
+        split = document.split
+        assert split is not None
+        try:
+            tokens = tokenizer.encode(document.data, document.last)
+        except UnicodeDecodeError as error:
+            raise corpora.not_utf8(document, error) from error
+        if document.first:
+            starts.setdefault(split, []).append(lengths[split])
+        parts.setdefault(split, []).append(tokens)
+        lengths[split] += len(tokens)
+        sizes[split] += len(document.data)
+    return {split: Encoded(np.concatenate(parts[split]), starts.get(split, []), sizes[split]) for split in parts}
+
+
+load_tokenizer = lru_cache(maxsize=1)(tokenizers.load)
+
+
+# --------------------------------------------------------------------------------------------------------- work
+
+
+class Work:
+    """The processes that work, and the progress that is shown."""
+
+    def __init__(self, workers: int | None):
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.console = Console()
+        self.log = Console(stderr=True)
+        # Spawned, for a forked child of a process with threads can hang.
+        self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=ignore_interrupts)
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def map(
+        self, title: str, function: Callable[[list[Piece]], Result], pieces: Iterable[Piece], size: int
+    ) -> Iterator[Result]:
+        """Results in the order of the pieces, of which a bounded number is under way."""
+        with self.progress(title, size) as advance:
+            items = batches(pieces, advance)
+            if self.workers == 1:
+                yield from map(function, items)
+                return
+            under_way: deque[Future[Result]] = deque()
+            for item in items:
+                under_way.append(self.pool.submit(function, item))
+                if len(under_way) > 2 * self.workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+    @contextmanager
+    def progress(self, title: str, size: int | None) -> Iterator[Callable[[int], None]]:
+        """Show a bar of bytes read; gives the function that advances it."""
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        if not self.log.is_terminal:
+            self.say(title if size is None else f"{title}: {size:,} bytes")
+        with Progress(TextColumn(title), *columns, console=self.log, disable=not self.log.is_terminal) as bar:
+            task = bar.add_task(title, total=size)
+            yield lambda size: bar.advance(task, size)
+
+    def say(self, line: str) -> None:
+        self.log.print(line, highlight=False, soft_wrap=True)
+
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the others
+
+
+def batches(pieces: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[list[Piece]]:
+    """Put small pieces together, up to PIECE_BYTES."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + len(piece.data) > corpora.PIECE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece.data)
+        advance(len(piece.data))
+    if batch:
+        yield batch
+
+
+def show(folder: Path, console: Console) -> None:
+    index = shards.Index.open(str(folder))
+    table = Table("split")
+    for column in ("documents", "bytes", "tokens", "shards"):
+        table.add_column(column, justify="right")
+    for name, split in index.splits.items():
+        numbers = (split.documents, split.bytes, split.tokens, len(split.shards))
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    console.print(table)
+    console.print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}", soft_wrap=True)
+    console.print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train data.dir={folder}", soft_wrap=True)
+
+
+def main() -> None:
+    from txl_dist.cli import command  # here, for the processes that tokenize need no Hydra
+
+    command("prepare", PrepareJob, prepare)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a person sees while a run trains: a progress line in a terminal, plain lines in a file."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+class Screen:
+    """Shows a run from step `start` to `stop`. One that is not `shown` (all ranks but the first) is silent."""
+
+    def __init__(self, start: int, stop: int, shown: bool):
+        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (shown and self.console.is_terminal),
+            transient=True,
+        )
+        self.stop = stop
+        self.task = self.progress.add_task("training", total=stop, completed=start, told="")
+        self.progress.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        told = in_words(metrics)
+        if self.console.is_terminal and "valid/loss" not in metrics and "test/loss" not in metrics:
+            self.progress.update(self.task, told=told)
+        else:
+            self.say(f"step {metrics['step']:>{len(str(self.stop))}}/{self.stop}  {told}")
+
+    def watch(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        """Pass items through under a progress bar of their own."""
+        task = self.progress.add_task(what, total=total, told="")
+        for item in items:
+            yield item
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def in_words(metrics: dict[str, Any]) -> str:
+    words = []
+    for split in ("train", "valid", "test"):
+        if f"{split}/loss" in metrics:
+            words.append(f"{split} loss {metrics[f'{split}/loss']:.4f}")
+        if f"{split}/bits_per_byte" in metrics:
+            words.append(f"{split} bits/byte {metrics[f'{split}/bits_per_byte']:.4f}")
+    if "train/tokens_per_second" in metrics:
+        words.append(f"lr {metrics['train/lr']:.2e}  {metrics['train/tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(words)

@@ -1,0 +1,36 @@
+"""The learning curve of a run as a picture."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from txl_dist.tracking.metrics import read_metrics
+
+
+def draw_curve(run_dir: str) -> Path:
+    """Draw training and validation loss over tokens into RUN_DIR/curve.png and return its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(run_dir)
+    styles: dict[str, dict[str, Any]] = {
+        "train/loss": {"color": "#9bb8d3", "linewidth": 1.2, "label": "training"},
+        "valid/loss": {"color": "#d1495b", "linewidth": 2, "marker": "o", "markersize": 4, "label": "validation"},
+    }
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for key, style in styles.items():
+        points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats a token)", title=Path(run_dir).name)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    target = Path(run_dir) / "curve.png"
+    partial = target.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=130)
+    pyplot.close(figure)
+    os.replace(partial, target)
+    return target

@@ -1,0 +1,70 @@
+"""The W&B run of a run directory."""
+
+import netrc
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from txl_dist.config import TrackingConfig
+
+ID_FILE = "wandb_id"
+
+
+class WandbRun:
+    """Logs to W&B under one id, kept in RUN_DIR/wandb_id, so that a run that goes on is one run there too.
+
+    Metrics are shown over tokens. A W&B that cannot be reached never stops training: the run is kept offline.
+    """
+
+    def __init__(self, run_dir: str, config: dict[str, Any], tracking: TrackingConfig):
+        import wandb  # slow to import, it takes hold of standard output, and only the first rank needs it
+
+        id_file = Path(run_dir) / ID_FILE
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4) + "\n")
+        mode = tracking.mode if tracking.mode != "auto" else os.environ.get("WANDB_MODE") or default_mode()
+        options: dict[str, Any] = {
+            "mode": mode,
+            "project": tracking.project,
+            "name": tracking.name or Path(run_dir).resolve().name,
+            "id": id_file.read_text().strip(),
+            "dir": run_dir,
+            "config": config,
+            "resume": "allow",
+            "settings": wandb.Settings(silent=True, init_timeout=30),
+        }
+        self.note = ""
+        try:
+            self.run = wandb.init(**options)
+        except wandb.errors.Error as error:
+            if mode != "online":
+                raise
+            self.note = f"W&B cannot be reached ({first_line(error)}); this run is kept offline"
+            wandb.teardown()
+            self.run = wandb.init(**options | {"mode": "offline"})
+        # Steps are values like others: W&B would drop those below its own count when an offline run goes on.
+        self.run.define_metric("tokens", hidden=True)
+        self.run.define_metric("*", step_metric="tokens")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self.run.log(metrics)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.run.summary.update(summary)
+        self.run.finish()
+
+
+def default_mode() -> str:
+    """online where there is a key to log in with, else offline."""
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
