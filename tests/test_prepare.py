@@ -99,13 +99,21 @@ def test_every_document_comes_out_whole_in_its_split(tmp_path, tokenizer):
 
 
 @every_tokenizer
+def test_the_result_does_not_depend_on_workers_or_place(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 100)  # many pieces, so that the order of the results matters
+    monkeypatch.setattr(entry, "SENTENCEPIECE_BYTES", 4000)  # less than there is
+    prepare(text_job(tmp_path / "one", tokenizer, 1, path=str(texts(tmp_path / "text"))))
+    prepare(text_job(tmp_path / "two", tokenizer, 3, path=str(texts(tmp_path / "another" / "place"))))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@every_tokenizer
 @pytest.mark.parametrize("document", ["file", "line"])
-def test_the_result_does_not_depend_on_workers_or_place(tmp_path, monkeypatch, tokenizer, document):
-    there = texts(tmp_path / "another" / "place")
-    here = texts(tmp_path / "text")
-    prepare(text_job(tmp_path / "one", tokenizer, path=str(here), document=document))
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 1000)  # many pieces, for the order of the results to matter
-    prepare(text_job(tmp_path / "two", tokenizer, workers=3, path=str(there), document=document))
+def test_the_result_does_not_depend_on_how_the_text_is_cut_into_pieces(tmp_path, monkeypatch, tokenizer, document):
+    folder = str(texts(tmp_path / "text"))
+    prepare(text_job(tmp_path / "one", tokenizer, path=folder, document=document))
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 100)
+    prepare(text_job(tmp_path / "two", tokenizer, path=folder, document=document))
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
@@ -170,11 +178,22 @@ def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):
     assert decoded(tmp_path / "data")["test"] == ["word of <unk>\n" * 10]
 
 
+def test_the_vocabulary_leaves_out_lines_of_other_splits(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"word{n}\n" for n in range(200)))
+    prepare(text_job(tmp_path / "data", "word", path=str(tmp_path / "a.txt"), document="line"))
+    found = decoded(tmp_path / "data")
+    assert "<unk>\n" not in found["train"] and len(found["train"]) < 190
+    assert set(found["valid"]) == set(found["test"]) == {"<unk>\n"}
+
+
 def test_text_that_is_not_utf8_is_told_by_file_and_byte(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\n" * 1000 + b"caf\xe9 latin\n" + b"good\n" * 1000)
     for tokenizer, workers in (("word", 1), ("unigram", 2)):
         with pytest.raises(UserError, match=r"a.txt: byte 5,003 of the text is not UTF-8 .*tokenizer=bytes"):
             prepare(text_job(tmp_path / "data", tokenizer, workers, train=str(tmp_path / "a.txt")))
+    (tmp_path / "b.txt").write_text("good\n")
+    with pytest.raises(UserError, match=r"a.txt: byte 5,003 of the text is not UTF-8"):
+        prepare(text_job(tmp_path / "data", "word", train=str(tmp_path / "b.txt"), test=str(tmp_path / "a.txt")))
     prepare(text_job(tmp_path / "data", train=str(tmp_path / "a.txt")))
     assert Index.open(str(tmp_path / "data")).splits["train"].bytes == 10011
 

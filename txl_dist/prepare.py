@@ -40,6 +40,8 @@ def prepare(job: PrepareJob) -> None:
     Raises:
         UserError: where the text cannot be read or split, or the folder holds something else.
     """
+    if "://" in job.data.dir:
+        raise UserError(f"data.dir={job.data.dir}: is written to a local folder; give one, and copy it from there")
     folder = Path(job.data.dir).expanduser()
     existing = existing_dataset(folder)
     problems: list[str] = []
@@ -54,14 +56,14 @@ def prepare(job: PrepareJob) -> None:
         corpus = describe(job, plan, tokenizer)
         if existing is not None:
             check_same(folder, existing, corpus)
-            work.console.print("Nothing to do: the dataset is there, made of the same text with the same settings.")
+            print("Nothing to do: the dataset is there, made of the same text with the same settings.")
         else:
             with partial_folder(folder) as partial:
                 tokenizer = tokenizer or train_tokenizer(job, plan, work)
                 tokenizer.save(partial / "tokenizer")
                 splits = write_splits(job, plan, tokenizer, partial, work)
                 shards.write_index(partial, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits)
-        show(folder, work.console)
+    show(folder)
 
 
 # ------------------------------------------------------------------------------------------------------ folders
@@ -96,7 +98,8 @@ def check_same(folder: Path, existing: shards.Index, corpus: dict[str, Any]) -> 
 @contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its name in the end, so that what is half done never looks finished."""
-    here = folder.resolve().with_name(f".{folder.resolve().name}.partial")
+    folder = folder.resolve()
+    here = folder.with_name(f".{folder.name}.partial")
     if here.exists():
         shutil.rmtree(here)
     here.mkdir(parents=True)
@@ -192,6 +195,7 @@ class Encoded(NamedTuple):
 
 def write_splits(job: PrepareJob, plan: Plan, tokenizer: tokenizers.Tokenizer, folder: Path, work: "Work") -> dict:
     """Tokenize everything into `folder`; returns the splits' entries in the index."""
+    load_tokenizer.cache_clear()  # one of an earlier call could bear the same path
     writers: dict[str, shards.SplitWriter] = {}
     encode = partial(encode_pieces, folder / "tokenizer", plan.shares)
     for found in work.map("tokenizing", encode, plan.pieces(), plan.size()):
@@ -225,7 +229,7 @@ def encode_pieces(tokenizer_folder: Path, shares: Shares, pieces: list[Piece]) -
     return {split: Encoded(np.concatenate(parts[split]), starts.get(split, []), sizes[split]) for split in parts}
 
 
-load_tokenizer = lru_cache(maxsize=1)(tokenizers.load)
+load_tokenizer = lru_cache(maxsize=1)(tokenizers.load)  # once in each process
 
 
 # --------------------------------------------------------------------------------------------------------- work
@@ -236,7 +240,6 @@ class Work:
 
     def __init__(self, workers: int | None):
         self.workers = workers or len(os.sched_getaffinity(0))
-        self.console = Console()
         self.log = Console(stderr=True)
         # Spawned, for a forked child of a process with threads can hang.
         self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=ignore_interrupts)
@@ -275,7 +278,7 @@ class Work:
             yield lambda size: bar.advance(task, size)
 
     def say(self, line: str) -> None:
-        self.log.print(line, highlight=False, soft_wrap=True)
+        self.log.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def ignore_interrupts() -> None:
@@ -297,7 +300,7 @@ def batches(pieces: Iterable[Piece], advance: Callable[[int], None]) -> Iterator
         yield batch
 
 
-def show(folder: Path, console: Console) -> None:
+def show(folder: Path) -> None:
     index = shards.Index.open(str(folder))
     table = Table("split")
     for column in ("documents", "bytes", "tokens", "shards"):
@@ -305,9 +308,9 @@ def show(folder: Path, console: Console) -> None:
     for name, split in index.splits.items():
         numbers = (split.documents, split.bytes, split.tokens, len(split.shards))
         table.add_row(name, *(f"{number:,}" for number in numbers))
-    console.print(table)
-    console.print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}", soft_wrap=True)
-    console.print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train data.dir={folder}", soft_wrap=True)
+    Console().print(table)
+    print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}")
+    print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train data.dir={folder}")
 
 
 def main() -> None:

@@ -112,6 +112,10 @@ def test_files_are_split_by_quota_and_stay_where_they_are_when_moved(tmp_path):
     assert here == there
     assert [name for _, name, _ in here] == sorted(files) and {name: text for _, name, text in here} == files
     assert [sum(split == wanted for split, _, _ in here) for wanted in corpora.SPLITS] == [34, 2, 4]
+    fewer = dict(list(files.items())[:-5])  # a hash, not the order, decides: most documents stay in their split
+    found = documents(planned(text_corpus(path=str(made(tmp_path / "fewer", fewer)))))
+    assert len({*here} & {*found}) >= len(fewer) - 2
+    assert "train" in {split for split, _, _ in here[:6]}
 
 
 def test_few_files_are_cut_by_position_at_line_ends(tmp_path):
@@ -126,11 +130,24 @@ def test_few_files_are_cut_by_position_at_line_ends(tmp_path):
         assert abs(len(train) - 0.85 * len(whole)) < 30 and abs(len(valid) - 0.05 * len(whole)) < 60
 
 
+def test_line_ends_are_found_at_or_after_every_position(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 5)
+    text = b"one\n\ntwo\nthree three\nx"
+    made(tmp_path, {"a": text})
+    file = corpora.File(corpora.Source(tmp_path / "a", "a", None), len(text), "")
+    ends = [0, 4, 5, 9, 21, 22]
+    for first in range(1, len(text) + 1):
+        wanted = {at: min(end for end in ends if end >= at) for at in range(1, len(text) + 1)}
+        assert corpora.line_ends(file, [first, len(text)]) == [wanted[first], len(text)]
+
+
 def test_lines_are_split_by_their_hash_each_for_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "PIECE_BYTES", 100)
     plan = planned(text_corpus(path=str(made(tmp_path, {"a.txt": BOOK + b"no end"})), document="line"))
     found = documents(plan)
     assert [text for _, _, text in found] == [*BOOK.splitlines(keepends=True), b"no end"]
+    lines = [line for piece in plan.pieces() for line in corpora.documents(piece, plan.shares)]
+    assert all(BOOK[line.offset :].startswith(line.data) for line in lines[:-1])
     counts = [sum(split == wanted for split, _, _ in found) for wanted in corpora.SPLITS]
     assert 800 < counts[0] < 900 and 25 < counts[1] < 75 and 70 < counts[2] < 130
     monkeypatch.setattr(corpora, "PIECE_BYTES", 1 << 20)
@@ -150,8 +167,10 @@ def test_a_line_longer_than_a_piece_stays_one_document(tmp_path, monkeypatch):
 
 
 def test_given_splits_take_their_files_whole_and_the_others_are_absent(tmp_path):
-    made(tmp_path, {"t/1": b"1\n", "t/2": b"2\n", "v": b"3\n"})
-    found = documents(planned(text_corpus(train=str(tmp_path / "t"), valid=str(tmp_path / "v"))))
+    made(tmp_path, {"t/1": b"1\n", "t/2": b"2\n", "t/empty": b"", "v": b"3\n"})
+    plan = planned(text_corpus(train=str(tmp_path / "t"), valid=str(tmp_path / "v")))
+    assert [file.source.name for file, _ in plan.files] == ["1", "2", "v"]  # the empty one is no document
+    found = documents(plan)
     assert found == [("train", "1", b"1\n"), ("train", "2", b"2\n"), ("valid", "v", b"3\n")]
 
 

@@ -91,6 +91,7 @@ def test_words_are_counted_lines_end_and_unknown_words_are_marked():
     assert tokenizer.words == ["<eos>", "<unk>", "d", "a", "b", "c"]
     assert tokenizer.encode(b" d x\n\n<unk> <eos> a\tb ", True).tolist() == [2, 1, 0, 0, 1, 1, 3, 4, 0]
     assert tokenizer.encode(b"a\n", True).tolist() == [3, 0]
+    assert tokenizer.encode(b"a\nb", False).tolist() == [3, 0, 4]  # a line that is too long for one piece
     assert tokenizer.decode([2, 1, 0, 0, 3, 4, 0]) == "d <unk>\n\na b\n"
     counts = Counter(["b", "b", "a", "a", "c", "d", "d", "d"])
     assert WordTokenizer.train(counts, 4, 1).words == ["<eos>", "<unk>", "d", "a"]
@@ -106,6 +107,7 @@ def test_more_than_65536_words_are_stored_in_four_bytes():
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_sentencepiece_training_is_reproducible_and_its_limits_are_told(model_type):
     assert trained(model_type).model == trained(model_type).model
+    assert len(trained(model_type).encode(b"    ", False)) < 4  # indentation has pieces of its own
     with pytest.raises(UserError, match=r"tokenizer.vocab_size=100000: .* choose (\d+) or less") as error:
         SentencePieceTokenizer.train(LINES, 100000, model_type)
     works = int(str(error.value).split(" choose ")[1].split()[0])
