@@ -3,8 +3,8 @@ PYTHON ?= python3
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
 BIN := .venv/bin
-# One thread a process: several processes share the cores.
-export OMP_NUM_THREADS ?= 1
+# The processes share the cores.
+export OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(PROCESSES) ? cores / $(PROCESSES) : 1)))
 # DeepSpeed shall build nothing at installation, so that no compiler is needed.
 export DS_BUILD_OPS ?= 0
 
@@ -13,7 +13,7 @@ export DS_BUILD_OPS ?= 0
 train: .venv/installed
 	$(BIN)/python -m txl_dist.prepare corpus=stdlib
 	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) -m txl_dist.train +experiment=quickstart
-	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="def " max_tokens=300
+	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="def " max_tokens=110
 
 test: .venv/installed
 	$(BIN)/ruff check

@@ -56,8 +56,9 @@ def dataset(corpus, tmp_path_factory):
     """The corpus, prepared with bytes; samples and shards are small, so that lanes cross them."""
     folder = tmp_path_factory.mktemp("dataset") / "bytes"
     subprocess.run(
-        [sys.executable, "-m", "txl_dist.prepare", "corpus=text", f"corpus.path={corpus}", f"data.dir={folder}"]
-        + ["corpus.valid_share=0.1", "corpus.test_share=0.1", "data.sample_tokens=256", "data.shard_samples=16"],
+        [sys.executable, "-m", "txl_dist.prepare", "corpus=text", "tokenizer=bytes", f"corpus.path={corpus}"]
+        + [f"data.dir={folder}", "corpus.valid_share=0.1", "corpus.test_share=0.1"]
+        + ["data.sample_tokens=256", "data.shard_samples=16"],
         check=True,
         capture_output=True,
         cwd=REPO,

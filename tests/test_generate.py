@@ -23,7 +23,7 @@ def job(run_dir, **changes):
 def tokens(run_dir, prompts, count=30, **changes):
     asked = job(run_dir, **changes)
     model, _, _ = trained_model(asked)
-    stream = continuations(model, prompts, asked, eos=256)
+    stream = continuations(model, prompts, asked)
     return [list(lane) for lane in zip(*(next(stream) for _ in range(count)), strict=True)]
 
 

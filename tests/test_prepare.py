@@ -234,7 +234,7 @@ def test_the_command_prepares_the_standard_library_and_tells_what_is_next(tmp_pa
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"torchrun --nproc_per_node=2 -m txl_dist.train data.dir={tmp_path}/data" in done.stdout
+    assert f"-m txl_dist.train +experiment=quickstart data.dir={tmp_path}/data" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     corpus = json.loads((tmp_path / "data" / "index.json").read_text())["corpus"]
     assert corpus["name"] == "stdlib" and corpus["files"] > 500

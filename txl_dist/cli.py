@@ -58,7 +58,8 @@ def mistakes_told() -> Iterator[None]:
         try:
             yield
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(str(error).strip().splitlines()) from error
+            words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
+            raise ConfigError([" ".join(words)]) from error
     except ConfigError as error:
         problems = everyones(error.problems)
         if os.environ.get("RANK", "0") == "0":

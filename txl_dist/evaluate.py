@@ -34,7 +34,7 @@ def evaluate(job: EvaluateJob) -> None:
     plan = EvaluationPlan(split.document_starts, len(lanes), config.tgt_len, reset)
     segments = Segments(plan, SampleReader(index, job.split), lanes, index.eos, 0, plan.steps)
     weight = next(model.parameters())
-    memory = Memory(lanes, config.n_layer, config.mem_len, config.d_model, weight.device, weight.dtype)
+    memory = Memory(lanes, config, weight.device, weight.dtype)
     progress = Console(stderr=True)
     began = time.perf_counter()
     scored = score(model, track(segments, job.split, plan.steps, console=progress, transient=True), memory)

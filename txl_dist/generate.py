@@ -19,33 +19,48 @@ def generate(job: GenerateJob) -> None:
     """Print each prompt and what follows: one prompt as it comes, several one after the other."""
     model, _, _ = trained_model(job)
     tokenizer = load(Path(job.run) / "tokenizer")
-    prompts = job.prompt if job.prompt is not None else [sys.stdin.read()]
-    tokens = continuations(model, [prompt_tokens(tokenizer, prompt) for prompt in prompts], job, tokenizer.eos)
-    ends = tokenizer.decode([tokenizer.eos]) == ""  # `<eos>` ends the text, unless it is the tokenizer's line end
-    texts, decoders, open_lanes = list(prompts), [tokenizer.decoder() for _ in prompts], set(range(len(prompts)))
-    alone = len(prompts) == 1
-    print(prompts[0] if alone else "", end="", flush=True)
-    for step in islice(tokens, job.max_tokens):
-        for lane in sorted(open_lanes):
-            if ends and step[lane] == tokenizer.eos:
-                open_lanes.remove(lane)
-                continue
-            text = decoders[lane].feed(step[lane])
-            texts[lane] += text
-            print(text if alone else "", end="", flush=True)
-        if not open_lanes:
+    texts = [Text(tokenizer, prompt) for prompt in (job.prompt if job.prompt is not None else [sys.stdin.read()])]
+    shown = texts if len(texts) == 1 else []
+    for text in shown:
+        print(text.text, end="", flush=True)
+    for tokens in islice(continuations(model, [text.prompt for text in texts], job), job.max_tokens):
+        new = [text.add(token) for text, token in zip(texts, tokens, strict=True)]
+        for _, piece in zip(shown, new, strict=False):
+            print(piece, end="", flush=True)
+        if all(text.ended for text in texts):
             break
-    rest = [decoder.end() for decoder in decoders]
-    print(rest[0] if alone else "\n\n".join(f"--- {i + 1}\n{text}{rest[i]}" for i, text in enumerate(texts)))
+    rest = [text.end() for text in texts]
+    print(rest[0] if shown else "\n\n".join(f"--- {i}\n{text.text}" for i, text in enumerate(texts, 1)))
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """`<eos>`, as before every document, and the prompt."""
-    return [tokenizer.eos, *tokenizer.encode(prompt.encode(), end=False).tolist()]
+class Text:
+    """A prompt and what is added to it, token by token. `prompt`: its tokens, after `<eos>` as in a document."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str):
+        self.text, self.ended = prompt, False
+        self.prompt = [tokenizer.eos, *tokenizer.encode(prompt.encode(), end=False).tolist()]
+        # `<eos>` ends the text, unless it is the tokenizer's line end.
+        self.last = tokenizer.eos if tokenizer.decode([tokenizer.eos]) == "" else None
+        self.decoder = tokenizer.decoder()
+        for token in self.prompt[1:]:
+            self.decoder.feed(token)  # what comes next may depend on it: a word wants a space before it
+
+    def add(self, token: int) -> str:
+        """The text that has become settled by one more token."""
+        self.ended = self.ended or token == self.last
+        return self._grown("" if self.ended else self.decoder.feed(token))
+
+    def end(self) -> str:
+        """The rest of the text."""
+        return self._grown(self.decoder.end())
+
+    def _grown(self, piece: str) -> str:
+        self.text += piece
+        return piece
 
 
 @torch.no_grad()
-def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJob, eos: int) -> Iterator[list[int]]:
+def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJob) -> Iterator[list[int]]:
     """Sample on from prompts side by side, one token of each at a time, without end.
 
     Every prompt is a lane. Prompts of different lengths need no padding: each lane's memory holds its own last states,

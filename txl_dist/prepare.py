@@ -310,7 +310,7 @@ def show(folder: Path) -> None:
         table.add_row(name, *(f"{number:,}" for number in numbers))
     Console().print(table)
     print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}")
-    print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train data.dir={folder}")
+    print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train +experiment=quickstart data.dir={folder}")
 
 
 def main() -> None:

@@ -68,9 +68,7 @@ class ZeroEngine:
 
     def empty_memory(self) -> Memory:
         """A memory of this rank's lanes, as at the beginning of a run."""
-        model = self.job.model
-        dtype = DTYPES[self.precision]
-        return Memory(self.lanes, model.n_layer, model.mem_len, model.d_model, self.world.device, dtype)
+        return Memory(self.lanes, self.job.model, self.world.device, DTYPES[self.precision])
 
     def train_step(self, segment: Segment) -> Tensor:
         """One optimizer step on this rank's rows of a segment; returns this rank's mean loss (nats a token)."""

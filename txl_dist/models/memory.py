@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from txl_dist.config import ModelConfig
+
 
 class Memory:
     """Memories of all layers and of some lanes, [lanes, mem_len, d_model] a layer, oldest state first.
@@ -15,11 +17,9 @@ class Memory:
         lanes: the lanes' numbers, in the order of their rows. What a row holds is known outside as (layer, lane).
     """
 
-    def __init__(
-        self, lanes: range, n_layer: int, mem_len: int, d_model: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, lanes: range, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         self.lanes = lanes
-        shape = (n_layer, len(lanes), mem_len, d_model)
+        shape = (config.n_layer, len(lanes), config.mem_len, config.d_model)
         self.current = torch.zeros(shape, device=device, dtype=dtype)
         self.next = torch.zeros_like(self.current)
 
