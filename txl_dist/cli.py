@@ -1,4 +1,4 @@
-"""How the entry points start: Hydra composes conf/, `config.read` checks it, the job runs.
+"""How the entry points start: Hydra composes conf/, `check.read` checks it, the job runs.
 
 `python -m txl_dist.train data.num_lanes=32` and the installed package find the same conf/. A user's mistake is told on
 one screen, once, and ends every rank with exit code 2.
@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from txl_dist.config import read
+from txl_dist.check import read
 from txl_dist.errors import ConfigError, UserError
 
 Job = TypeVar("Job")

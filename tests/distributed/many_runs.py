@@ -10,8 +10,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from txl_dist.check import read
 from txl_dist.cli import CONF
-from txl_dist.config import TrainJob, read
+from txl_dist.config import TrainJob
 from txl_dist.engine.launch import world
 from txl_dist.train import train_among
 

@@ -4,8 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from txl_dist.check import read
 from txl_dist.cli import CONF, spell_out
-from txl_dist.config import EvaluateJob, GenerateJob, PrepareJob, TrainJob, read
+from txl_dist.config import EvaluateJob, GenerateJob, PrepareJob, TrainJob
 from txl_dist.errors import ConfigError
 
 JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}

@@ -1,0 +1,235 @@
+"""Reads a composed config, and checks all of it before anything expensive starts.
+
+`read` turns nested values into one of the four jobs of config.py, and reports *all* problems at once, in plain words,
+each with its key.
+"""
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from txl_dist.config import (
+    DataConfig,
+    EngineConfig,
+    EvaluateJob,
+    GenerateJob,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareJob,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    TrainJob,
+)
+from txl_dist.data.shards import Index
+from txl_dist.errors import ConfigError, UserError
+
+Job = TypeVar("Job")
+
+
+def read(schema: type[Job], values: Any) -> Job:
+    """Turn a composed config (nested dicts) into the dataclass `schema`.
+
+    Sections are read one by one, so that a mistake in one hides no mistake in another.
+
+    Raises:
+        ConfigError: with every unknown key, missing key, wrong value and failed check.
+    """
+    sections = get_type_hints(schema, include_extras=True)
+    problems = [unknown_key(str(key), sections) for key in values if key not in sections]
+    found: dict[str, Any] = {}
+    for name, kind in sections.items():
+        if values.get(name, "???") == "???":
+            problems.append(f"{name}: is missing; give {name}=...")
+            continue
+        try:
+            found[name] = TypeAdapter(kind).validate_python(values[name])
+        except ValidationError as error:
+            problems.extend(plain_words(name, kind, values[name], error))
+    problems.extend(failed_checks(schema, found))
+    if problems:
+        raise ConfigError(problems)
+    return schema(**found)
+
+
+def plain_words(section: str, kind: Any, value: Any, error: ValidationError) -> Iterator[str]:
+    tag = value.get("name") if isinstance(value, dict) else None
+    for detail in error.errors():
+        # Of a group with several shapes pydantic names the shape too; a user's key does not hold it.
+        path = [str(part) for i, part in enumerate(detail["loc"]) if not (i == 0 and part == tag)]
+        key = ".".join([section, *path])
+        if detail["type"] == "unexpected_keyword_argument":
+            yield unknown_key(key, [f"{section}.{field}" for field in field_names(kind)])
+        elif detail["type"] == "missing":
+            yield f"{key}: is missing"
+        else:
+            given = "null" if detail["input"] is None else detail["input"]
+            yield f"{key}={given}: {detail['msg'].replace('Input should', 'should')}"
+
+
+def field_names(kind: Any) -> set[str]:
+    """Field names of a dataclass, or of all the dataclasses that an annotated union offers."""
+    if hasattr(kind, "__dataclass_fields__"):
+        return {field.name for field in fields(kind)}
+    return {name for part in get_args(kind) for name in field_names(part)}
+
+
+def unknown_key(key: str, known: Any) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+Check = Callable[..., Iterator[str]]
+CHECKS: dict[type, list[Check]] = {PrepareJob: [], TrainJob: [], EvaluateJob: [], GenerateJob: []}
+
+
+def check(*jobs: type) -> Callable[[Check], Check]:
+    """Register a check of these jobs. Its parameters bear the names of the sections that it looks at, and it runs when
+    those could be read: so a wrong type in one section does not silence the checks of the others."""
+
+    def register(function: Check) -> Check:
+        for job in jobs:
+            CHECKS[job].append(function)
+        return function
+
+    return register
+
+
+def failed_checks(schema: type, found: dict[str, Any]) -> Iterator[str]:
+    for function in CHECKS.get(schema, []):
+        wanted = inspect.signature(function).parameters
+        if all(name in found for name in wanted):
+            yield from function(**{name: found[name] for name in wanted})
+
+
+@check(TrainJob)
+def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = processes * engine.gradient_accumulation
+    if data.num_lanes % parts:
+        below = data.num_lanes // parts * parts
+        works = ", ".join(str(n) for n in (below - parts, below, below + parts, below + 2 * parts) if n > 0)
+        yield (
+            f"data.num_lanes={data.num_lanes}: cannot be split evenly over {processes} processes x "
+            f"{engine.gradient_accumulation} micro-batches (engine.gradient_accumulation); what works: {works}, ..."
+        )
+
+
+@check(TrainJob)
+def model_fits_together(model: ModelConfig) -> Iterator[str]:
+    if model.clamp_len == 0:
+        yield "model.clamp_len=0: would make all distances alike; give -1 (no clamping) or a distance of 1 or more"
+    if model.same_length and model.mem_len == 0:
+        yield "model.same_length=true: every token attends to mem_len tokens, but model.mem_len=0; give a memory"
+    if sorted(set(model.cutoffs)) != model.cutoffs:
+        yield f"model.cutoffs={model.cutoffs}: must increase"
+    if model.div_val > 1 and not model.cutoffs:
+        yield f"model.div_val={model.div_val}: narrows the embeddings of clusters, but model.cutoffs is empty"
+    if model.d_model // model.div_val ** len(model.cutoffs) < 1:
+        yield (
+            f"model.div_val={model.div_val}: leaves no dimension for cluster {len(model.cutoffs)} "
+            f"of model.d_model={model.d_model}"
+        )
+
+
+@check(TrainJob)
+def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+    """Refuses what DeepSpeed accepts and gets wrong, each with the reason."""
+    import torch  # seconds to import, and `prepare` never needs it
+
+    stage, gpu = engine.zero_stage, torch.cuda.is_available()
+    if engine.precision == "fp16" and not gpu:
+        yield "engine.precision=fp16: needs a GPU; on CPU use fp32 or bf16"
+    if engine.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+        yield "engine.precision=bf16: this GPU has no bf16; use fp16 or fp32"
+    if stage == 0 and (engine.precision in ("bf16", "fp16") or (engine.precision == "auto" and gpu)):
+        yield (
+            f"engine.zero_stage=0: with engine.precision={engine.precision} DeepSpeed's first step and its loss scale "
+            "are wrong; use engine.zero_stage=1, or engine.precision=fp32"
+        )
+    if engine.offload == "optimizer" and stage == 0:
+        yield "engine.offload=optimizer: needs engine.zero_stage of 1, 2 or 3"
+    if engine.offload == "parameters" and stage != 3:
+        yield f"engine.offload=parameters: needs engine.zero_stage=3, not {stage}"
+    if optimizer.name == "lamb" and stage > 0:
+        yield (
+            f"optimizer.name=lamb: scales each parameter by its own norm, which ZeRO {stage} cuts in pieces; "
+            "use engine.zero_stage=0 with engine.precision=fp32"
+        )
+
+
+@check(TrainJob)
+def steps_are_in_order(train: TrainConfig, schedule: ScheduleConfig) -> Iterator[str]:
+    if train.stop_at is not None and train.stop_at > train.max_steps:
+        yield f"train.stop_at={train.stop_at}: is after train.max_steps={train.max_steps}"
+    if schedule.warmup_steps > train.max_steps:
+        yield f"schedule.warmup_steps={schedule.warmup_steps}: is after train.max_steps={train.max_steps}"
+
+
+@check(TrainJob)
+def rates_are_in_order(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+    if schedule.min_lr > optimizer.lr:
+        yield f"schedule.min_lr={schedule.min_lr}: is above optimizer.lr={optimizer.lr}"
+
+
+@check(TrainJob)
+def data_are_there(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    try:
+        index = Index.open(data.dir)
+    except UserError as error:
+        yield f"data.dir={error}"  # which begins with the place
+        return
+    if "train" not in index.splits:
+        yield f"data.dir={data.dir}: has no training split, only {', '.join(index.splits)}"
+    for name, split in index.splits.items():
+        if split.tokens < data.num_lanes:
+            yield f"data.num_lanes={data.num_lanes}: more lanes than the split {name} has tokens ({split.tokens:,})"
+    if model.cutoffs and model.cutoffs[-1] >= index.vocab_size:
+        yield f"model.cutoffs={model.cutoffs}: must stay below the vocabulary of {index.vocab_size:,} in {data.dir}"
+
+
+@check(TrainJob)
+def run_continues_itself(run: RunConfig, data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    """A run directory with a checkpoint goes on only as the run that it is."""
+    from txl_dist.engine.checkpoint import newest
+
+    checkpoint = newest(run.dir)
+    if checkpoint is None:
+        return
+    given = {"run": asdict(run), "data": asdict(data), "model": asdict(model)}
+    for section, keys in IDENTITY.items():
+        for key in keys:
+            before, now = checkpoint.config[section][key], given[section][key]
+            if before != now:
+                yield (
+                    f"{section}.{key}={now}: the run in {run.dir} was started with {before}; "
+                    "give that, or another run.dir for another run"
+                )
+
+
+# What makes a run that run: with another value here its weights, its memory or its place in the data would not fit.
+IDENTITY = {
+    "run": ["seed"],
+    "data": ["num_lanes", "order", "reset_memory"],
+    "model": [name for name in field_names(ModelConfig) if name not in ("dropout", "dropatt")],
+}
+
+
+@check(EvaluateJob, GenerateJob)
+def run_is_there(run: str, checkpoint: int | None) -> Iterator[str]:
+    from txl_dist.engine.checkpoint import newest, steps
+
+    if not Path(run).is_dir():
+        yield f"run={run}: there is no such run directory"
+    elif newest(run) is None:
+        yield f"run={run}: holds no checkpoint"
+    elif checkpoint is not None and checkpoint not in steps(run):
+        yield f"checkpoint={checkpoint}: {run} has checkpoints of steps {', '.join(map(str, steps(run)))}"
