@@ -52,6 +52,14 @@ def test_a_finished_run_is_only_told_again(trained, run, small, metrics):
     assert again.split("test bits per byte")[1] == printed.split("test bits per byte")[1]
 
 
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(trained, run, small, metrics, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", "train.max_steps=23")
+    before, after = metrics(trained[0]), metrics(tmp_path / "run")
+    assert after[: len(before)] == before
+    assert [line["step"] for line in after[len(before) :]] == [21, 22, 23, 23]
+
+
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint(trained, run, small, metrics, tmp_path):
     """Killed after step 13 while a checkpoint was being written: steps 11 to 13 are done again, and logged once."""
     whole = trained[0]

@@ -31,7 +31,7 @@ def train_among(ranks: World, job: TrainJob) -> None:
     """`train` in a process group that is there already."""
     index = Index.open(job.data.dir)
     checkpoint = sound_checkpoint(job, index, ranks)
-    if not is_tested(job.run.dir):
+    if not is_tested(job):
         Training(job, index, checkpoint, ranks).run()
     if ranks.first:
         show_result(job)
@@ -50,7 +50,10 @@ class Training:
         self.tracker = Tracker(job, self.start, self.stop, ranks.first)
 
     def run(self) -> None:
+        job, origin = self.job, f"going on from step {self.start:,}" if self.start else "starting"
         with self.tracker:
+            lanes = f"{job.data.num_lanes} lanes of {job.model.tgt_len} tokens a step"
+            self.tracker.screen.say(f"{job.run.dir}: {origin}; {self.engine}, {lanes}")
             self.loop()
             if self.engine.step == self.job.train.max_steps and "test" in self.index.splits:
                 self.log(self.evaluate("test"))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -40,6 +41,7 @@ class ZeroEngine:
     Attributes:
         lanes: the numbers of this rank's lanes; the rows of each Segment given to it, in this order.
         step: optimizer steps done.
+        size: parameters of the model.
     """
 
     def __init__(self, job: TrainJob, vocab_size: int, world: World, checkpoint: Checkpoint | None):
@@ -55,6 +57,7 @@ class ZeroEngine:
             checkpoint.load_weights(self.model)
         # Before DeepSpeed cuts them: the parameters under the names that checkpoints know.
         self.parameters = dict(self.model.named_parameters())
+        self.size = sum(parameter.numel() for parameter in self.parameters.values())
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=build_optimizer(job.optimizer, self.model.parameters()),
@@ -69,6 +72,10 @@ class ZeroEngine:
     def empty_memory(self) -> Memory:
         """A memory of this rank's lanes, as at the beginning of a run."""
         return Memory(self.lanes, self.job.model, self.world.device, DTYPES[self.precision])
+
+    def __str__(self) -> str:
+        where = f"{self.world.size} x {self.world.device.type}"
+        return f"{self.size:,} parameters, {where}, {self.precision}, ZeRO {self.job.engine.zero_stage}"
 
     def train_step(self, segment: Segment) -> Tensor:
         """One optimizer step on this rank's rows of a segment; returns this rank's mean loss (nats a token)."""
@@ -140,7 +147,18 @@ class ZeroEngine:
         group = self.deepspeed.basic_optimizer.param_groups[0]
         tensors = [key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0]
         numbers = {key: float(value) for key, value in state.items() if key not in tensors}
-        return tensors, {"state": numbers, "group": {"step": group["step"]} if "step" in group else {}}
+        return tensors, {
+            "state": numbers,
+            "group": {"step": group["step"]} if "step" in group else {},
+            "loss_scaler": {
+                key: value for key, value in vars(self._loss_scaler).items() if isinstance(value, int | float)
+            },
+        }
+
+    @property
+    def _loss_scaler(self) -> object:
+        """What fp16 scales the loss by, and when it last changed that; without fp16 nothing."""
+        return self.deepspeed.optimizer.loss_scaler if self.precision == "fp16" else SimpleNamespace()
 
     def _full(self, key: str | None) -> Iterator[tuple[str, Tensor]]:
         """This rank's share of the parameters in fp32 (key None) or of an optimizer state, whole, by name.
@@ -162,6 +180,7 @@ class ZeroEngine:
         optimizer = self.deepspeed.basic_optimizer
         for group in optimizer.param_groups:
             group.update(numbers["group"])
+        vars(self._loss_scaler).update(numbers["loss_scaler"])
         tensors = checkpoint.tensors("optimizer")
         keys = sorted({name.partition("/")[0] for name in tensors})
         for flat in self._optimized():

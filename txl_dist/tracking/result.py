@@ -11,10 +11,10 @@ from txl_dist.tracking.curve import draw_curve
 from txl_dist.tracking.metrics import read_metrics
 
 
-def is_tested(run_dir: str) -> bool:
+def is_tested(job: TrainJob) -> bool:
     """Whether a run is over: its last step is done and the test split evaluated."""
-    lines = read_metrics(run_dir)
-    return bool(lines) and "test/loss" in lines[-1]
+    lines = read_metrics(job.run.dir)
+    return bool(lines) and "test/loss" in lines[-1] and lines[-1]["step"] == job.train.max_steps
 
 
 def show_result(job: TrainJob) -> None:
