@@ -13,7 +13,7 @@ export DS_BUILD_OPS ?= 0
 train: .venv/installed
 	$(BIN)/python -m txl_dist.prepare corpus=stdlib
 	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) -m txl_dist.train +experiment=quickstart
-	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="def " max_tokens=110
+	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="import " max_tokens=110
 
 test: .venv/installed
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ one screen, once, and ends every rank with exit code 2.
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ Job = TypeVar("Job")
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+LIST_OR_QUOTED = re.compile(r"""\[.*\]|(['"])((?!\1).)*\1""", re.DOTALL)
 
 # What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
 OURS = [
@@ -104,7 +106,7 @@ def spell_out(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
-    if key == "prompt" and value[:1] not in ("[", "'", '"'):
+    if key == "prompt" and not LIST_OR_QUOTED.fullmatch(value):
         quoted = value.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
         return f"prompt='{quoted}'"
     if key[:1] in ("+", "~") or "@" in key or key.startswith("hydra") or (CONF / key).is_dir():
