@@ -107,7 +107,10 @@ def test_a_run_that_is_not_there(tmp_path):
     assert "no checkpoint" in one("generate", f"run={tmp_path}")
 
 
-@pytest.mark.parametrize("prompt", ["def main(", "it's", "a=b, c: {d} [e]", "back\\slash", "new\nline", "${x}", "", '"""', "[1, 2", "'tis"])
+PROMPTS = ["def main(", "it's", "a=b, c: {d} [e]", "back\\slash", "new\nline", "${x}", "", '"""', "[1, 2", "'tis"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_text_whatever_it_holds(prompt):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("generate", [spell_out(f"prompt={prompt}")])
