@@ -13,7 +13,7 @@ from txl_dist.data.lanes import EvaluationPlan, LanePlan
 from txl_dist.data.segments import Segments
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import Checkpoint, newest
-from txl_dist.engine.launch import World, world
+from txl_dist.engine.launch import World, leave, world
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import ConfigError
 from txl_dist.tracking.meter import Meter
@@ -141,6 +141,7 @@ def write_run(job: TrainJob, index: Index) -> None:
 
 def main() -> None:
     command("train", TrainJob, train)
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class WandbRun:
     def __init__(self, run_dir: str, config: dict[str, Any], tracking: TrackingConfig):
         import wandb  # slow to import, it takes hold of standard output, and only the first rank needs it
 
+        self.wandb = wandb
         id_file = Path(run_dir) / ID_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4) + "\n")
@@ -53,6 +54,7 @@ class WandbRun:
     def finish(self, summary: dict[str, Any]) -> None:
         self.run.summary.update(summary)
         self.run.finish()
+        self.wandb.teardown()
 
 
 def default_mode() -> str:
