@@ -102,6 +102,13 @@ def test_a_mistake_is_told_once_by_several_processes(run, small):
     assert done.stderr.count("exitcode  : 2") == 2
 
 
+def test_a_sweep_is_several_runs(run, small, metrics, tmp_path):
+    """Hydra's multirun trains them one after the other in one process."""
+    run("txl_dist.train", "--multirun", *small, f"run.dir={tmp_path}/${{run.seed}}", "run.seed=1,2", cwd=tmp_path)
+    one, two = ([line["train/loss"] for line in metrics(tmp_path / seed) if "train/loss" in line] for seed in "12")
+    assert len(one) == len(two) == 20 and one != two
+
+
 @pytest.mark.parametrize("entry", ["prepare", "train", "evaluate", "generate"])
 def test_help_shows_groups_keys_and_an_example(run, entry):
     told = run(f"txl_dist.{entry}", "--help").stdout

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import hydra
 from hydra.errors import HydraException
@@ -63,10 +63,7 @@ def mistakes_told() -> Iterator[None]:
             words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
             raise ConfigError([" ".join(words)]) from error
     except ConfigError as error:
-        problems = everyones(error.problems)
-        if os.environ.get("RANK", "0") == "0":
-            print(told(ConfigError(problems)), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        end_together(error.problems)
     except UserError as error:
         print(told(error), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -74,18 +71,22 @@ def mistakes_told() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def everyones(problems: list[str]) -> list[str]:
-    """The problems of all ranks: one rank's end must not silence the others before they have spoken."""
+def end_together(problems: list[str]) -> NoReturn:
+    """Tell the problems of all ranks, once, and end all ranks with exit code 2."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return problems
+        print(told(ConfigError(problems)), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     import torch.distributed as dist  # seconds to import, and only processes that are several need it
 
-    from txl_dist.engine.launch import world
+    from txl_dist.engine.launch import leave, world
 
-    if dist.is_initialized():  # then they have agreed already
-        return problems
-    with world() as ranks:
-        return ranks.gather(problems)
+    agreed = dist.is_initialized()  # then the problems are those of all ranks already
+    ranks = world()
+    problems = problems if agreed else ranks.gather(problems)
+    if ranks.first:
+        print(told(ConfigError(problems)), file=sys.stderr, flush=True)
+    ranks.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
+    leave(2)
 
 
 def told(error: UserError) -> str:

@@ -23,13 +23,7 @@ from txl_dist.tracking.tracker import Tracker
 
 def train(job: TrainJob) -> None:
     """Train from the run's newest checkpoint, or from the beginning, to train.max_steps (or train.stop_at)."""
-    with world() as ranks:
-        train_among(ranks, job)
-
-
-def train_among(ranks: World, job: TrainJob) -> None:
-    """`train` in a process group that is there already."""
-    index = Index.open(job.data.dir)
+    ranks, index = world(), Index.open(job.data.dir)
     checkpoint = sound_checkpoint(job, index, ranks)
     if not is_tested(job):
         Training(job, index, checkpoint, ranks).run()

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from txl_dist.check import read
 from txl_dist.cli import CONF
 from txl_dist.config import TrainJob
-from txl_dist.engine.launch import leave, world
-from txl_dist.train import train_among
+from txl_dist.engine.launch import leave
+from txl_dist.train import train
 
-with world() as ranks, initialize_config_dir(str(CONF), version_base="1.3"):
+with initialize_config_dir(str(CONF), version_base="1.3"):
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
         config = compose("train", overrides)
-        train_among(ranks, read(TrainJob, OmegaConf.to_container(config, resolve=True)))
+        train(read(TrainJob, OmegaConf.to_container(config, resolve=True)))
 leave()

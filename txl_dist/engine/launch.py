@@ -1,10 +1,9 @@
 """The processes of a run: who am I, on which device, and what do we all agree on."""
 
-import contextlib
+import atexit
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -38,29 +37,22 @@ class World:
         return list(dict.fromkeys(problem for each in gathered for problem in each))
 
 
-@contextlib.contextmanager
-def world() -> Iterator[World]:
-    """Join the other processes that torchrun has started, or form a group of one."""
-    for name, alone in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }.items():
-        os.environ.setdefault(name, alone)
+def world() -> World:
+    """Join the other processes that torchrun has started, or form a group of one; once in the life of a process."""
     gpu = torch.cuda.is_available()
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        if gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def leave() -> NoReturn:
+def leave(code: int = 0) -> NoReturn:
     """End a process that has done, written and said everything, without Python's own shutdown.
 
     DeepSpeed keeps gloo's threads alive, and one that lets go of its last tensor while Python shuts down aborts the
@@ -68,7 +60,7 @@ def leave() -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def free_port() -> int:
