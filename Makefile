@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(PROCESSES)
 # DeepSpeed shall build nothing at installation, so that no compiler is needed.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: train test lint clean
+.PHONY: train test
 
 train: .venv/installed
 	$(BIN)/python -m txl_dist.prepare corpus=stdlib
@@ -25,6 +25,3 @@ test: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test]"
 	touch $@
-
-clean:
-	rm -rf .venv build *.egg-info

@@ -44,7 +44,7 @@ def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
     tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
     inputs = torch.cat([torch.full((1, 1), index.eos), tokens[:, :-1]], dim=1)
     lengths = LengthsConfig(total, 0, None, None)
-    model, _, _ = trained_model(EvaluateJob(str(trained), "valid", "json", None, 1, None, lengths))
+    model, _ = trained_model(EvaluateJob(str(trained), "valid", "json", None, 1, None, lengths))
     with torch.no_grad():
         nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
     for tgt_len in (16, 50):
@@ -59,6 +59,11 @@ def test_every_number_of_lanes_scores_every_token(run, trained):
     told = [evaluated(run, trained, "split=valid", f"num_lanes={lanes}") for lanes in (1, 7)]
     assert told[0]["tokens"] == told[1]["tokens"]
     assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=0.02) and told[0]["loss"] != told[1]["loss"]
+
+
+def test_lengths_that_do_not_fit_together_are_refused(run, trained):
+    done = run("txl_dist.evaluate", f"run={trained}", "model.same_length=true", "model.mem_len=0", expect=2)
+    assert "model.same_length" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_other_data_are_refused(run, trained, corpus, tmp_path):

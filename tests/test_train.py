@@ -43,6 +43,11 @@ def test_the_run_directory_stands_alone(trained):
         assert told in printed
 
 
+def test_a_start_shorter_than_log_every_is_told(run, small, metrics, tmp_path):
+    done = run("txl_dist.train", *small, f"run.dir={tmp_path}", "train.stop_at=2", "tracking.log_every=10")
+    assert [line["step"] for line in metrics(tmp_path)] == [2] and "2 of 20" in done.stdout
+
+
 def test_a_finished_run_is_only_told_again(trained, run, small, metrics):
     run_dir, printed = trained
     before = metrics(run_dir)

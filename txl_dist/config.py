@@ -187,6 +187,10 @@ class TrainJob:
     engine: EngineConfig
     tracking: TrackingConfig
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.num_lanes * self.model.tgt_len
+
 
 # -------------------------------------------------------------------------------------------- evaluate, generate
 

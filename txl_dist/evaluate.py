@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from txl_dist.check import model_fits_together
 from txl_dist.cli import command
 from txl_dist.config import EvaluateJob, GenerateJob, ModelConfig
-from txl_dist.data.lanes import EvaluationPlan
-from txl_dist.data.segments import Segments
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.segments import whole_split
+from txl_dist.data.shards import Index
 from txl_dist.engine.checkpoint import Checkpoint, directory, newest, open_checkpoint
 from txl_dist.engine.evaluation import score
 from txl_dist.errors import ConfigError
@@ -26,37 +26,42 @@ from txl_dist.models.transformer_xl import TransformerXL
 
 def evaluate(job: EvaluateJob) -> None:
     """Print a table, or one JSON object, of the checkpoint's score."""
-    model, config, checkpoint = trained_model(job)
+    model, checkpoint = trained_model(job)
     index = open_data(job, checkpoint)
     split = index.splits[job.split]
     lanes = range(min(job.num_lanes, split.tokens))
     reset = checkpoint.config["data"]["reset_memory"]
-    plan = EvaluationPlan(split.document_starts, len(lanes), config.tgt_len, reset)
-    segments = Segments(plan, SampleReader(index, job.split), lanes, index.eos, 0, plan.steps)
+    segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes)
     weight = next(model.parameters())
-    memory = Memory(lanes, config, weight.device, weight.dtype)
+    memory = Memory(lanes, model.config, weight.device, weight.dtype)
     progress = Console(stderr=True)
     began = time.perf_counter()
-    scored = score(model, track(segments, job.split, plan.steps, console=progress, transient=True), memory)
+    scored = score(model, track(segments, job.split, len(segments), console=progress, transient=True), memory)
     seconds = time.perf_counter() - began
     told: dict[str, Any] = {"split": job.split, "tokens": scored.tokens, "bytes": split.bytes}
     told |= scored.metrics(split.bytes) | {"tokens_per_second": scored.tokens / seconds, "step": checkpoint.step}
     if job.format == "json":
         print(json.dumps(told))
     else:
-        show(told, config)
+        show(told, model.config)
 
 
-def trained_model(job: EvaluateJob | GenerateJob) -> tuple[TransformerXL, ModelConfig, Checkpoint]:
-    """The model of a run's checkpoint, ready to be asked, with the lengths that the job gives."""
+def trained_model(job: EvaluateJob | GenerateJob) -> tuple[TransformerXL, Checkpoint]:
+    """The model of a run's checkpoint, ready to be asked, with the lengths that the job gives.
+
+    Raises:
+        ConfigError: where those do not fit together.
+    """
     checkpoint = newest(job.run) if job.checkpoint is None else open_checkpoint(directory(job.run, job.checkpoint))
     assert checkpoint, job
     trained = TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"])
     given = {key: value for key, value in dataclasses.asdict(job.model).items() if value is not None}
     config = dataclasses.replace(trained, **given)
+    if problems := list(model_fits_together(config)):
+        raise ConfigError(problems)
     model = TransformerXL(config, checkpoint.data["vocab_size"])
     checkpoint.load_weights(model)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), config, checkpoint
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
 
 
 def open_data(job: EvaluateJob, checkpoint: Checkpoint) -> Index:

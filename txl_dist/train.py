@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from txl_dist.cli import command
 from txl_dist.config import TrainJob
-from txl_dist.data.lanes import EvaluationPlan, LanePlan
-from txl_dist.data.segments import Segments
+from txl_dist.data.lanes import LanePlan
+from txl_dist.data.segments import Segments, whole_split
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import Checkpoint, newest
 from txl_dist.engine.launch import World, leave, world
@@ -55,11 +55,11 @@ class Training:
     def loop(self) -> None:
         """One segment a step, in order."""
         job, engine, segments = self.job, self.engine, self.segments()
-        meter = Meter(segments, self.start, job.data.num_lanes * job.model.tgt_len)
+        meter = Meter(segments, self.start, job.tokens_per_step)
         for segment in segments:
             loss = engine.train_step(segment)
             metrics: dict[str, Any] = {}
-            if self.due(job.tracking.log_every):
+            if self.due(job.tracking.log_every, also=self.stop):
                 metrics |= {"train/loss": engine.mean(loss)}
                 metrics |= {"train/lr": engine.learning_rate, "train/grad_norm": engine.grad_norm}
                 metrics |= meter.read(engine.step)
@@ -77,8 +77,7 @@ class Training:
 
     def log(self, metrics: dict[str, Any]) -> None:
         step = self.engine.step
-        tokens = step * self.job.data.num_lanes * self.job.model.tgt_len
-        self.tracker.log({"step": step, "tokens": tokens} | metrics)
+        self.tracker.log({"step": step, "tokens": step * self.job.tokens_per_step} | metrics)
 
     def segments(self) -> Segments:
         data, split = self.job.data, self.index.splits["train"]
@@ -95,12 +94,10 @@ class Training:
 
     def evaluate(self, name: str) -> dict[str, float]:
         """Metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte."""
-        data, split = self.job.data, self.index.splits[name]
-        plan = EvaluationPlan(split.document_starts, data.num_lanes, self.job.model.tgt_len, data.reset_memory)
-        reader = SampleReader(self.index, name)
-        segments = Segments(plan, reader, self.engine.lanes, self.index.eos, 0, plan.steps, data.workers)
-        score = self.engine.evaluate(self.tracker.screen.watch(segments, f"evaluating {name}", plan.steps))
-        return {f"{name}/{key}": value for key, value in score.metrics(split.bytes).items()}
+        data, lengths = self.job.data, (self.job.data.num_lanes, self.job.model.tgt_len)
+        segments = whole_split(self.index, name, *lengths, data.reset_memory, self.engine.lanes, data.workers)
+        score = self.engine.evaluate(self.tracker.screen.watch(segments, f"evaluating {name}", len(segments)))
+        return {f"{name}/{key}": value for key, value in score.metrics(self.index.splits[name].bytes).items()}
 
 
 def sound_checkpoint(job: TrainJob, index: Index, ranks: World) -> Checkpoint | None:

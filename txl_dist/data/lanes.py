@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+ResetMemory = Literal["never", "document"]
+
 
 class Span(NamedTuple):
     """`length` consecutive tokens of a split's stream, beginning at `position`.
@@ -71,7 +73,7 @@ class LanePlan:
         tgt_len: int,
         seed: int = 0,
         order: Literal["corpus", "documents"] = "corpus",
-        reset_memory: Literal["never", "document"] = "never",
+        reset_memory: ResetMemory = "never",
     ):
         # int64 whatever the file says: numpy would compare unsigned positions as floats.
         self.starts, self.num_lanes = np.asarray(starts).view(np.int64), num_lanes
@@ -81,10 +83,6 @@ class LanePlan:
         assert 0 < num_lanes <= self.tokens, (num_lanes, self.tokens)
         # An epoch's layout serves all its steps; two are alive where an epoch ends.
         self._layout = lru_cache(maxsize=2)(self._lay_out)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.tokens / (self.num_lanes * self.tgt_len)
 
     def part(self, lane: int) -> range:
         """Positions of the lane-th of num_lanes equal parts of an epoch's stream: the first epoch of `lane`."""
@@ -138,9 +136,7 @@ class EvaluationPlan(LanePlan):
     A lane ends with its part: its last segment may be short, or empty where other lanes' parts need one more step.
     """
 
-    def __init__(
-        self, starts: np.ndarray, num_lanes: int, tgt_len: int, reset_memory: Literal["never", "document"] = "never"
-    ):
+    def __init__(self, starts: np.ndarray, num_lanes: int, tgt_len: int, reset_memory: ResetMemory = "never"):
         super().__init__(starts, num_lanes, tgt_len, reset_memory=reset_memory)
 
     @property

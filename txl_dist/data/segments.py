@@ -9,8 +9,8 @@ from itertools import islice
 
 import numpy as np
 
-from txl_dist.data.lanes import LanePlan
-from txl_dist.data.shards import SampleReader
+from txl_dist.data.lanes import EvaluationPlan, LanePlan, ResetMemory
+from txl_dist.data.shards import Index, SampleReader
 
 NOT_SCORED = -100  # the target of a position that holds no token: torch's own mark for it
 
@@ -88,3 +88,11 @@ class Segments:
                 reach[row, here] = np.arange(span.history, span.history + span.length)
                 at += span.length
         return Segment(step, inputs, targets, reach)
+
+
+def whole_split(
+    index: Index, name: str, num_lanes: int, tgt_len: int, reset_memory: ResetMemory, lanes: range, workers: int = 1
+) -> Segments:
+    """The segments of `lanes` in one pass over a split, cut into num_lanes: all lanes score every token once."""
+    plan = EvaluationPlan(index.splits[name].document_starts, num_lanes, tgt_len, reset_memory)
+    return Segments(plan, SampleReader(index, name), lanes, index.eos, 0, plan.steps, workers)

@@ -10,7 +10,6 @@ How many files there are tells who wrote them, not what they mean: any number of
 is written under another name and renamed when all of it is there, so that what bears the name is whole.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from txl_dist.data.shards import sha256_of_file
 from txl_dist.errors import UserError
 
 VERSION = 1
@@ -58,7 +58,11 @@ class Checkpoint:
                 return f"{path}: is missing"
             if path.stat().st_size != told["bytes"]:
                 return f"{path}: has {path.stat().st_size:,} bytes, but checkpoint.json tells {told['bytes']:,}"
-            return None if sha256(path) == told["sha256"] else f"{path}: its content is not what checkpoint.json tells"
+            return (
+                None
+                if sha256_of_file(path) == told["sha256"]
+                else f"{path}: its content is not what checkpoint.json tells"
+            )
 
         with ThreadPoolExecutor(4) as pool:
             found = [each for each in pool.map(damage, self.files) if each]
@@ -107,7 +111,7 @@ class CheckpointWriter:
         """Write this rank's file of one kind, and beside it what the manifest will say of it."""
         path = self.partial / f"{kind}-{self.rank:05d}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-        told = {"bytes": path.stat().st_size, "sha256": sha256(path), "tensors": len(tensors)}
+        told = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         path.with_suffix(".told").write_text(json.dumps(told))
 
     def finish(self, state: dict[str, Any], config: dict[str, Any], data: dict[str, Any], keep: int) -> None:
@@ -154,14 +158,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, told["state"], told["config"], told["data"], told["files"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: holds no readable checkpoint.json ({error})") from error
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -55,8 +55,8 @@ def world() -> World:
 def leave(code: int = 0) -> NoReturn:
     """End a process that has done, written and said everything, without Python's own shutdown.
 
-    DeepSpeed keeps gloo's threads alive, and one that lets go of its last tensor while Python shuts down aborts the
-    process; torchrun then calls a finished run failed (seen once in some fifty runs).
+    DeepSpeed keeps gloo's threads alive. Once in some fifty runs a finished rank was aborted while Python shut down,
+    probably by one of them, and torchrun called the run failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -134,7 +134,7 @@ class ZeroEngine:
         if self.world.first:
             state = {
                 "step": self.step,
-                "tokens": self.step * self.job.data.num_lanes * self.job.model.tgt_len,
+                "tokens": self.step * self.job.tokens_per_step,
                 "optimizer": numbers,
                 "written_by": {"ranks": self.world.size, "zero_stage": self.job.engine.zero_stage},
             }

@@ -1,16 +1,13 @@
 """The tracker: what is logged goes to metrics.jsonl, the console and W&B."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from txl_dist.config import TrainJob
 from txl_dist.tracking.console import Screen
 from txl_dist.tracking.metrics import MetricsFile
 from txl_dist.tracking.weights_and_biases import WandbRun
-
-Item = TypeVar("Item")
 
 
 class Tracker:
@@ -34,9 +31,6 @@ class Tracker:
         if self.wandb:
             self.wandb.log(metrics)
         self.screen.log(metrics)
-
-    def watch(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-        return self.screen.watch(items, what, total)
 
     def __enter__(self) -> "Tracker":
         return self
