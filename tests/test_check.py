@@ -88,6 +88,9 @@ def test_lanes_that_cannot_be_split_list_those_that_can(small, monkeypatch, lane
         (["schedule.warmup_steps=21"], "schedule.warmup_steps"),
         (["schedule.min_lr=1.0"], "schedule.min_lr"),
         (["data.num_lanes=100000"], "data.num_lanes"),
+        (["evaluation.clamp_len=0"], "evaluation.clamp_len"),
+        (["evaluation.same_length=true", "evaluation.mem_len=0"], "evaluation.same_length"),
+        (["engine.stage_layers=[1,1]"], "engine.stage_layers"),  # there is one stage
         (["data.order=random"], "data.order"),
     ],
 )
@@ -95,6 +98,28 @@ def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, ke
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     found = problems("train", *small, *overrides)
     assert found and all(problem.startswith(key) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["engine.pipeline_stages=3"], "engine.pipeline_stages=3: 4 processes"),
+        (["engine.pipeline_stages=2", "engine.zero_stage=2"], "engine.zero_stage=2"),
+        (["engine.pipeline_stages=4", "model.n_layer=1"], "engine.pipeline_stages=4"),
+        (["engine.pipeline_stages=2", "engine.stage_layers=[1,2]"], "engine.stage_layers=[1, 2]: must add up"),
+        (["engine.pipeline_stages=2", "engine.stage_layers=[2]"], "engine.stage_layers=[2]: must have one"),
+        (["engine.pipeline_stages=4", "engine.stage_layers=[1,0,0,1]"], "engine.stage_layers=[1, 0, 0, 1]: only"),
+        (["engine.pipeline_stages=2", "engine.gradient_accumulation=3"], "data.num_lanes=8"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(small, monkeypatch, overrides, told):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert one("train", *small, *overrides).startswith(told)
+
+
+def test_lanes_are_split_among_pipelines_not_processes(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert problems("train", *small, "engine.pipeline_stages=4", "engine.gradient_accumulation=8") == []
 
 
 def test_missing_data_tell_the_command_that_makes_them(small):

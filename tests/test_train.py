@@ -4,10 +4,14 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from txl_dist.config import EvaluateJob, LengthsConfig
+from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import newest
+from txl_dist.evaluate import trained_model
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,72 @@ def test_a_run_is_not_continued_as_another(trained, run, small):
     assert "data.num_lanes=4" in done.stderr and "model.n_layer=3" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_other_lanes_are_refused_with_the_choices(trained, run, small):
+    done = run("txl_dist.train", *small, f"run.dir={trained[0]}", "model.tgt_len=8", "model.mem_len=8", expect=2)
+    for words in (
+        "model.tgt_len=8",
+        "model.mem_len=8",
+        "started with 16",
+        "run.on_lane_change=reset_memory",
+        "run.dir",
+    ):
+        assert words in done.stderr, words
+
+
+def test_other_lanes_go_on_from_the_same_share_of_the_epoch(run, small, metrics, dataset, tmp_path):
+    """10 steps of 8 lanes x 16, then 4 lanes x 24: position and history are found in the losses of fresh weights.
+
+    With a learning rate of (almost) nothing a loss tells which tokens were read, and with which memory.
+    """
+    still = [*small, "optimizer.lr=1e-30", "train.eval_every=1000"]
+    lanes = ["data.num_lanes=4", "model.tgt_len=24", "model.mem_len=30", "run.on_lane_change=reset_memory"]
+    changed, parts, fresh = (tmp_path / each for each in ("changed", "parts", "fresh"))
+    for where, stop in ((changed, 10), (changed, 20), (parts, 10), (parts, 15), (parts, 20)):
+        run("txl_dist.train", *still, f"run.dir={where}", *(lanes if stop > 10 else []), f"train.stop_at={stop}")
+    lines = [line for line in metrics(changed) if "train/loss" in line]
+    tokens = 10 * 8 * 16
+    assert [line["tokens"] for line in lines[10:]] == [tokens + step * 4 * 24 for step in range(1, 11)]
+    assert newest(changed).state["origin"] == {"step": 10, "tokens": tokens}
+    memory = newest(changed).tensors("memory")
+    assert memory.keys() == {f"layer.{layer}.lane.{lane}" for layer in range(2) for lane in range(4)}
+    assert {tuple(each.shape) for each in memory.values()} == {(30, 32)}
+
+    # Stopped once more on the way, it goes on to the bit: the new lanes' origin is kept.
+    assert [line["train/loss"] for line in metrics(parts) if "train/loss" in line] == [
+        line["train/loss"] for line in lines
+    ]
+    assert all(torch.equal(each, newest(parts).tensors("memory")[name]) for name, each in memory.items())
+
+    # By hand: the same weights, new memories, and each lane at its share of the text.
+    run("txl_dist.train", *still, f"run.dir={fresh}", "train.stop_at=1")
+    model, _ = trained_model(EvaluateJob(str(fresh), "valid", "json", None, 4, None, LengthsConfig(24, 30, None, None)))
+    index = Index.open(str(dataset))
+    stream = SampleReader(index, "train")
+    size, memory = index.splits["train"].tokens, [torch.zeros(4, 30, 32)] * 2
+    for step in range(10):
+        begins = [lane * size // 4 + tokens // 4 + step * 24 for lane in range(4)]
+        read = torch.tensor(np.stack([stream.tokens(begin - 1, 25) for begin in begins]).astype(np.int64))
+        reach = torch.arange(step * 24, step * 24 + 24).expand(4, -1)
+        with torch.no_grad():
+            loss, memory = model(read[:, :-1], read[:, 1:], reach, memory)
+        assert lines[10 + step]["train/loss"] == pytest.approx(loss.mean().item(), rel=1e-5), step
+
+
+def test_evaluation_may_have_other_lengths(run, small, metrics, tmp_path):
+    """The same as the evaluate command finds with these lengths."""
+    lengths = ["tgt_len=3", "mem_len=2", "clamp_len=1", "same_length=true"]
+    run("txl_dist.train", *small, f"run.dir={tmp_path}", *(f"evaluation.{each}" for each in lengths))
+    told = json.loads(
+        run(
+            "txl_dist.evaluate", f"run={tmp_path}", "split=valid", "format=json", *(f"model.{each}" for each in lengths)
+        ).stdout
+    )
+    in_training = [line["valid/loss"] for line in metrics(tmp_path) if "valid/loss" in line][-1]
+    assert told["loss"] == pytest.approx(in_training, rel=1e-6)
+    plain = json.loads(run("txl_dist.evaluate", f"run={tmp_path}", "split=valid", "format=json").stdout)
+    assert plain["loss"] != pytest.approx(in_training, rel=1e-5)
+
+
 def test_a_mistake_is_told_once_by_several_processes(run, small):
     done = run("txl_dist.train", *small, "data.num_lanes=7", "+model.zzz=1", processes=2, expect=1)
     assert done.stderr.count("data.num_lanes=7") == done.stderr.count("model.zzz") == 1
@@ -114,7 +184,7 @@ def test_a_sweep_is_several_runs(run, small, metrics, tmp_path):
     assert len(one) == len(two) == 20 and one != two
 
 
-@pytest.mark.parametrize("entry", ["prepare", "train", "evaluate", "generate"])
+@pytest.mark.parametrize("entry", ["prepare", "train", "evaluate", "generate", "inspect"])
 def test_help_shows_groups_keys_and_an_example(run, entry):
     told = run(f"txl_dist.{entry}", "--help").stdout
     assert f"python -m txl_dist.{entry}" in told or f"-m txl_dist.{entry}" in told

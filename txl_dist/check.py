@@ -1,6 +1,6 @@
 """Reads a composed config, and checks all of it before anything expensive starts.
 
-`read` turns nested values into one of the four jobs of config.py, and reports *all* problems at once, in plain words,
+`read` turns nested values into one of the jobs of config.py, and reports *all* problems at once, in plain words,
 each with its key.
 """
 
@@ -15,10 +15,13 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from txl_dist.config import (
+    LANE_KEYS,
     DataConfig,
     EngineConfig,
     EvaluateJob,
     GenerateJob,
+    InspectJob,
+    LengthsConfig,
     ModelConfig,
     OptimizerConfig,
     PrepareJob,
@@ -88,7 +91,7 @@ def unknown_key(key: str, known: Any) -> str:
 # ------------------------------------------------------------------------------------------------------- checks
 
 Check = Callable[..., Iterator[str]]
-CHECKS: dict[type, list[Check]] = {PrepareJob: [], TrainJob: [], EvaluateJob: [], GenerateJob: []}
+CHECKS: dict[type, list[Check]] = {PrepareJob: [], TrainJob: [], EvaluateJob: [], GenerateJob: [], InspectJob: []}
 
 
 def check(*jobs: type) -> Callable[[Check], Check]:
@@ -110,25 +113,47 @@ def failed_checks(schema: type, found: dict[str, Any]) -> Iterator[str]:
             yield from function(**{name: found[name] for name in wanted})
 
 
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @check(TrainJob)
 def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    parts = processes * engine.gradient_accumulation
+    if processes() % engine.pipeline_stages:
+        return  # told by stages_can_be_cut
+    data_parallel = processes() // engine.pipeline_stages
+    parts = data_parallel * engine.gradient_accumulation
     if data.num_lanes % parts:
         below = data.num_lanes // parts * parts
         works = ", ".join(str(n) for n in (below - parts, below, below + parts, below + 2 * parts) if n > 0)
+        over = f"{data_parallel} processes" if engine.pipeline_stages == 1 else f"{data_parallel} pipelines"
         yield (
-            f"data.num_lanes={data.num_lanes}: cannot be split evenly over {processes} processes x "
+            f"data.num_lanes={data.num_lanes}: cannot be split evenly over {over} x "
             f"{engine.gradient_accumulation} micro-batches (engine.gradient_accumulation); what works: {works}, ..."
         )
 
 
 @check(TrainJob)
+def stages_can_be_cut(engine: EngineConfig, model: ModelConfig) -> Iterator[str]:
+    stages, layers = engine.pipeline_stages, engine.stage_layers
+    if processes() % stages:
+        yield f"engine.pipeline_stages={stages}: {processes()} processes are no multiple of it"
+    if stages > model.n_layer + 2:
+        yield f"engine.pipeline_stages={stages}: an embedding, {model.n_layer} layers and a softmax are too few for it"
+    if layers is None:
+        return
+    given = f"engine.stage_layers={layers}"
+    if len(layers) != stages:
+        yield f"{given}: must have one entry for each of engine.pipeline_stages={stages}"
+    if sum(layers) != model.n_layer:
+        yield f"{given}: must add up to model.n_layer={model.n_layer}, not {sum(layers)}"
+    if 0 in layers[1:-1]:
+        yield f"{given}: only the first stage (embedding) and the last (softmax) can do without a layer"
+
+
+@check(TrainJob)
 def model_fits_together(model: ModelConfig) -> Iterator[str]:
-    if model.clamp_len == 0:
-        yield "model.clamp_len=0: would make all distances alike; give -1 (no clamping) or a distance of 1 or more"
-    if model.same_length and model.mem_len == 0:
-        yield "model.same_length=true: every token attends to mem_len tokens, but model.mem_len=0; give a memory"
+    yield from lengths_fit_together("model", model)
     if sorted(set(model.cutoffs)) != model.cutoffs:
         yield f"model.cutoffs={model.cutoffs}: must increase"
     if model.div_val > 1 and not model.cutoffs:
@@ -137,6 +162,21 @@ def model_fits_together(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.div_val={model.div_val}: leaves no dimension for cluster {len(model.cutoffs)} "
             f"of model.d_model={model.d_model}"
+        )
+
+
+@check(TrainJob)
+def evaluation_fits_together(model: ModelConfig, evaluation: LengthsConfig) -> Iterator[str]:
+    if evaluation.of(model) != model:
+        yield from lengths_fit_together("evaluation", evaluation.of(model))
+
+
+def lengths_fit_together(section: str, model: ModelConfig) -> Iterator[str]:
+    if model.clamp_len == 0:
+        yield f"{section}.clamp_len=0: would make all distances alike; give -1 (no clamping) or a distance of 1 or more"
+    if model.same_length and model.mem_len == 0:
+        yield (
+            f"{section}.same_length=true: every token attends to mem_len tokens, but {section}.mem_len=0; give a memory"
         )
 
 
@@ -154,6 +194,11 @@ def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterato
         yield (
             f"engine.zero_stage=0: with engine.precision={engine.precision} DeepSpeed's first step and its loss scale "
             "are wrong; use engine.zero_stage=1, or engine.precision=fp32"
+        )
+    if engine.pipeline_stages > 1 and stage > 1:
+        yield (
+            f"engine.zero_stage={stage}: DeepSpeed's pipeline knows ZeRO 0 and 1 only; "
+            "use engine.zero_stage=1, or engine.pipeline_stages=1"
         )
     if engine.offload == "optimizer" and stage == 0:
         yield "engine.offload=optimizer: needs engine.zero_stage of 1, 2 or 3"
@@ -205,25 +250,31 @@ def run_continues_itself(run: RunConfig, data: DataConfig, model: ModelConfig) -
     if checkpoint is None:
         return
     given = {"run": asdict(run), "data": asdict(data), "model": asdict(model)}
-    for section, keys in IDENTITY.items():
-        for key in keys:
-            before, now = checkpoint.config[section][key], given[section][key]
-            if before != now:
-                yield (
-                    f"{section}.{key}={now}: the run in {run.dir} was started with {before}; "
-                    "give that, or another run.dir for another run"
-                )
+    for section, key in [*IDENTITY, *LANE_KEYS]:
+        before, now = checkpoint.config[section][key], given[section][key]
+        if before == now:
+            continue
+        told = f"{section}.{key}={now}: the run in {run.dir} was started with {before}"
+        if (section, key) in IDENTITY:
+            yield f"{told}; give that, or another run.dir for another run"
+        elif run.on_lane_change == "refuse":
+            yield (
+                f"{told}, and what it remembers is of those lanes, at their places in the data; give that, or "
+                "run.on_lane_change=reset_memory to go on from the same share of the epoch with empty memories, "
+                "or another run.dir for another run"
+            )
 
 
 # What makes a run that run: with another value here its weights, its memory or its place in the data would not fit.
-IDENTITY = {
-    "run": ["seed"],
-    "data": ["num_lanes", "order", "reset_memory"],
-    "model": [name for name in field_names(ModelConfig) if name not in ("dropout", "dropatt")],
-}
+IDENTITY = [
+    ("run", "seed"),
+    ("data", "order"),
+    ("data", "reset_memory"),
+    *(("model", name) for name in sorted(field_names(ModelConfig) - {"dropout", "dropatt", "tgt_len", "mem_len"})),
+]
 
 
-@check(EvaluateJob, GenerateJob)
+@check(EvaluateJob, GenerateJob, InspectJob)
 def run_is_there(run: str, checkpoint: int | None) -> Iterator[str]:
     from txl_dist.engine.checkpoint import newest, steps
 

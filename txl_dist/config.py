@@ -1,5 +1,6 @@
 """The schema of conf/: its values' types and meanings. What else must hold of them stands in check.py."""
 
+from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, Strict
@@ -86,10 +87,15 @@ class PrepareJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class RunConfig:
-    """The run directory is the run's identity: starting with the same `dir` again continues it."""
+    """The run directory is the run's identity: starting with the same `dir` again continues it.
+
+    on_lane_change: whether it may go on with other lanes (another value of LANE_KEYS), from the same share of the epoch
+    but with empty memories.
+    """
 
     dir: str
     seed: Natural
+    on_lane_change: Literal["refuse", "reset_memory"]
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -128,6 +134,20 @@ class ModelConfig:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class LengthsConfig:
+    """Lengths that may differ from training's; null: as in training."""
+
+    tgt_len: Count | None
+    mem_len: Natural | None
+    clamp_len: Annotated[int, Strict(), Field(ge=-1)] | None
+    same_length: Yes | None
+
+    def of(self, model: ModelConfig) -> ModelConfig:
+        """The model with these lengths."""
+        return replace(model, **{key: value for key, value in asdict(self).items() if value is not None})
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class OptimizerConfig:
     name: Literal["adam", "adamw", "lamb"]
     lr: Positive
@@ -159,7 +179,15 @@ class TrainConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class EngineConfig:
+    """The split: it may be another at every start of a run.
+
+    stage_layers: how many layers each pipeline stage gets, the first stage with the embedding, the last with the
+    softmax; null: balanced by counted floating-point operations.
+    """
+
     zero_stage: Literal[0, 1, 2, 3]
+    pipeline_stages: Count
+    stage_layers: list[Natural] | None
     gradient_accumulation: Count
     activation_checkpointing: Yes
     offload: Literal["none", "optimizer", "parameters"]
@@ -184,6 +212,7 @@ class TrainJob:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
+    evaluation: LengthsConfig
     engine: EngineConfig
     tracking: TrackingConfig
 
@@ -192,17 +221,11 @@ class TrainJob:
         return self.data.num_lanes * self.model.tgt_len
 
 
-# -------------------------------------------------------------------------------------------- evaluate, generate
+# What the lanes of a run are, as (section, key): with another value here what they remember has no meaning.
+LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 
 
-@dataclass(config=SCHEMA, frozen=True)
-class LengthsConfig:
-    """Lengths that may differ from training's; null: as in training."""
-
-    tgt_len: Count | None
-    mem_len: Natural | None
-    clamp_len: Annotated[int, Strict(), Field(ge=-1)] | None
-    same_length: Yes | None
+# ----------------------------------------------------------------------------------- evaluate, generate, inspect
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -227,3 +250,11 @@ class GenerateJob:
     seed: Natural
     checkpoint: Natural | None
     model: LengthsConfig
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class InspectJob:
+    run: str
+    checkpoint: Natural | None
+    verify: Yes
+    format: Literal["table", "json"]

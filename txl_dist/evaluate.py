@@ -1,6 +1,5 @@
 """The loss of a run's checkpoint on a whole split: `python -m txl_dist.evaluate run=RUN_DIR split=test`."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from txl_dist.cli import command
 from txl_dist.config import EvaluateJob, GenerateJob, ModelConfig
 from txl_dist.data.segments import whole_split
 from txl_dist.data.shards import Index
-from txl_dist.engine.checkpoint import Checkpoint, directory, newest, open_checkpoint
+from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint
 from txl_dist.engine.evaluation import score
 from txl_dist.errors import ConfigError
 from txl_dist.models.memory import Memory
@@ -33,7 +32,8 @@ def evaluate(job: EvaluateJob) -> None:
     reset = checkpoint.config["data"]["reset_memory"]
     segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes)
     weight = next(model.parameters())
-    memory = Memory(lanes, model.config, weight.device, weight.dtype)
+    layers = range(model.config.n_layer)
+    memory = Memory(layers, lanes, model.config.mem_len, model.config.d_model, weight.device, weight.dtype)
     progress = Console(stderr=True)
     began = time.perf_counter()
     scored = score(model, track(segments, job.split, len(segments), console=progress, transient=True), memory)
@@ -52,11 +52,9 @@ def trained_model(job: EvaluateJob | GenerateJob) -> tuple[TransformerXL, Checkp
     Raises:
         ConfigError: where those do not fit together.
     """
-    checkpoint = newest(job.run) if job.checkpoint is None else open_checkpoint(directory(job.run, job.checkpoint))
-    assert checkpoint, job
+    checkpoint = find_checkpoint(job.run, job.checkpoint)
     trained = TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"])
-    given = {key: value for key, value in dataclasses.asdict(job.model).items() if value is not None}
-    config = dataclasses.replace(trained, **given)
+    config = job.model.of(trained)
     if problems := list(model_fits_together(config)):
         raise ConfigError(problems)
     model = TransformerXL(config, checkpoint.data["vocab_size"])

@@ -14,6 +14,7 @@ from txl_dist.data.segments import Segments, whole_split
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import Checkpoint, newest
 from txl_dist.engine.launch import World, leave, world
+from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import ConfigError
 from txl_dist.tracking.meter import Meter
@@ -38,7 +39,8 @@ class Training:
         self.job, self.index = job, index
         if ranks.first:
             write_run(job, index)
-        self.engine = ZeroEngine(job, index.vocab_size, ranks, checkpoint)
+        engine = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
+        self.engine = engine(job, index.vocab_size, ranks, checkpoint)
         self.start = self.engine.step
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
         self.tracker = Tracker(job, self.start, self.stop, ranks.first)
@@ -76,8 +78,7 @@ class Training:
         return self.engine.step % every == 0 or self.engine.step == also
 
     def log(self, metrics: dict[str, Any]) -> None:
-        step = self.engine.step
-        self.tracker.log({"step": step, "tokens": step * self.job.tokens_per_step} | metrics)
+        self.tracker.log({"step": self.engine.step, "tokens": self.engine.tokens} | metrics)
 
     def segments(self) -> Segments:
         data, split = self.job.data, self.index.splits["train"]
@@ -88,14 +89,16 @@ class Training:
             seed=self.job.run.seed,
             order=data.order,
             reset_memory=data.reset_memory,
+            origin=self.engine.origin,
         )
         reader = SampleReader(self.index, "train")
         return Segments(plan, reader, self.engine.lanes, self.index.eos, self.start, self.stop, data.workers)
 
     def evaluate(self, name: str) -> dict[str, float]:
         """Metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte."""
-        data, lengths = self.job.data, (self.job.data.num_lanes, self.job.model.tgt_len)
-        segments = whole_split(self.index, name, *lengths, data.reset_memory, self.engine.lanes, data.workers)
+        data, tgt_len = self.job.data, self.job.evaluation.of(self.job.model).tgt_len
+        lanes = data.num_lanes, tgt_len, data.reset_memory, self.engine.lanes
+        segments = whole_split(self.index, name, *lanes, data.workers)
         score = self.engine.evaluate(self.tracker.screen.watch(segments, f"evaluating {name}", len(segments)))
         return {f"{name}/{key}": value for key, value in score.metrics(self.index.splits[name].bytes).items()}
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from txl_dist.data.lanes import EvaluationPlan, LanePlan, LaneSplit
+from txl_dist.data.lanes import EvaluationPlan, LanePlan, LaneSplit, Origin
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -124,11 +124,40 @@ def test_evaluation_scores_every_token_once(document_lengths, num_lanes, tgt_len
     assert all(not plan.spans(lane, plan.steps) for lane in range(num_lanes))
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
-def test_every_lane_has_one_place_under_every_split(ranks, accumulation, micro_batch):
-    split = LaneSplit(ranks * accumulation * micro_batch, ranks, accumulation)
-    assert split.micro_batch == micro_batch
-    assert [lane for rank in range(ranks) for lane in split.lanes(rank)] == list(range(split.num_lanes))
+@given(plans("corpus") | plans("documents"), st.integers(0, 30))
+def test_lanes_that_begin_anew_read_on_without_a_history(plan, step):
+    """As many lanes as before: what they read is the same, and they remember what they have read since."""
+    tokens = step * plan.num_lanes * plan.tgt_len
+    anew = LanePlan(
+        plan.starts, plan.num_lanes, plan.tgt_len, plan.seed, plan.order, plan.reset_memory, Origin(step, tokens)
+    )
+    for lane in range(plan.num_lanes):
+        for later in range(step, step + 4):
+            read = (later - step) * plan.tgt_len
+            for now, before in zip(anew.spans(lane, later), plan.spans(lane, later), strict=True):
+                assert now[:2] == before[:2] and now.history == min(read, before.history)
+                read += now.length
+
+
+@given(plans("corpus"), st.integers(1, 7), st.integers(1, 9), st.integers(0, 30))
+def test_other_lanes_go_on_at_the_same_share_of_the_epoch(plan, num_lanes, tgt_len, step):
+    num_lanes = min(num_lanes, plan.tokens)
+    tokens = step * plan.num_lanes * plan.tgt_len
+    other = LanePlan(plan.starts, num_lanes, tgt_len, origin=Origin(step, tokens))
+    for lane in range(num_lanes):
+        begin = other.part(lane).start
+        read = (other.spans(lane, step)[0].position - begin) % plan.tokens
+        assert read * num_lanes <= tokens % (plan.tokens * num_lanes) < (read + 1) * num_lanes
+        assert other.spans(lane, step)[0].history == 0
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+def test_every_lane_has_one_place_under_every_split(stages, data_parallel, accumulation, micro_batch):
+    split = LaneSplit(data_parallel * accumulation * micro_batch, stages * data_parallel, accumulation, stages)
+    assert (split.micro_batch, split.data_parallel) == (micro_batch, data_parallel)
+    for stage in range(stages):
+        ranks = [rank for rank in range(split.ranks) if split.stage(rank) == stage]
+        assert [lane for rank in ranks for lane in split.lanes(rank)] == list(range(split.num_lanes))
 
 
 @pytest.mark.parametrize("order", ["corpus", "documents"])

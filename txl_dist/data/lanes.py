@@ -29,27 +29,56 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class LaneSplit:
-    """lane -> (data-parallel rank, micro-batch, row), with num_lanes = ranks x accumulation x micro_batch.
+    """lane -> (data-parallel rank, micro-batch, row), with num_lanes = data_parallel x accumulation x micro_batch.
 
-    A rank's lanes are neighbours, and so are a micro-batch's.
+    A rank's lanes are neighbours, and so are a micro-batch's. With pipeline stages a lane has one rank in each stage,
+    and a stage's ranks are neighbours: rank = stage x data_parallel + data-parallel rank, as DeepSpeed numbers them.
     """
 
     num_lanes: int
     ranks: int
     accumulation: int
+    stages: int = 1
 
     def __post_init__(self) -> None:
-        assert self.num_lanes % (self.ranks * self.accumulation) == 0, self
+        assert self.ranks % self.stages == 0, self
+        assert self.num_lanes % (self.data_parallel * self.accumulation) == 0, self
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks among which the lanes are divided."""
+        return self.ranks // self.stages
 
     @property
     def micro_batch(self) -> int:
         """Rows of one micro-batch on one rank."""
-        return self.num_lanes // (self.ranks * self.accumulation)
+        return self.num_lanes // (self.data_parallel * self.accumulation)
+
+    def stage(self, rank: int) -> int:
+        return rank // self.data_parallel
 
     def lanes(self, rank: int) -> range:
         """The lanes of one rank, in the order of their rows: micro-batch 0 first."""
-        share = self.num_lanes // self.ranks
-        return range(rank * share, (rank + 1) * share)
+        share, place = self.num_lanes // self.data_parallel, rank % self.data_parallel
+        return range(place * share, (place + 1) * share)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the lanes began, with empty memories: at the start of the run, or where it went on with other lanes.
+
+    step: the first step of these lanes. tokens: what the run had read before it.
+    """
+
+    step: int = 0
+    tokens: int = 0
+
+    def tokens_at(self, step: int, tokens_per_step: int) -> int:
+        """What the run has read when `step` steps are done."""
+        return self.tokens + (step - self.step) * tokens_per_step
+
+
+BEGINNING = Origin()
 
 
 class LanePlan:
@@ -64,6 +93,7 @@ class LanePlan:
         starts: [documents + 1] position of each document's first token, then the number of tokens of the split.
         tgt_len: tokens in a segment.
         reset_memory: 'document' ends a lane's history where a document (or piece) starts; 'never' lets it run on.
+        origin: the lanes start at the share of the epoch that the run had read before, and without a history.
     """
 
     def __init__(
@@ -74,11 +104,12 @@ class LanePlan:
         seed: int = 0,
         order: Literal["corpus", "documents"] = "corpus",
         reset_memory: ResetMemory = "never",
+        origin: Origin = BEGINNING,
     ):
         # int64 whatever the file says: numpy would compare unsigned positions as floats.
         self.starts, self.num_lanes = np.asarray(starts).view(np.int64), num_lanes
         self.tgt_len, self.seed = tgt_len, seed
-        self.order, self.reset_memory = order, reset_memory
+        self.order, self.reset_memory, self.origin = order, reset_memory, origin
         self.tokens = int(starts[-1])
         assert 0 < num_lanes <= self.tokens, (num_lanes, self.tokens)
         # An epoch's layout serves all its steps; two are alive where an epoch ends.
@@ -90,12 +121,14 @@ class LanePlan:
 
     def spans(self, lane: int, step: int) -> list[Span]:
         """What `lane` reads at `step`: spans of tgt_len tokens together."""
-        read = step * self.tgt_len
+        history = (step - self.origin.step) * self.tgt_len
+        read = self.origin.tokens // self.num_lanes + history
         pieces = self._corpus(lane, read) if self.order == "corpus" else self._documents(lane, read)
         spans = []
         for position, length, since_start in pieces:
-            spans.append(Span(position, length, min(read, since_start) if self.reset_memory == "document" else read))
-            read += length
+            may_remember = min(history, since_start) if self.reset_memory == "document" else history
+            spans.append(Span(position, length, may_remember))
+            history += length
         return spans
 
     def _corpus(self, lane: int, read: int) -> Iterator[tuple[int, int, int]]:

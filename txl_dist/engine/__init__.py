@@ -1,4 +1,4 @@
-"""Distribution by DeepSpeed behind one small interface: `train_step`, `evaluate`, `save`."""
+"""Distribution by DeepSpeed behind one small interface, `engine.Engine`: `train_step`, `evaluate`, `save`."""
 
 import logging
 import os

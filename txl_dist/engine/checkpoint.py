@@ -14,11 +14,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,7 +36,7 @@ VERSION = 1
 class Checkpoint:
     """A checkpoint on disk, read as far as its manifest.
 
-    state: {"step", "tokens", "optimizer": numbers that are no tensors, ...}
+    state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split}
     config: the run's whole config. data: {"fingerprint", "vocab_size"} of what it was trained on.
     """
 
@@ -49,8 +50,11 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def damages(self) -> list[str]:
-        """What is wrong with the files, each compared with what the manifest tells of it; empty where all is well."""
+    def damages(self, contents: bool = True) -> list[str]:
+        """What is wrong with the files, each compared with what the manifest tells of it; empty where all is well.
+
+        Without `contents` only their sizes are compared, and nothing is read.
+        """
 
         def damage(name: str) -> str | None:
             path, told = self.path / name, self.files[name]
@@ -58,33 +62,44 @@ class Checkpoint:
                 return f"{path}: is missing"
             if path.stat().st_size != told["bytes"]:
                 return f"{path}: has {path.stat().st_size:,} bytes, but checkpoint.json tells {told['bytes']:,}"
-            return (
-                None
-                if sha256_of_file(path) == told["sha256"]
-                else f"{path}: its content is not what checkpoint.json tells"
-            )
+            if contents and sha256_of_file(path) != told["sha256"]:
+                return f"{path}: its content is not what checkpoint.json tells"
+            return None
 
         with ThreadPoolExecutor(4) as pool:
             found = [each for each in pool.map(damage, self.files) if each]
         return [*found, f"remove {self.path} to go on from an older checkpoint or, with none, anew"] if found else []
 
-    def names(self, kind: str) -> list[str]:
-        return [name for name in self.files if name.startswith(f"{kind}-")]
+    def contents(self, kind: str) -> "Contents":
+        """How much there is of one kind. Nothing but headers is read."""
+        sizes = [prod(part.get_slice(name).get_shape()) for part in self._open(kind) for name in part.keys()]  # noqa: SIM118
+        files = [told["bytes"] for name, told in self.files.items() if name.startswith(f"{kind}-")]
+        return Contents(len(sizes), sum(sizes), len(files), sum(files))
+
+    def names(self, kind: str) -> set[str]:
+        """Of all tensors of one kind (weights, optimizer, memory)."""
+        return {name for part in self._open(kind) for name in part.keys()}  # noqa: SIM118 - it is no dict
 
     def tensors(self, kind: str, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The tensors of one kind (weights, optimizer, memory) by name; all of them, or those wanted."""
+        """The tensors of one kind by name; all of them, or those wanted."""
         chosen = None if wanted is None else set(wanted)
         found: dict[str, Tensor] = {}
-        for part in self.names(kind):
-            try:
-                with safe_open(self.path / part, framework="pt") as file:
-                    names = file.keys() if chosen is None else chosen.intersection(file.keys())
-                    found |= {key: file.get_tensor(key) for key in names}
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.path / part}: cannot be read: {error}") from error
+        for part in self._open(kind):
+            names = part.keys() if chosen is None else chosen.intersection(part.keys())
+            found |= {name: part.get_tensor(name) for name in names}
         if chosen is not None and (missing := sorted(chosen - found.keys())):
             raise UserError(f"{self.path}: holds no {kind} of {', '.join(missing[:5])} ({len(missing)} missing)")
         return found
+
+    def _open(self, kind: str) -> Iterator[Any]:
+        """The files of one kind, one after the other."""
+        for name in self.files:
+            if name.startswith(f"{kind}-"):
+                try:
+                    with safe_open(self.path / name, framework="pt") as file:
+                        yield file
+                except (SafetensorError, OSError) as error:
+                    raise UserError(f"{self.path / name}: cannot be read: {error}") from error
 
     def load_weights(self, model: nn.Module) -> None:
         """Put the weights into a model, each parameter by its (first) name: a tied one is stored once."""
@@ -92,6 +107,15 @@ class Checkpoint:
         with torch.no_grad():
             for name, value in self.tensors("weights", parameters).items():
                 parameters[name].copy_(value)
+
+
+class Contents(NamedTuple):
+    """Of one kind of tensors. bytes: of their files."""
+
+    tensors: int
+    numbers: int
+    files: int
+    bytes: int
 
 
 class CheckpointWriter:
@@ -143,6 +167,13 @@ def steps(run_dir: str | Path) -> list[int]:
 def newest(run_dir: str | Path) -> Checkpoint | None:
     """The newest checkpoint of a run, or None where it has none."""
     return open_checkpoint(directory(run_dir, found[-1])) if (found := steps(run_dir)) else None
+
+
+def find_checkpoint(run_dir: str, step: int | None) -> Checkpoint:
+    """A run's checkpoint of a step, or its newest. The checks have seen to it that it is there."""
+    checkpoint = newest(run_dir) if step is None else open_checkpoint(directory(run_dir, step))
+    assert checkpoint, run_dir
+    return checkpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -95,13 +95,27 @@ class TransformerXL(nn.Module):
             The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
             [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
         """
-        hidden = self.dropout(self.embedding(inputs))
+        hidden, new_memory = self.through_layers(self.embed(inputs), reach, memory)
+        return self.predict(hidden, targets), new_memory
+
+    # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """int64 [lanes, length] -> [lanes, length, d_model]."""
+        return self.dropout(self.embedding(inputs))
+
+    def through_layers(self, hidden: Tensor, reach: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """[lanes, length, d_model] -> the same, and the new memory; all layers that are here."""
         encoding, visible = self.surroundings(hidden, reach)
         new_memory = []
         for layer, past in zip(self.layers, memory, strict=True):
             new_memory.append(remember(past, hidden))
             hidden = self.run(layer, hidden, past, encoding, visible)
-        return self.softmax(self.dropout(hidden), targets), new_memory
+        return hidden, new_memory
+
+    def predict(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+        """[lanes, length, d_model] -> the first result of `forward`."""
+        return self.softmax(self.dropout(hidden), targets)
 
     def surroundings(self, hidden: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         """What all layers share: the encoding of distances, and which keys each query sees."""

@@ -1,0 +1,52 @@
+"""What a checkpoint holds, told by one command."""
+
+import json
+
+import pytest
+
+from txl_dist.engine.checkpoint import newest
+
+
+@pytest.fixture(scope="module")
+def pipelined(run, small, tmp_path_factory):
+    """A run of two stages, with checkpoints of steps 10 and 20."""
+    run_dir = tmp_path_factory.mktemp("inspect") / "run"
+    split = ["engine.pipeline_stages=2", "engine.gradient_accumulation=4", "engine.stage_layers=[1,1]"]
+    run("txl_dist.train", *small, f"run.dir={run_dir}", *split, processes=2)
+    return run_dir
+
+
+def test_json_tells_what_is_in_the_files(pipelined, run):
+    told = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "verify=true").stdout)
+    checkpoint = newest(pipelined)
+    assert (told["step"], told["max_steps"], told["tokens"], told["other_steps"]) == (20, 20, 20 * 8 * 16, [10])
+    assert (told["num_lanes"], told["tgt_len"], told["lanes_since"]) == (8, 16, 0)
+    by = told["written_by"]
+    assert (by["ranks"], by["data_parallel"], by["pipeline_stages"], by["gradient_accumulation"]) == (2, 1, 2, 4)
+    assert (by["zero_stage"], by["precision"], by["stage_layers"]) == (1, "fp32", [1, 1])
+    for kind in ("weights", "optimizer", "memory"):
+        tensors = checkpoint.tensors(kind)
+        held = told["holds"][kind]
+        assert (held["tensors"], held["numbers"]) == (len(tensors), sum(each.numel() for each in tensors.values()))
+        assert held["files"] == 2
+        assert held["bytes"] == sum(path.stat().st_size for path in checkpoint.path.glob(f"{kind}-*"))
+    assert told["holds"]["memory"]["tensors"] == 2 * 8  # layers x lanes
+
+
+def test_the_table_tells_step_lanes_and_split(pipelined, run):
+    told = run("txl_dist.inspect", f"run={pipelined}", "checkpoint=10").stdout
+    for words in ("10 of 20, 1,280 tokens", "8 of 16 tokens a step", "2 pipeline stages", "4 micro-batches", "step 20"):
+        assert words in told, words
+
+
+def test_damage_is_told(pipelined, run):
+    path = next((newest(pipelined).path).glob("memory-*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    run("txl_dist.inspect", f"run={pipelined}")  # nothing is read
+    done = run("txl_dist.inspect", f"run={pipelined}", "verify=true", expect=2)
+    assert path.name in done.stderr and "Traceback" not in done.stderr
+    content[-1] ^= 1
+    path.write_bytes(content[:-1])
+    assert path.name in run("txl_dist.inspect", f"run={pipelined}", expect=2).stderr

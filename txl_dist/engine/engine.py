@@ -1,0 +1,214 @@
+"""What both engines have in common; the training loop knows no more than this.
+
+A rank trains its *part* of the model (all of it, or a pipeline's stage) on its lanes. It keeps the memories of its
+layers and lanes, and writes and reads its share of checkpoints.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from txl_dist.config import LANE_KEYS, EngineConfig, ModelConfig, TrainJob
+from txl_dist.data.lanes import BEGINNING, LaneSplit, Origin
+from txl_dist.data.segments import Segment
+from txl_dist.engine.checkpoint import Checkpoint, CheckpointWriter
+from txl_dist.engine.evaluation import Score
+from txl_dist.engine.launch import World
+from txl_dist.engine.optimization import build_optimizer, learning_rate
+from txl_dist.engine.sharded import ShardedState
+from txl_dist.models.memory import Memory
+from txl_dist.models.transformer_xl import TransformerXL
+
+# DeepSpeed would compile its shared-memory reduction at start (a minute, and a compiler); gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.utils.logger.setLevel("WARNING")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine(ABC):
+    """Trains a model on the lanes of this rank.
+
+    Attributes:
+        lanes: the numbers of this rank's lanes; the rows of each Segment given to it, in this order.
+        origin: where these lanes began.
+        step: optimizer steps done.
+        size: parameters of the whole model.
+    """
+
+    def __init__(self, job: TrainJob, vocab_size: int, world: World, checkpoint: Checkpoint | None):
+        self.job, self.world = job, world
+        self.split = LaneSplit(
+            job.data.num_lanes, world.size, job.engine.gradient_accumulation, job.engine.pipeline_stages
+        )
+        self.lanes, self.origin, self.step = self.split.lanes(world.rank), BEGINNING, 0
+        self.precision = precision(job.engine)
+
+        torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
+        model = TransformerXL(job.model, vocab_size)
+        model.activation_checkpointing = job.engine.activation_checkpointing
+        if checkpoint:
+            checkpoint.load_weights(model)
+        # Before it is cut, by stages and then by DeepSpeed: the parameters under the names that checkpoints know.
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.size = sum(parameter.numel() for parameter in names)
+        self.model, self.layers, module = self.part(model)
+        parameters = {names[parameter]: parameter for parameter in self.model.parameters()}
+
+        optimizer = build_optimizer(job.optimizer, parameters.values())
+        self.deepspeed, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(job, self.split.micro_batch, self.precision),
+            dist_init_required=False,
+        )
+        if job.engine.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._clip)
+        self.state = ShardedState(self.deepspeed, parameters)
+        self.memory = self.empty_memory(job.model)
+        if checkpoint:
+            self._restore(checkpoint)
+
+    @abstractmethod
+    def part(self, model: TransformerXL) -> tuple[TransformerXL, range, nn.Module]:
+        """This rank's part of a model, the numbers of its layers, and what DeepSpeed gets to see of it."""
+
+    @abstractmethod
+    def forward_backward_step(self, segment: Segment) -> Tensor:
+        """Gradients of all micro-batches, the optimizer's step, and the new memory beside the old; returns the loss."""
+
+    @abstractmethod
+    def score(self, segments: Iterable[Segment], memory: Memory) -> tuple[float | Tensor, int]:
+        """The nats that this rank has counted over some segments read with `memory`, and for how many tokens."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The split, in words."""
+
+    def empty_memory(self, config: ModelConfig) -> Memory:
+        """A memory of this rank's layers and lanes, as at the beginning of a run."""
+        device, dtype = self.world.device, DTYPES[self.precision]
+        return Memory(self.layers, self.lanes, config.mem_len, config.d_model, device, dtype)
+
+    @property
+    def tokens(self) -> int:
+        """What the run has read."""
+        return self.origin.tokens_at(self.step, self.job.tokens_per_step)
+
+    def train_step(self, segment: Segment) -> Tensor:
+        """One optimizer step on this rank's rows of a segment; returns a loss (nats a token) for `mean`."""
+        assert segment.step == self.step
+        random_state(self.job.run.seed, self.step, self.world.rank)
+        self.learning_rate = learning_rate(
+            self.step, self.job.schedule, self.job.optimizer.lr, self.job.train.max_steps
+        )
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        loss = self.forward_backward_step(segment)
+        self.memory.commit()
+        self.step += 1
+        return loss
+
+    def mean(self, loss: Tensor) -> float:
+        """The mean over all ranks of what `train_step` returned: that of the global batch."""
+        return self.world.sum(loss)[0] / self.world.size
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the last step's whole gradient, before clipping."""
+        return float(self._grad_norm if self.job.engine.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
+
+    def _clip(self, *_: Any) -> None:
+        """What DeepSpeed does itself at the other ZeRO stages; at 0 it tells no norm, and a pipeline's is not right."""
+        gradients = [parameter.grad for parameter in self.state.own.values() if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        self._grad_norm = self.whole_norm(torch.stack(norms).norm())
+        if self.job.optimizer.clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.job.optimizer.clip, self._grad_norm)
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm of the gradient of the whole model, of which this rank's part has `norm`."""
+        return norm
+
+    def evaluate(self, segments: Iterable[Segment]) -> Score:
+        """The score of all ranks' segments, with the lengths of job.evaluation.
+
+        The memory is another: training's stays untouched.
+        """
+        self.deepspeed.eval()
+        self.model.config = self.job.evaluation.of(self.job.model)
+        nats, tokens = self.world.sum(*self.score(segments, self.empty_memory(self.model.config)))
+        self.model.config = self.job.model
+        self.deepspeed.train()
+        return Score(nats, int(tokens))
+
+    def save(self, data: dict[str, Any]) -> None:
+        """Write the checkpoint of the current step; `data` says what the run is trained on. Every rank must call it."""
+        writer = CheckpointWriter(self.job.run.dir, self.step, self.world.rank)
+        if self.world.first:
+            writer.begin()
+        torch.distributed.barrier()
+        writer.add("weights", self.state.weights())
+        writer.add("optimizer", self.state.optimizer_states())
+        writer.add("memory", self.memory.by_name())
+        torch.distributed.barrier()
+        if self.world.first:
+            state = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "origin": asdict(self.origin),
+                "optimizer": self.state.numbers(),
+                "written_by": asdict(self.job.engine)
+                | {"ranks": self.world.size, "data_parallel": self.split.data_parallel, "precision": self.precision},
+            }
+            writer.finish(state, asdict(self.job), data, self.job.train.keep_checkpoints)
+        torch.distributed.barrier()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step = checkpoint.step
+        self.state.restore(checkpoint)
+        now = asdict(self.job)
+        if any(checkpoint.config[section][key] != now[section][key] for section, key in LANE_KEYS):
+            self.origin = Origin(checkpoint.step, checkpoint.state["tokens"])
+            return
+        self.origin = Origin(**checkpoint.state["origin"])
+        mine = self.memory.by_name()
+        for name, states in checkpoint.tensors("memory", mine).items():
+            mine[name].copy_(states)
+
+
+def precision(engine: EngineConfig) -> str:
+    """What `auto` means here: bf16 on GPUs that have it, else fp32."""
+    if engine.precision != "auto":
+        return engine.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def deepspeed_config(job: TrainJob, micro_batch: int, precision: str) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": job.engine.zero_stage}
+    if job.engine.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if job.engine.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": job.engine.gradient_accumulation,
+        "gradient_clipping": job.optimizer.clip if job.engine.zero_stage else 0.0,  # DeepSpeed clips by default
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam needs a compiler
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 2**62,
+    }
+
+
+def random_state(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step of one rank: dropout depends on the step alone, and no random state needs saving."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "little"))

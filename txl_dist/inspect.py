@@ -1,0 +1,89 @@
+"""What a checkpoint holds: `python -m txl_dist.inspect run=RUN_DIR`."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from txl_dist.cli import command
+from txl_dist.config import InspectJob
+from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint, steps
+from txl_dist.errors import UserError
+
+
+def inspect(job: InspectJob) -> None:
+    """Print a table, or one JSON object.
+
+    Raises:
+        UserError: where the checkpoint is damaged: of sizes always, of contents with `verify`.
+    """
+    checkpoint = find_checkpoint(job.run, job.checkpoint)
+    if damages := checkpoint.damages(contents=job.verify):
+        raise UserError("\n".join(damages))
+    told = facts(checkpoint) | {"other_steps": [step for step in steps(job.run) if step != checkpoint.step]}
+    if job.format == "json":
+        print(json.dumps(told))
+    else:
+        show(told, job.verify)
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    state, config = checkpoint.state, checkpoint.config
+    return {
+        "path": str(checkpoint.path),
+        "step": checkpoint.step,
+        "max_steps": config["train"]["max_steps"],
+        "tokens": state["tokens"],
+        "num_lanes": config["data"]["num_lanes"],
+        "tgt_len": config["model"]["tgt_len"],
+        "lanes_since": state["origin"]["step"],
+        "seed": config["run"]["seed"],
+        "order": config["data"]["order"],
+        "data": {"dir": config["data"]["dir"]} | checkpoint.data,
+        "written_by": state["written_by"],
+        "optimizer": config["optimizer"]["name"],
+        "holds": {kind: checkpoint.contents(kind)._asdict() for kind in ("weights", "optimizer", "memory")},
+    }
+
+
+def show(told: dict[str, Any], verified: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    since = f", since step {told['lanes_since']:,}" if told["lanes_since"] else ""
+    data = told["data"]
+    rows = {
+        "checkpoint": told["path"],
+        "step": f"{told['step']:,} of {told['max_steps']:,}, {told['tokens']:,} tokens read",
+        "lanes": f"{told['num_lanes']:,} of {told['tgt_len']} tokens a step{since}, order {told['order']}, "
+        f"seed {told['seed']}",
+        "data": f"{data['dir']}, vocabulary of {data['vocab_size']:,}, fingerprint {data['fingerprint'][:12]}",
+        "written by": split(told["written_by"]),
+        "files": "sizes and sha256 are right" if verified else "sizes are right; verify=true reads all of them",
+        "also there": ", ".join(f"step {step:,}" for step in told["other_steps"]) or "no other checkpoint",
+    }
+    console.print(*(f"{label:<12}{value}" for label, value in rows.items()), "", sep="\n")
+    table = Table("", "tensors", "numbers", "files", "bytes", box=None, padding=(0, 3, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = {"weights": "weights", "optimizer": f"optimizer ({told['optimizer']})", "memory": "memory (layer x lane)"}
+    for kind, held in told["holds"].items():
+        counts = [f"{held[key]:,}" for key in ("tensors", "numbers", "files")]
+        table.add_row(names[kind], *counts, decimal(held["bytes"]))
+    console.print(table)
+
+
+def split(by: dict[str, Any]) -> str:
+    stages = "no pipeline" if by["pipeline_stages"] == 1 else f"{by['pipeline_stages']} pipeline stages"
+    return (
+        f"{by['ranks']} ranks: data parallel {by['data_parallel']}, {stages}, ZeRO {by['zero_stage']}, "
+        f"{by['gradient_accumulation']} micro-batches, {by['precision']}, offload {by['offload']}"
+    )
+
+
+def main() -> None:
+    command("inspect", InspectJob, inspect)
+
+
+if __name__ == "__main__":
+    main()
