@@ -103,7 +103,7 @@ def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, ke
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        (["engine.pipeline_stages=3"], "engine.pipeline_stages=3: 4 processes"),
+        (["engine.pipeline_stages=3"], "engine.pipeline_stages=3: needs a multiple"),
         (["engine.pipeline_stages=2", "engine.zero_stage=2"], "engine.zero_stage=2"),
         (["engine.pipeline_stages=4", "model.n_layer=1"], "engine.pipeline_stages=4"),
         (["engine.pipeline_stages=2", "engine.stage_layers=[1,2]"], "engine.stage_layers=[1, 2]: must add up"),

@@ -137,9 +137,12 @@ def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
 def stages_can_be_cut(engine: EngineConfig, model: ModelConfig) -> Iterator[str]:
     stages, layers = engine.pipeline_stages, engine.stage_layers
     if processes() % stages:
-        yield f"engine.pipeline_stages={stages}: {processes()} processes are no multiple of it"
+        yield (
+            f"engine.pipeline_stages={stages}: needs a multiple of as many processes, not {processes()}; "
+            f"start with torchrun --nproc_per_node={stages}"
+        )
     if stages > model.n_layer + 2:
-        yield f"engine.pipeline_stages={stages}: an embedding, {model.n_layer} layers and a softmax are too few for it"
+        yield f"engine.pipeline_stages={stages}: more than an embedding, {model.n_layer} layers and a softmax"
     if layers is None:
         return
     given = f"engine.stage_layers={layers}"

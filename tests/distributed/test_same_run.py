@@ -17,6 +17,7 @@ MODELS = {
     "plain": [],
     "adaptive": ["model.cutoffs=[60,110]", "model.div_val=2", "model.tie_projections=true", "model.same_length=true"],
     "untied": ["model.cutoffs=[60,110]", "model.div_val=2", "model.tie_weights=false", "optimizer.clip=0.0"],
+    "lamb": ["optimizer=lamb"],
     "documents": ["data.order=documents", "data.reset_memory=document"],
     "lengths": ["evaluation.tgt_len=9", "evaluation.mem_len=40", "evaluation.clamp_len=30"],
 }
@@ -83,6 +84,7 @@ SPLITS = {
         Split(2, 2, zero=1, acc=2, checkpointing=True),
     ],
     "untied": [Split(pp=2, zero=1, acc=2), Split(2, 2, zero=0, acc=2)],
+    "lamb": [Split(pp=2, zero=0, acc=2)],
     "documents": [*(Split(2, zero=stage, acc=2) for stage in (1, 3)), Split(2, 2, zero=1, acc=2)],
     "lengths": [Split(2, zero=3), Split(pp=2, zero=1, acc=2), Split(2, 2, zero=1, acc=2)],
 }

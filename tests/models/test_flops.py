@@ -4,33 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from txl_dist.cli import CONF
 from txl_dist.config import ModelConfig
 from txl_dist.models.flops import embedding_flops, flops, layer_flops, softmax_flops, zipf_share
 from txl_dist.models.transformer_xl import TransformerXL
 
 LANES, VOCAB = 3, 200
-CONFIG = ModelConfig(
-    name="transformer_xl",
-    n_layer=2,
-    d_model=24,
-    n_head=2,
-    d_head=10,
-    d_inner=50,
-    tgt_len=7,
-    mem_len=11,
-    clamp_len=-1,
-    same_length=False,
-    dropout=0.0,
-    dropatt=0.0,
-    div_val=1,
-    cutoffs=[],
-    tie_weights=True,
-    tie_projections=False,
-    pre_lnorm=False,
-    init_std=0.02,
-)
+DEFAULTS = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
+SIZES = {"n_layer": 2, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 7, "mem_len": 11}
+CONFIG = ModelConfig(**DEFAULTS | SIZES)
 ADAPTIVE = replace(CONFIG, cutoffs=[50, 120], div_val=2)
 
 

@@ -36,7 +36,7 @@ class Engine(ABC):
     """Trains a model on the lanes of this rank.
 
     Attributes:
-        lanes: the numbers of this rank's lanes; the rows of each Segment given to it, in this order.
+        lanes: the lanes whose text this rank reads; the rows of each Segment given to it, in this order.
         origin: where these lanes began.
         step: optimizer steps done.
         size: parameters of the whole model.
@@ -94,7 +94,8 @@ class Engine(ABC):
     def empty_memory(self, config: ModelConfig) -> Memory:
         """A memory of this rank's layers and lanes, as at the beginning of a run."""
         device, dtype = self.world.device, DTYPES[self.precision]
-        return Memory(self.layers, self.lanes, config.mem_len, config.d_model, device, dtype)
+        lanes = self.split.lanes(self.world.rank)
+        return Memory(self.layers, lanes, config.mem_len, config.d_model, device, dtype)
 
     @property
     def tokens(self) -> int:

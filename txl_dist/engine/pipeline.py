@@ -82,6 +82,8 @@ class Pipeline(PipelineModule):
 
     def tie(self, parameters: list[Any]) -> None:
         """Tie the first stage's parameters to those of the last, given in the same order; all ranks must call it."""
+        if not parameters:
+            return
         stage_ranks = [self._topo.filter_match(pipe=stage) for stage in (0, self.num_stages - 1)]
         for first, last in zip(*stage_ranks, strict=True):
             group = torch.distributed.new_group([first, last])
@@ -105,6 +107,8 @@ class PipelineEngine(Engine):
         embedding = set(model.embedding.parameters())
         tied = [parameter for parameter in model.softmax.parameters() if parameter in embedding]
         self.stage = Stage(model, layers, number == 0, number == stages - 1)
+        if not (self.stage.first or self.stage.last):
+            self.lanes = range(0)  # what a middle stage reads comes from the stage before
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group
         pipeline = Pipeline(self.stage, number, stages)
         pipeline.tie(tied)
@@ -129,9 +133,9 @@ class PipelineEngine(Engine):
 
     def micro_batches(self, segment: Segment) -> Iterator[tuple[Arriving, Tensor]]:
         """What the first stage reads, and the last stage's targets."""
-        numbers = torch.arange(len(self.lanes))
+        numbers = torch.arange(len(segment.inputs))
         inputs, targets, reach = map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach))
-        for rows in row_slices(len(self.lanes), self.split.accumulation):
+        for rows in row_slices(len(numbers), self.split.accumulation):
             yield (inputs[rows], reach[rows], numbers[rows]), targets[rows]
 
     def whole_norm(self, norm: Tensor) -> Tensor:
