@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from omegaconf import OmegaConf
+
+from txl_dist.cli import CONF
+from txl_dist.config import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -93,3 +97,13 @@ def small(dataset):
 def metrics():
     """The lines of a run's metrics.jsonl."""
     return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+SIZES = {"n_layer": 2, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 7, "mem_len": 11}
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """The default model, without dropout and small; `options` change it."""
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
+    return lambda **options: ModelConfig(**{**defaults, **SIZES, "dropout": 0.0, **options})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.config import EvaluateJob, LengthsConfig
+from txl_dist.config import LengthsConfig
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.evaluate import trained_model
 
@@ -44,7 +44,7 @@ def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
     tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
     inputs = torch.cat([torch.full((1, 1), index.eos), tokens[:, :-1]], dim=1)
     lengths = LengthsConfig(total, 0, None, None)
-    model, _ = trained_model(EvaluateJob(str(trained), "valid", "json", None, 1, None, lengths))
+    model, _ = trained_model(str(trained), None, lengths)
     with torch.no_grad():
         nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
     for tgt_len in (16, 50):
@@ -70,3 +70,50 @@ def test_other_data_are_refused(run, trained, corpus, tmp_path):
     run("txl_dist.prepare", "corpus=text", f"corpus.path={corpus}", f"data.dir={tmp_path / 'other'}", "tokenizer=word")
     done = run("txl_dist.evaluate", f"run={trained}", f"data_dir={tmp_path / 'other'}", expect=2)
     assert "data_dir" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_sizes_are_those_of_the_text(run, trained, corpus, dataset):
+    """The test split's own text, counted by hand: its documents are those that no other split has."""
+    index = Index.open(str(dataset))
+    split = index.splits["test"]
+    text = index.tokenizer().decode(SampleReader(index, "test").tokens(0, split.tokens).tolist())
+    told = evaluated(run, trained, "split=test")
+    assert told["bytes"] == split.bytes == len(text.encode()) and told["characters"] == len(text)
+    assert told["words"] == sum(len(line.split()) + 1 for line in text.splitlines())
+    nats = told["loss"] * told["tokens"]
+    assert told["word_perplexity"] == pytest.approx(np.exp(nats / told["words"]))
+    assert told["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
+
+
+def test_several_runs_are_one_table(run, trained, tmp_path):
+    runs = [str(trained), str(trained / "../run")]
+    told = evaluated(run, f"[{','.join(runs)}]", "split=valid")
+    assert [each["run"] for each in told] == runs and told[0]["loss"] == told[1]["loss"]
+    table = run("txl_dist.evaluate", f"run={trained.parent}/*", "split=valid").stdout
+    assert table.count(str(trained)) == 1 and "perplexity" in table
+    assert "matches no run" in run("txl_dist.evaluate", f"run={tmp_path}/*", expect=2).stderr
+
+
+@pytest.fixture(scope="module")
+def one_layer(run, small, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("one_layer") / "run"
+    run("txl_dist.train", *small, f"run.dir={run_dir}", "model.n_layer=1", "train.max_steps=40")
+    return run_dir
+
+
+def test_sliding_window_and_memory_agree_where_contexts_are_equal(run, one_layer):
+    """One layer sees what its memory holds and no more: a window of 3 tokens, or segments in which each sees 3."""
+    some = ["split=valid", "num_lanes=1", "max_tokens=300"]
+    window = evaluated(run, one_layer, *some, "sliding_window=true", "model.tgt_len=3")
+    memory = evaluated(run, one_layer, *some, "model.tgt_len=5", "model.mem_len=3", "model.same_length=true")
+    assert window["tokens"] == memory["tokens"] == 300
+    assert window["loss"] == pytest.approx(memory["loss"], rel=1e-6)
+    other = evaluated(run, one_layer, *some, "model.tgt_len=5", "model.mem_len=2", "model.same_length=true")
+    assert window["loss"] != pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_sliding_window_as_long_as_the_text_is_memory_of_all(run, trained):
+    some = ["split=valid", "max_tokens=60"]
+    window = evaluated(run, trained, *some, "sliding_window=true", "model.tgt_len=60")
+    memory = evaluated(run, trained, *some, "num_lanes=1", "model.mem_len=60")
+    assert window["loss"] == pytest.approx(memory["loss"], rel=1e-6)

@@ -22,7 +22,7 @@ def job(run_dir, **changes):
 
 def tokens(run_dir, prompts, count=30, **changes):
     asked = job(run_dir, **changes)
-    model, _ = trained_model(asked)
+    model, _ = trained_model(asked.run, asked.checkpoint, asked.model)
     stream = continuations(model, prompts, asked)
     return [list(lane) for lane in zip(*(next(stream) for _ in range(count)), strict=True)]
 
@@ -30,7 +30,7 @@ def tokens(run_dir, prompts, count=30, **changes):
 def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained):
     prompt = [256, *b"the and of the"]
     (generated,) = tokens(trained, [prompt])
-    model, _ = trained_model(job(trained))
+    model, _ = trained_model(str(trained), None, job(trained).model)
     whole = torch.tensor([[*prompt, *generated]])
     with torch.no_grad():
         log_probs, _ = model(whole, None, torch.arange(whole.size(1))[None], model.empty_memory(1))

@@ -22,7 +22,7 @@ def test_json_tells_what_is_in_the_files(pipelined, run):
     assert (told["step"], told["max_steps"], told["tokens"], told["other_steps"]) == (20, 20, 20 * 8 * 16, [10])
     assert (told["num_lanes"], told["tgt_len"], told["lanes_since"]) == (8, 16, 0)
     by = told["written_by"]
-    assert (by["ranks"], by["data_parallel"], by["pipeline_stages"], by["gradient_accumulation"]) == (2, 1, 2, 4)
+    assert (by["ranks"], by["pipeline_stages"], by["gradient_accumulation"]) == (2, 2, 4)
     assert (by["zero_stage"], by["precision"], by["stage_layers"]) == (1, "fp32", [1, 1])
     for kind in ("weights", "optimizer", "memory"):
         tensors = checkpoint.tensors(kind)

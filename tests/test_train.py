@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.config import EvaluateJob, LengthsConfig
+from txl_dist.config import LengthsConfig
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import newest
 from txl_dist.evaluate import trained_model
@@ -141,10 +141,10 @@ def test_other_lanes_go_on_from_the_same_share_of_the_epoch(run, small, metrics,
 
     # By hand: the same weights, new memories, and each lane at its share of the text.
     run("txl_dist.train", *still, f"run.dir={fresh}", "train.stop_at=1")
-    model, _ = trained_model(EvaluateJob(str(fresh), "valid", "json", None, 4, None, LengthsConfig(24, 30, None, None)))
+    model, _ = trained_model(str(fresh), None, LengthsConfig(24, 30, None, None))
     index = Index.open(str(dataset))
     stream = SampleReader(index, "train")
-    size, memory = index.splits["train"].tokens, [torch.zeros(4, 30, 32)] * 2
+    size, memory = index.splits["train"].tokens, model.empty_memory(4)
     for step in range(10):
         begins = [lane * size // 4 + tokens // 4 + step * 24 for lane in range(4)]
         read = torch.tensor(np.stack([stream.tokens(begin - 1, 25) for begin in begins]).astype(np.int64))

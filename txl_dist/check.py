@@ -7,6 +7,7 @@ each with its key.
 import difflib
 import inspect
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,9 +25,10 @@ from txl_dist.config import (
     LengthsConfig,
     ModelConfig,
     OptimizerConfig,
-    PrepareJob,
+    ReclJob,
     RunConfig,
     ScheduleConfig,
+    ScoreJob,
     TrainConfig,
     TrainJob,
 )
@@ -91,7 +93,7 @@ def unknown_key(key: str, known: Any) -> str:
 # ------------------------------------------------------------------------------------------------------- checks
 
 Check = Callable[..., Iterator[str]]
-CHECKS: dict[type, list[Check]] = {PrepareJob: [], TrainJob: [], EvaluateJob: [], GenerateJob: [], InspectJob: []}
+CHECKS: dict[type, list[Check]] = defaultdict(list)
 
 
 def check(*jobs: type) -> Callable[[Check], Check]:
@@ -107,7 +109,7 @@ def check(*jobs: type) -> Callable[[Check], Check]:
 
 
 def failed_checks(schema: type, found: dict[str, Any]) -> Iterator[str]:
-    for function in CHECKS.get(schema, []):
+    for function in CHECKS[schema]:
         wanted = inspect.signature(function).parameters
         if all(name in found for name in wanted):
             yield from function(**{name: found[name] for name in wanted})
@@ -254,7 +256,8 @@ def run_continues_itself(run: RunConfig, data: DataConfig, model: ModelConfig) -
         return
     given = {"run": asdict(run), "data": asdict(data), "model": asdict(model)}
     for section, key in [*IDENTITY, *LANE_KEYS]:
-        before, now = checkpoint.config[section][key], given[section][key]
+        now = given[section][key]
+        before = checkpoint.config[section].get(key, now)
         if before == now:
             continue
         told = f"{section}.{key}={now}: the run in {run.dir} was started with {before}"
@@ -277,13 +280,39 @@ IDENTITY = [
 ]
 
 
-@check(EvaluateJob, GenerateJob, InspectJob)
-def run_is_there(run: str, checkpoint: int | None) -> Iterator[str]:
-    from txl_dist.engine.checkpoint import newest, steps
+@check(EvaluateJob, GenerateJob, InspectJob, ScoreJob)
+def run_is_there(run: str | list[str], checkpoint: int | None) -> Iterator[str]:
+    yield from runs_are_there([run] if isinstance(run, str) else run, checkpoint)
 
-    if not Path(run).is_dir():
-        yield f"run={run}: there is no such run directory"
-    elif newest(run) is None:
-        yield f"run={run}: holds no checkpoint"
-    elif checkpoint is not None and checkpoint not in steps(run):
-        yield f"checkpoint={checkpoint}: {run} has checkpoints of steps {', '.join(map(str, steps(run)))}"
+
+@check(ReclJob)
+def runs_have_newest(run: list[str]) -> Iterator[str]:
+    yield from runs_are_there(run, None)
+
+
+@check(ReclJob)
+def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
+    if max_context < 2 * step:
+        yield f"max_context={max_context}: must be at least two steps of {step}, to compare a context with a longer one"
+
+
+def runs_are_there(patterns: list[str], step: int | None) -> Iterator[str]:
+    from txl_dist.engine.checkpoint import newest, run_dirs, steps
+
+    for pattern in patterns:
+        found = run_dirs([pattern])
+        if not found:
+            yield f"run={pattern}: matches no run directory with a checkpoint"
+        for path in found:
+            if not Path(path).is_dir():
+                yield f"run={path}: there is no such run directory"
+            elif newest(path) is None:
+                yield f"run={path}: holds no checkpoint"
+            elif step is not None and step not in steps(path):
+                yield f"checkpoint={step}: {path} has checkpoints of steps {', '.join(map(str, steps(path)))}"
+
+
+@check(EvaluateJob)
+def a_window_has_no_memory(sliding_window: bool, model: LengthsConfig) -> Iterator[str]:
+    if sliding_window and model.mem_len is not None:
+        yield f"model.mem_len={model.mem_len}: a sliding window reads without memory; its length is model.tgt_len"

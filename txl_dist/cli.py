@@ -24,7 +24,12 @@ Job = TypeVar("Job")
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-LIST_OR_QUOTED = re.compile(r"""\[.*\]|(['"])((?!\1).)*\1""", re.DOTALL)
+
+# The keys whose values are texts, and what is Hydra's grammar all the same: a quoted text, and a list of prompts.
+TEXTS = {
+    "prompt": re.compile(r"""\[.*\]|(['"])((?!\1).)*\1""", re.DOTALL),
+    "text": re.compile(r"""(['"])((?!\1).)*\1""", re.DOTALL),
+}
 
 # What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
 OURS = [
@@ -102,14 +107,14 @@ def spell_out(argument: str) -> str:
     """Make an override say what its author meant.
 
     `a.b=1` becomes `++a.b=1`, so that an unknown key reaches our check and is reported with all other problems (Hydra
-    would stop at the first). A prompt is text, not Hydra's grammar: it is quoted, unless it is a list or quoted itself.
+    would stop at the first). A text is no grammar of Hydra's: it is quoted, unless it is quoted already.
     """
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
-    if key == "prompt" and not LIST_OR_QUOTED.fullmatch(value):
+    if key in TEXTS and not TEXTS[key].fullmatch(value):
         quoted = value.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
-        return f"prompt='{quoted}'"
+        return f"{key}='{quoted}'"
     if key[:1] in ("+", "~") or "@" in key or key.startswith("hydra") or (CONF / key).is_dir():
         return argument
     return "++" + argument

@@ -109,9 +109,15 @@ class DataConfig:
     workers: Count  # background threads that read ahead; they change nothing in what comes out
 
 
-@dataclass(config=SCHEMA, frozen=True)
+@dataclass(config=SCHEMA, frozen=True, kw_only=True)
 class ModelConfig:
-    """Transformer-XL's hyper-parameters, by the paper's names (Dai et al. 2019, section 3 and the authors' code)."""
+    """Transformer-XL's hyper-parameters, by the paper's names (Dai et al. 2019, section 3 and the authors' code).
+
+    attention: how positions are told: relative (the paper's), shaw (Shaw et al. 2018), absolute (Vaswani et al. 2017),
+    al_rfou (Al-Rfou et al. 2018). A vanilla Transformer is one of the latter two with mem_len 0.
+
+    A key that checkpoints of earlier versions lack has as default what they meant.
+    """
 
     name: Literal["transformer_xl"]
     n_layer: Count
@@ -119,6 +125,8 @@ class ModelConfig:
     n_head: Count
     d_head: Count
     d_inner: Count
+    attention: Literal["relative", "shaw", "absolute", "al_rfou"] = "relative"
+    max_distance: Count = 1023  # shaw, al_rfou: the farthest distance that has an embedding of its own
     tgt_len: Count  # tokens in a segment
     mem_len: Natural  # hidden states remembered for each layer and lane
     clamp_len: Annotated[int, Strict(), Field(ge=-1)]  # distances beyond are treated as this one; -1: none are
@@ -168,10 +176,14 @@ class ScheduleConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class TrainConfig:
-    """Lengths in optimizer steps. `stop_at` ends this start cleanly; the schedule still runs to `max_steps`."""
+    """Lengths in optimizer steps. `stop_at` ends this start cleanly; the schedule still runs to `max_steps`.
+
+    loss: of all positions of a segment, or of its second half (Dai et al. 2019, table 6).
+    """
 
     max_steps: Count
     stop_at: Count | None
+    loss: Literal["full", "second_half"]
     eval_every: Count
     checkpoint_every: Count
     keep_checkpoints: Count
@@ -220,6 +232,11 @@ class TrainJob:
     def tokens_per_step(self) -> int:
         return self.data.num_lanes * self.model.tgt_len
 
+    @property
+    def first_scored(self) -> int:
+        """The first position of a segment that counts in training's loss."""
+        return self.model.tgt_len // 2 if self.train.loss == "second_half" else 0
+
 
 # What the lanes of a run are, as (section, key): with another value here what they remember has no meaning.
 LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
@@ -230,11 +247,15 @@ LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 
 @dataclass(config=SCHEMA, frozen=True)
 class EvaluateJob:
-    run: str
+    """max_tokens: the first of the split. sliding_window: each token is read from the tgt_len tokens before it."""
+
+    run: Texts
     split: Literal["train", "valid", "test"]
     format: Literal["table", "json"]
     checkpoint: Natural | None
     num_lanes: Count
+    max_tokens: Count | None
+    sliding_window: Yes
     data_dir: str | None
     model: LengthsConfig
 
@@ -258,3 +279,27 @@ class InspectJob:
     checkpoint: Natural | None
     verify: Yes
     format: Literal["table", "json"]
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ScoreJob:
+    run: str
+    text: str | None
+    next: Natural
+    format: Literal["table", "json"]
+    checkpoint: Natural | None
+    model: LengthsConfig
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ReclJob:
+    """positions: tokens that are looked at, evenly spread over the split. step, max_context: in tokens."""
+
+    run: Texts
+    split: Literal["train", "valid", "test"]
+    step: Count
+    max_context: Count
+    positions: Count
+    num_lanes: Count
+    format: Literal["table", "json"]
+    data_dir: str | None

@@ -38,11 +38,11 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokens": state["tokens"],
         "num_lanes": config["data"]["num_lanes"],
         "tgt_len": config["model"]["tgt_len"],
-        "lanes_since": state["origin"]["step"],
+        "lanes_since": state.get("origin", {"step": 0})["step"],
         "seed": config["run"]["seed"],
         "order": config["data"]["order"],
         "data": {"dir": config["data"]["dir"]} | checkpoint.data,
-        "written_by": state["written_by"],
+        "written_by": {"pipeline_stages": 1} | config["engine"] | state["written_by"],
         "optimizer": config["optimizer"]["name"],
         "holds": {kind: checkpoint.contents(kind)._asdict() for kind in ("weights", "optimizer", "memory")},
     }
@@ -74,9 +74,10 @@ def show(told: dict[str, Any], verified: bool) -> None:
 
 
 def split(by: dict[str, Any]) -> str:
-    stages = "no pipeline" if by["pipeline_stages"] == 1 else f"{by['pipeline_stages']} pipeline stages"
+    stages = by["pipeline_stages"]
     return (
-        f"{by['ranks']} ranks: data parallel {by['data_parallel']}, {stages}, ZeRO {by['zero_stage']}, "
+        f"{by['ranks']} ranks: data parallel {by['ranks'] // stages}, "
+        f"{'no pipeline' if stages == 1 else f'{stages} pipeline stages'}, ZeRO {by['zero_stage']}, "
         f"{by['gradient_accumulation']} micro-batches, {by['precision']}, offload {by['offload']}"
     )
 

@@ -19,6 +19,7 @@ MODELS = {
     "untied": ["model.cutoffs=[60,110]", "model.div_val=2", "model.tie_weights=false", "optimizer.clip=0.0"],
     "lamb": ["optimizer=lamb"],
     "documents": ["data.order=documents", "data.reset_memory=document"],
+    **{name: [f"model.attention={name}", "train.loss=second_half"] for name in ("shaw", "absolute", "al_rfou")},
     "lengths": ["evaluation.tgt_len=9", "evaluation.mem_len=40", "evaluation.clamp_len=30"],
 }
 ONE_GO = "in-one-go"
@@ -85,6 +86,7 @@ SPLITS = {
     ],
     "untied": [Split(pp=2, zero=1, acc=2), Split(2, 2, zero=0, acc=2)],
     "lamb": [Split(pp=2, zero=0, acc=2)],
+    **{name: [Split(2, zero=3, acc=2), Split(pp=2, zero=1, acc=2)] for name in ("shaw", "absolute", "al_rfou")},
     "documents": [*(Split(2, zero=stage, acc=2) for stage in (1, 3)), Split(2, 2, zero=1, acc=2)],
     "lengths": [Split(2, zero=3), Split(pp=2, zero=1, acc=2), Split(2, 2, zero=1, acc=2)],
 }

@@ -23,7 +23,7 @@ CASES = {
 def build(**options: Any) -> tuple[AdaptiveEmbedding, AdaptiveSoftmax]:
     values: dict[str, Any] = dict.fromkeys(["n_layer", "n_head", "d_head", "d_inner", "tgt_len", "mem_len"], 1)
     values |= {"name": "transformer_xl", "d_model": D_MODEL, "clamp_len": -1, "same_length": False, "dropout": 0.0}
-    values |= {"dropatt": 0.0, "pre_lnorm": False, "init_std": 0.02}
+    values |= {"attention": "relative", "max_distance": 1, "dropatt": 0.0, "pre_lnorm": False, "init_std": 0.02}
     values |= {"div_val": 1, "cutoffs": [], "tie_weights": True, "tie_projections": True} | options
     config = ModelConfig(**values)
     torch.manual_seed(0)

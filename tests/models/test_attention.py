@@ -1,45 +1,103 @@
-"""Relative attention against the formula of Dai et al. 2019, section 3.3, term by term; skew and visibility by hand."""
+"""Attention in its variants against their papers' formulas, key by key; skew, visibility and encodings by hand."""
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from txl_dist.models.attention import relative_attention, sinusoids, skew, visibility
+from txl_dist.models.attention import attention_of_layer, encode_distances, sinusoids, skew, visibility
 
 torch.set_num_threads(1)
 
+LANES = 3
+VARIANTS = {
+    "relative": {},
+    "shaw": {"attention": "shaw", "max_distance": 30},
+    "shaw, clipped": {"attention": "shaw", "max_distance": 3},
+    "absolute": {"attention": "absolute"},
+    "al_rfou": {"attention": "al_rfou", "max_distance": 30},
+    "al_rfou, clipped": {"attention": "al_rfou", "max_distance": 3},
+}
+VARIANTS |= {f"{name}, clamp_len": options | {"clamp_len": 4} for name, options in VARIANTS.items()}
+VARIANTS |= {"pre_lnorm": {"pre_lnorm": True}, "absolute, pre_lnorm": {"attention": "absolute", "pre_lnorm": True}}
 
-def by_the_formula(query, key, value, r, u, v, visible) -> Tensor:
-    """A loop over queries and keys; r here as in the library: row -2 is distance 0, row -3 distance 1, ..."""
-    n_head, lanes, length, d_head = query.shape
-    keys = key.size(2)
-    out = torch.zeros(n_head, lanes, length, d_head, dtype=query.dtype)
-    for head in range(n_head):
-        for lane in range(lanes):
-            for i in range(length):
+
+def build(config, layer=0):
+    """An attention sublayer in float64 whose weights are large enough for every one of them to matter."""
+    torch.manual_seed(0)
+    attention = attention_of_layer(config, layer).double()
+    for name, parameter in attention.named_parameters():
+        nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.3)
+    return attention
+
+
+def states(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(attention, config, hidden, memory, reach):
+    """The sublayer as the model calls it."""
+    mem_len = memory.size(1)
+    encoding = encode_distances(config, mem_len + hidden.size(1), like=hidden)
+    return attention(hidden, memory, encoding, visibility(reach, mem_len))[0]
+
+
+def by_the_formula(attention, config, hidden, memory, reach, layer=0) -> Tensor:
+    """Loops over lanes, heads, queries and keys, from the papers; a position is a place in memory and segment."""
+    weights, mem_len = dict(attention.named_parameters()), memory.size(1)
+    past_and_present = torch.cat([memory, hidden], 1)
+    keys = past_and_present.size(1)
+
+    def clamped(distance):
+        return min(distance, config.clamp_len) if config.clamp_len > 0 else distance
+
+    def sinusoid(distance):
+        angle = [distance / 10000 ** (i / config.d_model) for i in range(0, config.d_model, 2)]
+        return torch.tensor([*map(math.sin, angle), *map(math.cos, angle)], dtype=torch.float64)
+
+    def row(distance):
+        return min(clamped(distance), config.max_distance)
+
+    def head(x, h):
+        return x[h * config.d_head : (h + 1) * config.d_head]
+
+    def normalised(x):
+        return nn.functional.layer_norm(x, x.shape, weights["layer_norm.weight"], weights["layer_norm.bias"])
+
+    if config.attention == "absolute" and layer == 0:
+        added = torch.stack([sinusoid(clamped(keys - 1 - place)) for place in range(keys)])
+        past_and_present = past_and_present + added
+    if config.attention == "al_rfou":
+        past_and_present = past_and_present + torch.stack([weights["position"][row(keys - 1 - p)] for p in range(keys)])
+
+    out = torch.zeros_like(hidden)
+    for lane in range(len(hidden)):
+        states = past_and_present[lane]
+        seen = torch.stack([normalised(state) for state in states]) if config.pre_lnorm else states
+        k, v = (seen @ weights["kv_net.weight"].T).chunk(2, dim=-1)
+        for i in range(hidden.size(1)):
+            attended, q = [], weights["q_net.weight"] @ seen[mem_len + i]
+            for h in range(config.n_head):
                 scores = {}
-                for j in range(keys):
-                    if visible[lane, i, j]:
-                        distance = keys - length + i - j
-                        q, k, r_ij = query[head, lane, i], key[head, lane, j], r[head, -2 - distance]
-                        a, b, c, d = q @ k, q @ r_ij, u[head] @ k, v[head] @ r_ij
-                        scores[j] = math.exp((a + b + c + d) / math.sqrt(d_head))
-                out[head, lane, i] = sum(score * value[head, lane, j] for j, score in scores.items()) / sum(
-                    scores.values()
-                )
+                for j in range(mem_len + i + 1):
+                    distance = mem_len + i - j
+                    if distance > reach[lane, i]:
+                        continue
+                    score = head(q, h) @ head(k[j], h)
+                    if config.attention == "relative":
+                        r = head(weights["r_net.weight"] @ sinusoid(clamped(distance)), h)
+                        score = score + head(q, h) @ r + weights["u"][h] @ head(k[j], h) + weights["v"][h] @ r
+                    if config.attention == "shaw":
+                        a, b = weights["a"][h, row(distance)], weights["b"][h, row(distance)]
+                        score = score + head(q, h) @ a + weights["u"][h] @ head(k[j], h) + b
+                    scores[j] = torch.exp(score / math.sqrt(config.d_head))
+                total = sum(scores.values())
+                attended.append(sum(score / total * head(v[j], h) for j, score in scores.items()))
+            out[lane, i] = states[mem_len + i] + weights["o_net.weight"] @ torch.cat(attended)
+            if not config.pre_lnorm:
+                out[lane, i] = normalised(out[lane, i])
     return out
-
-
-def arguments(length: int, mem_len: int, requires_grad: bool = False) -> list[Tensor]:
-    n_head, lanes, d_head, keys = 2, 3, 4, mem_len + length
-    generator = torch.Generator().manual_seed(length + mem_len)
-    shapes = [(n_head, lanes, length, d_head), *[(n_head, lanes, keys, d_head)] * 2, (n_head, keys + 1, d_head)]
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=requires_grad)
-        for shape in [*shapes, (n_head, d_head), (n_head, d_head)]
-    ]
 
 
 def reaches(length: int) -> Tensor:
@@ -49,23 +107,51 @@ def reaches(length: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("length, mem_len", [(4, 0), (4, 3), (4, 4), (3, 7), (1, 5), (1, 0)])
-def test_attention_is_the_papers_formula(length, mem_len):
-    args, visible = arguments(length, mem_len), visibility(reaches(length), mem_len)
-    expected = by_the_formula(*args, visible)
-    torch.testing.assert_close(relative_attention(*args, visible), expected, rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("length, mem_len", [(4, 0), (4, 3), (3, 7), (1, 5), (1, 0)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_is_the_papers_formula(make_config, variant, length, mem_len):
+    config = make_config(d_model=8, d_head=3, **VARIANTS[variant])
+    for layer in (0, 1):
+        attention = build(config, layer)
+        given = states(LANES, length, 8), states(LANES, mem_len, 8, seed=1), reaches(length)
+        expected = by_the_formula(attention, config, *given, layer)
+        torch.testing.assert_close(run(attention, config, *given), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_attention_has_the_gradients_of_its_values():
-    visible = visibility(reaches(3), 2)
-    assert torch.autograd.gradcheck(lambda *args: relative_attention(*args, visible), arguments(3, 2, True))
+@pytest.mark.parametrize("variant", ["relative", "shaw", "absolute", "al_rfou"])
+def test_attention_has_the_gradients_of_its_values(make_config, variant):
+    config = make_config(d_model=4, d_head=2, **VARIANTS[variant])
+    attention = build(config)
+    parameters = dict(attention.named_parameters())
+
+    def function(hidden, *values):
+        encoding = encode_distances(config, 5, like=hidden)
+        arguments = hidden, states(LANES, 2, 4, seed=1), encoding, visibility(reaches(3), 2)
+        return torch.func.functional_call(attention, dict(zip(parameters, values, strict=True)), arguments)[0]
+
+    values = [value.detach().requires_grad_() for value in parameters.values()]
+    assert torch.autograd.gradcheck(function, (states(LANES, 3, 4).requires_grad_(), *values))
 
 
-def test_dropatt_drops_probabilities_and_keeps_their_mean():
-    args, visible = arguments(4, 3), visibility(reaches(4), 3)
+@pytest.mark.parametrize("variant", ["relative", "shaw", "absolute", "al_rfou"])
+def test_a_memory_row_is_seen_by_those_that_reach_it(make_config, variant):
+    """A changed row of the memory changes the queries whose reach includes it, and no other."""
+    config = make_config(**VARIANTS[variant])
+    attention, hidden, memory = build(config), states(1, 4, 24), states(1, 5, 24, seed=1)
+    reach = torch.tensor([[2, 3, 9, 1]])
+    changed = memory.clone()
+    changed[0, 3] += 1  # at distance 2 of the first query, 3 of the second, 4 of the third
+    before, after = (run(attention, config, hidden, each, reach) for each in (memory, changed))
+    assert [i for i in range(4) if not torch.equal(before[0, i], after[0, i])] == [0, 1, 2]
+
+
+def test_dropatt_drops_probabilities_and_keeps_their_mean(make_config):
+    """Without the residual connection's normalisation what is attended to is linear in the probabilities."""
+    config = make_config(dropatt=0.5, pre_lnorm=True)
+    attention, given = build(config), (states(1, 4, 24), states(1, 3, 24, seed=1), torch.full((1, 4), 9))
     torch.manual_seed(0)
-    dropped = torch.stack([relative_attention(*args, visible, dropatt=0.5) for _ in range(1000)])
-    error = (dropped.mean(0) - relative_attention(*args, visible)).abs() / dropped.std(0)
+    dropped = torch.stack([run(attention, config, *given) for _ in range(1000)])
+    error = (dropped.mean(0) - run(attention.eval(), config, *given)).abs() / dropped.std(0)
     assert error.max() < 5 / 1000**0.5
 
 
@@ -106,17 +192,26 @@ def test_visibility_is_each_lanes_own():
 
 
 def test_sinusoids_by_hand():
-    """d_model 4: frequencies 1 and 1/100; sines, then cosines; distances 2, 1, 0 and the row of the future."""
-    encoding = sinusoids(3, 4, -1, like=torch.zeros(0, dtype=torch.float64))
+    """d_model 4: frequencies 1 and 1/100; sines, then cosines."""
+    encoding = sinusoids(torch.tensor([2, 1, 0]), 4)
     for row, distance in enumerate([2, 1, 0]):
         expected = [math.sin(distance), math.sin(distance / 100), math.cos(distance), math.cos(distance / 100)]
         assert encoding[row].tolist() == pytest.approx(expected, abs=1e-15)
-    assert encoding.shape == (4, 4)
 
 
-def test_sinusoids_are_clamped_and_take_their_dtype():
-    encoding = sinusoids(6, 4, 3, like=torch.zeros(0, dtype=torch.bfloat16))
-    free = sinusoids(6, 4, -1, like=torch.zeros(0, dtype=torch.bfloat16))
-    assert encoding.dtype == torch.bfloat16
-    assert torch.equal(encoding[:3], free[2].expand(3, 4)) and torch.equal(encoding[2:], free[2:])
+def test_distances_are_clamped_and_take_their_dtype(make_config):
+    like = torch.zeros(0, dtype=torch.bfloat16)
+    encoding, free = (encode_distances(make_config(clamp_len=clamp_len), 6, like) for clamp_len in (3, -1))
+    assert encoding.dtype == torch.bfloat16 and encoding.shape == (7, 24)
+    assert torch.equal(encoding[:3], free[2].expand(3, 24)) and torch.equal(encoding[2:], free[2:])
     assert not torch.equal(free[0], free[1])
+
+
+def test_learned_distances_are_rows_of_their_table(make_config):
+    """Farther ones share the last row; the column of the future has any."""
+    like = torch.zeros(0)
+    far = make_config(attention="shaw", max_distance=9), make_config(attention="shaw", max_distance=3)
+    assert [encode_distances(config, 6, like)[:-1].tolist() for config in far] == [
+        [5, 4, 3, 2, 1, 0],
+        [3, 3, 3, 2, 1, 0],
+    ]

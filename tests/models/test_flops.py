@@ -1,22 +1,14 @@
 """Counted operations against torch's own counter."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from txl_dist.cli import CONF
-from txl_dist.config import ModelConfig
 from txl_dist.models.flops import embedding_flops, flops, layer_flops, softmax_flops, zipf_share
 from txl_dist.models.transformer_xl import TransformerXL
 
 LANES, VOCAB = 3, 200
-DEFAULTS = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
-SIZES = {"n_layer": 2, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 7, "mem_len": 11}
-CONFIG = ModelConfig(**DEFAULTS | SIZES)
-ADAPTIVE = replace(CONFIG, cutoffs=[50, 120], div_val=2)
+ADAPTIVE = {"cutoffs": [50, 120], "div_val": 2}
 
 
 def counted(function):
@@ -26,8 +18,9 @@ def counted(function):
 
 
 @pytest.mark.parametrize("mem_len", [0, 11])
-def test_a_layer(mem_len):
-    config = replace(CONFIG, mem_len=mem_len)
+@pytest.mark.parametrize("attention", ["relative", "shaw", "absolute", "al_rfou"])
+def test_a_layer(make_config, attention, mem_len):
+    config = make_config(attention=attention, mem_len=mem_len)
     model = TransformerXL(config, VOCAB)
     hidden = torch.zeros(LANES, config.tgt_len, config.d_model)
     encoding, visible = model.surroundings(hidden, torch.zeros(LANES, config.tgt_len, dtype=torch.int64))
@@ -35,20 +28,22 @@ def test_a_layer(mem_len):
     assert counted(lambda: model.layers[0](hidden, memory, encoding, visible)) == layer_flops(config, LANES)
 
 
-def test_embedding_and_softmax_with_known_members():
-    model = TransformerXL(ADAPTIVE, VOCAB)
+def test_embedding_and_softmax_with_known_members(make_config):
+    config = make_config(**ADAPTIVE)
+    model = TransformerXL(config, VOCAB)
     tokens = torch.tensor([[0] * 4 + [60] * 2 + [150]] * LANES)
     members, sizes = [4 * LANES, 2 * LANES, LANES], [50, 70, 80]
     hidden = torch.zeros(LANES, 7, 24)
-    assert counted(lambda: model.embedding(tokens)) == embedding_flops(ADAPTIVE, members)
-    assert counted(lambda: model.softmax(hidden, tokens)) == softmax_flops(ADAPTIVE, sizes, [7 * LANES, *members[1:]])
+    assert counted(lambda: model.embedding(tokens)) == embedding_flops(config, members)
+    assert counted(lambda: model.softmax(hidden, tokens)) == softmax_flops(config, sizes, [7 * LANES, *members[1:]])
 
 
-def test_a_whole_model_with_one_softmax():
-    model = TransformerXL(CONFIG, VOCAB)
+def test_a_whole_model_with_one_softmax(make_config):
+    config = make_config()
+    model = TransformerXL(config, VOCAB)
     tokens = torch.zeros(LANES, 7, dtype=torch.int64)
     whole = counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES)))
-    assert whole == sum(flops(CONFIG, VOCAB, LANES)) and len(flops(CONFIG, VOCAB, LANES)) == CONFIG.n_layer + 2
+    assert whole == sum(flops(config, VOCAB, LANES)) and len(flops(config, VOCAB, LANES)) == config.n_layer + 2
 
 
 def test_zipf_shares_add_up():

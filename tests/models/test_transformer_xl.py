@@ -22,6 +22,8 @@ BASE = ModelConfig(
     n_head=2,
     d_head=6,
     d_inner=20,
+    attention="relative",
+    max_distance=30,
     tgt_len=5,
     mem_len=7,
     clamp_len=-1,
@@ -207,10 +209,11 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
 # ------------------------------------------------------------------------------------- memory, reach, window
 
 
+@pytest.mark.parametrize("attention", ["relative", "shaw"])  # absolute positions are those in a segment
 @pytest.mark.parametrize("n_layer", [1, 3])
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [1] * 12, [7, 2, 3]], ids=str)
-def test_segment_by_segment_equals_one_long_pass(n_layer, lengths):
-    model = build(replace(BASE, n_layer=n_layer, mem_len=12)).eval()
+def test_segment_by_segment_equals_one_long_pass(attention, n_layer, lengths):
+    model = build(replace(BASE, attention=attention, max_distance=6, n_layer=n_layer, mem_len=12)).eval()
     stream = tokens(LANES, 12)
     torch.testing.assert_close(read(model, stream, lengths), read(model, stream, [12]), rtol=1e-12, atol=1e-12)
 
@@ -269,6 +272,35 @@ def test_distances_beyond_clamp_len_look_alike():
         last = read(model, torch.cat([swapped, torch.arange(9)[None]]), [5, 4])[:, -1]
         # Seen from position 8, tokens 0 to 5 are at distance 3 or more.
         assert [i for i in range(7) if torch.allclose(last[i], last[-1], rtol=1e-12)] == alike
+
+
+@pytest.mark.parametrize("attention", ["absolute", "al_rfou"])
+def test_absolute_positions_are_added_once_to_what_is_remembered(attention):
+    """A layer's memory holds what came into it, to the bit, however often it has been attended to."""
+    model = build(replace(BASE, attention=attention)).eval()
+    stream, memory = tokens(LANES, 7), model.empty_memory(LANES)
+    for step in range(7):
+        _, memory = model(stream[:, step : step + 1], None, from_start(1, start=step), memory)
+        assert torch.equal(memory[0][:, -step - 1 :], model.embedding(stream[:, : step + 1]))
+        if step == 0:
+            first = [states[:, -1].clone() for states in memory]
+        assert all(torch.equal(states[:, -step - 1], once) for states, once in zip(memory, first, strict=True))
+
+
+@pytest.mark.parametrize("pre_lnorm", [False, True])
+@pytest.mark.parametrize("attention", ["relative", "shaw", "absolute", "al_rfou"])
+def test_cached_keys_and_values_change_no_number(attention, pre_lnorm):
+    """Over segments of several lengths, and again with other weights."""
+    config = replace(BASE, attention=attention, pre_lnorm=pre_lnorm, n_layer=3)
+    model = build(config).eval()
+    for seed in (0, 1):
+        model.load_state_dict(build(config, seed=seed).state_dict())
+        model.cache(False)
+        expected = read(model, tokens(LANES, 16), [5, 5, 1, 1, 4])
+        model.cache()
+        torch.testing.assert_close(read(model, tokens(LANES, 16), [5, 5, 1, 1, 4]), expected, rtol=1e-12, atol=1e-12)
+        cached = {states.size(-1) for states in model.empty_memory(LANES)}
+        assert cached == {"absolute": {16, 24}, "al_rfou": {16}}.get(attention, {24})
 
 
 # ------------------------------------------------------------------------------------------- how it is built

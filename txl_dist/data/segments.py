@@ -91,8 +91,18 @@ class Segments:
 
 
 def whole_split(
-    index: Index, name: str, num_lanes: int, tgt_len: int, reset_memory: ResetMemory, lanes: range, workers: int = 1
+    index: Index,
+    name: str,
+    num_lanes: int,
+    tgt_len: int,
+    reset_memory: ResetMemory,
+    lanes: range,
+    workers: int = 1,
+    tokens: int | None = None,
 ) -> Segments:
-    """The segments of `lanes` in one pass over a split, cut into num_lanes: all lanes score every token once."""
-    plan = EvaluationPlan(index.splits[name].document_starts, num_lanes, tgt_len, reset_memory)
+    """The segments of `lanes` in one pass over a split, or its first `tokens`: all num_lanes score every token once."""
+    starts = index.splits[name].document_starts
+    if tokens is not None:
+        starts = np.append(starts[starts < tokens], np.uint64(tokens))
+    plan = EvaluationPlan(starts, num_lanes, tgt_len, reset_memory)
     return Segments(plan, SampleReader(index, name), lanes, index.eos, 0, plan.steps, workers)

@@ -10,6 +10,7 @@ How many files there are tells who wrote them, not what they mean: any number of
 is written under another name and renamed when all of it is there, so that what bears the name is whole.
 """
 
+import glob
 import json
 import os
 import re
@@ -167,6 +168,15 @@ def steps(run_dir: str | Path) -> list[int]:
 def newest(run_dir: str | Path) -> Checkpoint | None:
     """The newest checkpoint of a run, or None where it has none."""
     return open_checkpoint(directory(run_dir, found[-1])) if (found := steps(run_dir)) else None
+
+
+def run_dirs(patterns: Iterable[str]) -> list[str]:
+    """The run directories that paths and globs stand for; of what a glob matches only those with a checkpoint."""
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [path for path in sorted(glob.glob(pattern)) if steps(path)] if glob.has_magic(pattern) else [pattern]
+        found += [path for path in matches if path not in found]
+    return found
 
 
 def find_checkpoint(run_dir: str, step: int | None) -> Checkpoint:

@@ -84,8 +84,8 @@ class Engine(ABC):
         """Gradients of all micro-batches, the optimizer's step, and the new memory beside the old; returns the loss."""
 
     @abstractmethod
-    def score(self, segments: Iterable[Segment], memory: Memory) -> tuple[float | Tensor, int]:
-        """The nats that this rank has counted over some segments read with `memory`, and for how many tokens."""
+    def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:
+        """The nats of some segments, read with a memory of their own, as far as this rank counts; and their tokens."""
 
     @abstractmethod
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Engine(ABC):
         """
         self.deepspeed.eval()
         self.model.config = self.job.evaluation.of(self.job.model)
-        nats, tokens = self.world.sum(*self.score(segments, self.empty_memory(self.model.config)))
+        nats, tokens = self.world.sum(*self.score(segments))
         self.model.config = self.job.model
         self.deepspeed.train()
         return Score(nats, int(tokens))
@@ -165,8 +165,7 @@ class Engine(ABC):
                 "tokens": self.tokens,
                 "origin": asdict(self.origin),
                 "optimizer": self.state.numbers(),
-                "written_by": asdict(self.job.engine)
-                | {"ranks": self.world.size, "data_parallel": self.split.data_parallel, "precision": self.precision},
+                "written_by": {"ranks": self.world.size, "precision": self.precision},
             }
             writer.finish(state, asdict(self.job), data, self.job.train.keep_checkpoints)
         torch.distributed.barrier()
@@ -178,7 +177,7 @@ class Engine(ABC):
         if any(checkpoint.config[section][key] != now[section][key] for section, key in LANE_KEYS):
             self.origin = Origin(checkpoint.step, checkpoint.state["tokens"])
             return
-        self.origin = Origin(**checkpoint.state["origin"])
+        self.origin = Origin(**checkpoint.state.get("origin", {}))
         mine = self.memory.by_name()
         for name, states in checkpoint.tensors("memory", mine).items():
             mine[name].copy_(states)

@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.models.memory import Memory
+from txl_dist.models.transformer_xl import TransformerXL
 
 
 @dataclass(frozen=True)
@@ -18,32 +19,75 @@ class Score:
     nats: float
     tokens: int
 
+    @property
+    def bits(self) -> float:
+        return self.nats / math.log(2)
+
     def metrics(self, num_bytes: int) -> dict[str, float]:
         """loss (nats a token), perplexity, and bits a byte of the text that has `num_bytes`."""
         loss = self.nats / self.tokens
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.nats / math.log(2) / num_bytes,
+            "bits_per_byte": self.bits / num_bytes,
         }
 
 
 @torch.no_grad()
-def score(model: nn.Module, segments: Iterable[Segment], memory: Memory, micro_batches: int = 1) -> Score:
-    """Read `segments` in order with a memory of their own; the rows of each are computed in `micro_batches` parts.
+def score(model: nn.Module, segments: Iterable[Segment], memory: list[list[Tensor]]) -> Score:
+    """Read `segments` in order; targets that are NOT_SCORED count nothing.
 
-    Targets that are NOT_SCORED count nothing.
+    Args:
+        memory: to begin with, a tensor for each layer; one of these for each micro-batch into which rows are divided.
     """
-    device = memory.current.device
+    device, memory = memory[0][0].device, list(memory)
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for segment in segments:
-        for rows in row_slices(len(segment.inputs), micro_batches):
-            loss, remembered = model(*to_device(segment, rows, device), memory.read(rows))
-            memory.write(rows, remembered)
+        for i, rows in enumerate(row_slices(len(segment.inputs), len(memory))):
+            loss, memory[i] = model(*to_device(segment, rows, device), memory[i])
             nats += loss.double().sum()
-        memory.commit()
         tokens += int((segment.targets != NOT_SCORED).sum())
     return Score(nats.item(), tokens)
+
+
+@torch.no_grad()
+def losses_in_context(
+    model: TransformerXL,
+    stream: np.ndarray,
+    positions: np.ndarray,
+    context: int,
+    eos: int,
+    starts: np.ndarray | None = None,
+) -> np.ndarray:
+    """-log P(x_t | x_t-1, ..., x_t-context) in nats of the tokens at some positions, each read anew and alone.
+
+    A model with memory reads its context in segments of tgt_len tokens, one without in a single segment.
+
+    Args:
+        stream: int64 [tokens].
+        positions: int64 [n], computed side by side.
+        starts: of documents, where the context ends with the token's document.
+
+    Returns:
+        float64 [n].
+    """
+    device = next(model.parameters()).device
+    padded = np.concatenate([np.full(context, eos), stream])
+    place = np.arange(context)
+    inputs = torch.from_numpy(padded[positions[:, None] + place]).to(device)
+    begin = 0 if starts is None else starts[np.searchsorted(starts, positions, side="right") - 1].astype(np.int64)
+    history = (positions - begin)[:, None] - (context - 1 - place)  # tokens before each input; negative: padding
+    reach = torch.from_numpy(np.minimum(history, place).clip(min=0)).to(device)
+    targets = torch.from_numpy(stream[positions]).to(device)[:, None]
+
+    mem_len = model.config.mem_len
+    length = model.config.tgt_len if mem_len else context
+    memory, ends = model.empty_memory(len(positions)), range(context, 0, -length)
+    hidden = torch.empty(0)
+    for end in reversed(ends):
+        part = slice(max(0, end - length), end)
+        hidden, memory = model.through_layers(model.embed(inputs[:, part]), reach[:, part], memory)
+    return model.predict(hidden[:, -1:], targets)[:, 0].double().cpu().numpy()
 
 
 def row_slices(rows: int, micro_batches: int) -> list[slice]:

@@ -42,9 +42,9 @@ class Stage(nn.Module):
 
     memory: Memory
 
-    def __init__(self, model: TransformerXL, layers: range, first: bool, last: bool):
+    def __init__(self, model: TransformerXL, layers: range, first: bool, last: bool, first_scored: int):
         super().__init__()
-        self.model, self.first, self.last = model, first, last
+        self.model, self.first, self.last, self.first_scored = model, first, last, first_scored
         model.layers = model.layers[layers.start : layers.stop]
         if not first:
             del model.embedding
@@ -61,9 +61,9 @@ class Stage(nn.Module):
         return hidden if self.last else (hidden, reach, rows)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """In training the mean of a micro-batch; in evaluation its sum."""
+        """In training the mean of a micro-batch's scored positions; in evaluation the sum of all."""
         nats = self.model.predict(hidden, targets)
-        return nats.mean() if self.training else nats.double().sum()
+        return nats[:, self.first_scored :].mean() if self.training else nats.double().sum()
 
 
 class Pipeline(PipelineModule):
@@ -106,7 +106,7 @@ class PipelineEngine(Engine):
         layers = range(ends[number] - self.cut[number], ends[number])
         embedding = set(model.embedding.parameters())
         tied = [parameter for parameter in model.softmax.parameters() if parameter in embedding]
-        self.stage = Stage(model, layers, number == 0, number == stages - 1)
+        self.stage = Stage(model, layers, number == 0, number == stages - 1, self.job.first_scored)
         if not (self.stage.first or self.stage.last):
             self.lanes = range(0)  # what a middle stage reads comes from the stage before
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group
@@ -118,8 +118,8 @@ class PipelineEngine(Engine):
         self.stage.memory = self.memory
         return self.deepspeed.train_batch(self.micro_batches(segment))
 
-    def score(self, segments: Iterable[Segment], memory: Memory) -> tuple[float | Tensor, int]:
-        self.stage.memory = memory
+    def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:
+        self.stage.memory = memory = self.empty_memory(self.model.config)
         nats, tokens = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
         self.deepspeed.reset_activation_shape()  # lengths may differ from training's
         for segment in segments:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from txl_dist.data.segments import Segment
 from txl_dist.engine.engine import Engine
 from txl_dist.engine.evaluation import row_slices, score, to_device
-from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -23,13 +22,16 @@ class ZeroEngine(Engine):
         for rows in row_slices(len(self.lanes), self.split.accumulation):
             nats, remembered = self.deepspeed(*to_device(segment, rows, self.world.device), self.memory.read(rows))
             self.memory.write(rows, remembered)
-            losses.append(nats.mean())
+            losses.append(nats[:, self.job.first_scored :].mean())
             self.deepspeed.backward(losses[-1])
             self.deepspeed.step()
         return torch.stack(losses).detach().mean()
 
-    def score(self, segments: Iterable[Segment], memory: Memory) -> tuple[float, int]:
-        mine = score(self.deepspeed, segments, memory, self.split.accumulation)
+    def score(self, segments: Iterable[Segment]) -> tuple[float, int]:
+        self.model.cache()
+        memory = [self.model.empty_memory(self.split.micro_batch) for _ in range(self.split.accumulation)]
+        mine = score(self.deepspeed, segments, memory)
+        self.model.cache(False)
         return mine.nats, mine.tokens
 
     def __str__(self) -> str:

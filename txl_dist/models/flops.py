@@ -30,8 +30,12 @@ def zipf_share(start: int, end: int, vocab_size: int) -> float:
 def layer_flops(config: ModelConfig, lanes: int) -> float:
     length, keys = config.tgt_len, config.mem_len + config.tgt_len
     d_model, width = config.d_model, config.n_head * config.d_head
-    project = 2 * d_model * width * (2 * lanes * length + 2 * lanes * keys + keys + 1)  # q and output, k and v, r
-    attend = 2 * width * lanes * length * (keys + keys + 1 + keys)  # content, position, values
+    project = 2 * d_model * width * lanes * (2 * length + 2 * keys)  # q and output, k and v
+    attend = 2 * width * lanes * length * 2 * keys  # content and values
+    if config.attention in ("relative", "shaw"):
+        attend += 2 * width * lanes * length * (keys + 1)  # position
+    if config.attention == "relative":
+        project += 2 * d_model * width * (keys + 1)  # r
     return project + attend + 4 * lanes * length * d_model * config.d_inner
 
 

@@ -9,13 +9,12 @@ What a layer remembers of a lane are its own last mem_len *inputs*, oldest first
 forward writes nothing, and may be run again (activation checkpointing, pipelines) without harm.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from txl_dist.config import ModelConfig
 from txl_dist.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from txl_dist.models.attention import RelativeAttention, sinusoids, visibility
+from txl_dist.models.attention import Attention, attention_of_layer, encode_distances, visibility
 
 
 class FeedForward(nn.Module):
@@ -39,14 +38,15 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, number: int):
         super().__init__()
-        self.attention = RelativeAttention(config)
+        self.attention = attention_of_layer(config, number)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, hidden: Tensor, memory: Tensor, encoding: Tensor, visible: Tensor) -> Tensor:
-        """[lanes, length, d_model] -> the same; the arguments are those of RelativeAttention."""
-        return self.feed_forward(self.attention(hidden, memory, encoding, visible))
+    def forward(self, hidden: Tensor, memory: Tensor, encoding: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Arguments and results are those of Attention."""
+        hidden, remembered = self.attention(hidden, memory, encoding, visible)
+        return self.feed_forward(hidden), remembered
 
 
 class TransformerXL(nn.Module):
@@ -61,7 +61,7 @@ class TransformerXL(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embedding = AdaptiveEmbedding(config, vocab_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.n_layer))
         self.softmax = AdaptiveSoftmax(config, vocab_size, self.embedding)
         self.dropout = nn.Dropout(config.dropout)
         self.initialise()
@@ -109,8 +109,8 @@ class TransformerXL(nn.Module):
         encoding, visible = self.surroundings(hidden, reach)
         new_memory = []
         for layer, past in zip(self.layers, memory, strict=True):
-            new_memory.append(remember(past, hidden))
-            hidden = self.run(layer, hidden, past, encoding, visible)
+            hidden, remembered = self.run(layer, hidden, past, encoding, visible)
+            new_memory.append(remembered)
         return hidden, new_memory
 
     def predict(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
@@ -121,23 +121,29 @@ class TransformerXL(nn.Module):
         """What all layers share: the encoding of distances, and which keys each query sees."""
         config = self.config
         keys = config.mem_len + reach.size(1)
-        encoding = self.dropout(sinusoids(keys, config.d_model, config.clamp_len, like=hidden))
+        encoding = encode_distances(config, keys, like=hidden)
+        if encoding.is_floating_point():
+            encoding = self.dropout(encoding)
         window = config.mem_len if config.same_length else None
         return encoding, visibility(reach, config.mem_len, window)
 
-    def run(self, layer: nn.Module, *args: Tensor) -> Tensor:
+    def run(self, layer: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor]:
         if self.activation_checkpointing and self.training:
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
     def empty_memory(self, lanes: int) -> list[Tensor]:
-        """The memory before the first token: zeros, which `reach` hides."""
-        like = next(self.parameters())
-        shape = lanes, self.config.mem_len, self.config.d_model
-        return [like.new_zeros(shape) for _ in self.layers]
+        """The memory before the first token."""
+        return [attention.empty_memory(lanes, self.config.mem_len) for attention in self.attentions()]
 
+    def cache(self, on: bool = True) -> None:
+        """Begin, or end, to remember keys and values instead of layers' inputs where that can be: for evaluation.
 
-def remember(memory: Tensor, hidden: Tensor) -> Tensor:
-    """The last mem_len positions of memory and segment together, detached."""
-    mem_len, length = memory.size(1), hidden.size(1)
-    return torch.cat([memory[:, length:], hidden[:, max(0, length - mem_len) :].detach()], dim=1)
+        The numbers are the same. As long as it is on weights must not change; it begins with a new `empty_memory`.
+        """
+        for attention in self.attentions():
+            attention.cache(on)
+
+    def attentions(self) -> list[Attention]:
+        """Those of the layers that are here."""
+        return [module for module in self.layers.modules() if isinstance(module, Attention)]

@@ -1,0 +1,105 @@
+"""The log-probability of every token of a text: `python -m txl_dist.score run=RUN_DIR text="It was a"`.
+
+In Python: `scores, after = Scorer.open("runs/mine").read("It was a")`; `after` is the next token's distribution.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from txl_dist.cli import command
+from txl_dist.config import LengthsConfig, ScoreJob
+from txl_dist.data.tokenizers import Tokenizer, load
+from txl_dist.evaluate import trained_model
+from txl_dist.models.transformer_xl import TransformerXL
+
+
+class TokenScore(NamedTuple):
+    """log_prob: log P(token | all tokens before it, as far as the model remembers), in nats."""
+
+    token: int
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A trained model that is asked about texts. A text is read as a document's beginning: after `<eos>`."""
+
+    model: TransformerXL
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, run: str, step: int | None = None, lengths: LengthsConfig | None = None) -> "Scorer":
+        """Of a run's checkpoint (the newest, where no step is given), with other lengths if you like."""
+        model, _ = trained_model(run, step, lengths or LengthsConfig(None, None, None, None))
+        return cls(model, load(Path(run) / "tokenizer"))
+
+    @torch.no_grad()
+    def read(self, text: str) -> tuple[list[TokenScore], Tensor]:
+        """The score of each token of a text, and log P of each token of the vocabulary to be the one after it.
+
+        The latter is float32 [vocab_size], in nats.
+        """
+        tokens, pieces = self.tokenizer.encode(text.encode(), end=False).tolist(), self.tokenizer.decoder()
+        device, length, memory = (
+            next(self.model.parameters()).device,
+            self.model.config.tgt_len,
+            self.model.empty_memory(1),
+        )
+        inputs, found, log_probs = torch.tensor([self.tokenizer.eos, *tokens], device=device), [], torch.empty(0)
+        for start in range(0, len(inputs), length):
+            segment = inputs[None, start : start + length]
+            reach = torch.arange(start, start + segment.size(1), device=device)[None]
+            log_probs, memory = self.model(segment, None, reach, memory)
+            targets = inputs[start + 1 : start + 1 + length, None]  # none for the last input: it is the text's end
+            found += log_probs[0, : len(targets)].gather(-1, targets)[:, 0].tolist()
+        scores = [TokenScore(token, pieces.feed(token), nats) for token, nats in zip(tokens, found, strict=True)]
+        return scores, log_probs[0, -1].cpu()
+
+
+def score(job: ScoreJob) -> None:
+    """Print a table, or one JSON object."""
+    scorer = Scorer.open(job.run, job.checkpoint, job.model)
+    text = job.text if job.text is not None else sys.stdin.read()
+    scores, after = scorer.read(text)
+    log_probs, tokens = after.topk(job.next)
+    follow = [
+        TokenScore(token, scorer.tokenizer.decode([token]), log_prob)
+        for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True)
+    ]
+    total = sum(each.log_prob for each in scores)
+    if job.format == "json":
+        told = {"log_prob": total, "tokens": [each._asdict() for each in scores]}
+        print(json.dumps(told | {"next": [each._asdict() for each in follow]}))
+        return
+    console = Console(highlight=False)
+    console.print(table("token", scores))
+    console.print(f"\n{len(scores):,} tokens, log-probability {total:,.4f} nats\n")
+    if follow:
+        console.print(table("next token", follow))
+
+
+def table(title: str, scores: list[TokenScore]) -> Table:
+    rows = Table(title, "number", "log-probability", "probability", box=None, padding=(0, 3, 0, 0))
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    for each in scores:
+        rows.add_row(repr(each.text), f"{each.token}", f"{each.log_prob:.4f}", f"{exp(each.log_prob):.4f}")
+    return rows
+
+
+def main() -> None:
+    command("score", ScoreJob, score)
+
+
+if __name__ == "__main__":
+    main()
