@@ -171,9 +171,9 @@ def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):
     assert (tmp_path / "data" / "tokenizer" / "vocab.txt").read_text().split() == [
         "<eos>",
         "<unk>",
+        "word",
         "of",
         "train",
-        "word",
     ]
     assert decoded(tmp_path / "data")["test"] == ["word of <unk>\n" * 10]
 

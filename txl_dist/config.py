@@ -42,6 +42,14 @@ class TextCorpus:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class PublishedCorpus:
+    """A corpus of the Transformer-XL paper. path: the archive, or the folder with its files; null: downloaded."""
+
+    name: Literal["ptb", "wikitext2", "wikitext103", "enwik8", "text8", "lm1b"]
+    path: str | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class BytesTokenizer:
     name: Literal["bytes"]
 
@@ -61,7 +69,7 @@ class SentencePieceTokenizer:
     model: str | None
 
 
-CorpusConfig = Annotated[StdlibCorpus | TextCorpus, Field(discriminator="name")]
+CorpusConfig = Annotated[StdlibCorpus | TextCorpus | PublishedCorpus, Field(discriminator="name")]
 TokenizerConfig = Annotated[BytesTokenizer | WordTokenizer | SentencePieceTokenizer, Field(discriminator="name")]
 
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from txl_dist.config import PrepareJob, SentencePieceTokenizer, WordTokenizer
-from txl_dist.data import corpora, shards, tokenizers
+from txl_dist.config import PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
+from txl_dist.data import corpora, published, shards, tokenizers
 from txl_dist.data.corpora import Piece, Plan
 from txl_dist.errors import ConfigError, UserError
 
@@ -44,12 +44,14 @@ def prepare(job: PrepareJob) -> None:
         raise UserError(f"data.dir={job.data.dir}: is written to a local folder; give one, and copy it from there")
     folder = Path(job.data.dir).expanduser()
     existing = existing_dataset(folder)
-    problems: list[str] = []
-    sources = corpora.find(job.corpus, problems)
-    if problems:
-        raise ConfigError(problems)
     tokenizer = given_tokenizer(job)
+    problems: list[str] = []
     with Work(job.workers) as work:
+        if isinstance(job.corpus, PublishedCorpus):
+            published.fetch(job.corpus, work.progress)
+        sources = corpora.find(job.corpus, problems)
+        if problems:
+            raise ConfigError(problems)
         with work.progress("reading", None) as advance:
             files = corpora.survey(sources, advance)
         plan = corpora.plan(job.corpus, files)
@@ -116,7 +118,7 @@ def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) ->
     tokenizer = asdict(job.tokenizer)
     if isinstance(given, tokenizers.SentencePieceTokenizer):
         tokenizer = {"name": given.kind, "model": given.sha256}
-    settings = {
+    settings: dict[str, Any] = {
         "document": plan.document,
         "split_by": plan.split_by,
         "shares": plan.shares,
@@ -125,6 +127,8 @@ def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) ->
         "shard_samples": job.data.shard_samples,
     }
     files = [(file.source.split, file.source.name, file.size, file.sha256) for file, _ in plan.files]
+    if plan.vocabulary is not None:
+        settings["vocabulary"] = plan.vocabulary.sha256
     return {
         "name": job.corpus.name,
         "files": len(files),
@@ -151,8 +155,12 @@ def train_tokenizer(job: PrepareJob, plan: Plan, work: "Work") -> tokenizers.Tok
     pieces = plan.pieces("train")
     if isinstance(job.tokenizer, WordTokenizer):
         counts: Counter[str] = Counter()
-        for counted in work.map("counting words", partial(count_words, plan.shares), pieces, size):
-            counts.update(counted)
+        if plan.vocabulary is not None:
+            counts = tokenizers.WordTokenizer.read_counts(plan.vocabulary.source.path)
+        else:
+            for counted in work.map("counting words", partial(count_words, plan.shares), pieces, size):
+                counts.update(counted)
+        corpora.check_vocabulary(job.corpus, counts)
         return tokenizers.WordTokenizer.train(counts, job.tokenizer.vocab_size, job.tokenizer.min_count)
     assert isinstance(job.tokenizer, SentencePieceTokenizer)
     sample = partial(sample_lines, plan.shares, min(1.0, SENTENCEPIECE_BYTES / size))
@@ -204,7 +212,8 @@ def write_splits(job: PrepareJob, plan: Plan, tokenizer: tokenizers.Tokenizer, f
                 cut = (job.data.sample_tokens, job.data.shard_samples)
                 writers[split] = shards.SplitWriter(folder, split, tokenizer.dtype, *cut)
             writers[split].add(*encoded)
-    corpora.check_splits(job.corpus, writers)
+    if not isinstance(job.corpus, PublishedCorpus):
+        corpora.check_splits(job.corpus, writers)
     return {split: writers[split].close() for split in corpora.SPLITS if split in writers}
 
 

@@ -88,14 +88,28 @@ def test_bytes_need_no_text():
 
 def test_words_are_counted_lines_end_and_unknown_words_are_marked():
     tokenizer = WordTokenizer.train(Counter(["b", "b", "a", "a", "c", "d", "d", "d", "<unk>", "<eos>"]), None, 1)
-    assert tokenizer.words == ["<eos>", "<unk>", "d", "a", "b", "c"]
-    assert tokenizer.encode(b" d x\n\n<unk> <eos> a\tb ", True).tolist() == [2, 1, 0, 0, 1, 1, 3, 4, 0]
+    assert tokenizer.words == ["<eos>", "d", "b", "a", "c", "<unk>"]
+    assert tokenizer.encode(b" d x\n\n<unk> <eos> a\tb ", True).tolist() == [1, 5, 0, 0, 5, 5, 3, 2, 0]
     assert tokenizer.encode(b"a\n", True).tolist() == [3, 0]
-    assert tokenizer.encode(b"a\nb", False).tolist() == [3, 0, 4]  # a line that is too long for one piece
-    assert tokenizer.decode([2, 1, 0, 0, 3, 4, 0]) == "d <unk>\n\na b\n"
+    assert tokenizer.encode(b"a\nb", False).tolist() == [3, 0, 2]  # a line that is too long for one piece
+    assert tokenizer.decode([1, 5, 0, 0, 3, 2, 0]) == "d <unk>\n\na b\n"
     counts = Counter(["b", "b", "a", "a", "c", "d", "d", "d"])
-    assert WordTokenizer.train(counts, 4, 1).words == ["<eos>", "<unk>", "d", "a"]
-    assert WordTokenizer.train(counts, None, 2).words == ["<eos>", "<unk>", "d", "a", "b"]
+    for number in (0, 1):  # the text has no <unk>, or one that is too rare
+        assert WordTokenizer.train(counts + Counter({"<unk>": number}), 4, 1).words == ["<eos>", "<unk>", "d", "b"]
+        assert WordTokenizer.train(counts + Counter({"<unk>": number}), None, 2).words == [
+            "<eos>",
+            "<unk>",
+            "d",
+            "b",
+            "a",
+        ]
+
+
+@pytest.mark.parametrize("text, told", [("a 1\nb\n", "line 2 is not"), ("a 1\nb x\n", "line 2"), ("a 1\n", "no <S>")])
+def test_what_is_no_published_vocabulary_is_told(tmp_path, text, told):
+    (tmp_path / "words.txt").write_text(text)
+    with pytest.raises(UserError, match=f"words.txt: .*{told}"):
+        WordTokenizer.read_counts(tmp_path / "words.txt")
 
 
 def test_more_than_65536_words_are_stored_in_four_bytes():

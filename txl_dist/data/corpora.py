@@ -13,7 +13,7 @@ import io
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,10 @@ from typing import IO, Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
 
-from txl_dist.config import CorpusConfig, StdlibCorpus, TextCorpus
+from txl_dist.config import CorpusConfig, PublishedCorpus, StdlibCorpus, TextCorpus
+from txl_dist.data import published
+from txl_dist.data.published import PUBLISHED, VOCABULARY, Corpus
+from txl_dist.data.tokenizers import EOS
 from txl_dist.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -31,7 +34,10 @@ NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 class Source(NamedTuple):
-    """A file: where it lies, its name below what the user gave, and its split where the user gave the split its own."""
+    """A file: where it lies, its name below what the user gave, and its split where the split has files of its own.
+
+    In place of a split stands VOCABULARY, where a corpus was published with its words and their counts.
+    """
 
     path: Path
     name: str
@@ -75,6 +81,8 @@ class Piece(NamedTuple):
 
 def find(config: CorpusConfig, problems: list[str]) -> list[Source]:
     """List the files of a corpus in their order; what is wrong with the config is appended to `problems`."""
+    if isinstance(config, PublishedCorpus):
+        return [Source(path, text.base, text.role) for text, path in published.locate(config, problems)]
     if config.valid_share + config.test_share >= 1:
         problems.append("corpus.valid_share + corpus.test_share: leave nothing to train on; choose less than 1")
     if isinstance(config, StdlibCorpus):
@@ -265,12 +273,16 @@ def line_ends(file: File, targets: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to read: every file's parts, in order. `shares` (of valid and test) decide where a part has no split."""
+    """What to read: every file's parts, in order. `shares` (of valid and test) decide where a part has no split.
+
+    vocabulary: the file of words and their counts that the corpus was published with.
+    """
 
     files: list[tuple[File, list[Part]]]
     document: Literal["file", "line"]
     split_by: Literal["given", "document", "position"]
     shares: tuple[float, float]
+    vocabulary: File | None = None
 
     def size(self, split: str | None = None) -> int:
         """Bytes of text in all pieces, or in those that may hold text of `split`."""
@@ -310,6 +322,8 @@ def plan(config: CorpusConfig, files: list[File]) -> Plan:
     Raises:
         UserError: where a split would be empty.
     """
+    if isinstance(config, PublishedCorpus):
+        return published_plan(PUBLISHED[config.name], files)
     shares = (config.valid_share, config.test_share)
     document: Literal["file", "line"] = "file"
     split_by: Literal["given", "auto", "document", "position"] = "document"
@@ -335,7 +349,16 @@ def plan(config: CorpusConfig, files: list[File]) -> Plan:
     return Plan(list(zip(files, parts, strict=True)), document, split_by, shares)
 
 
-def check_splits(config: CorpusConfig, found: Collection[str | None]) -> None:
+def published_plan(corpus: Corpus, files: list[File]) -> Plan:
+    """The splits that everyone uses: files of their own, or one file cut at the same bytes."""
+    vocabulary = next((file for file in files if file.source.split == VOCABULARY), None)
+    texts = [file for file in files if file is not vocabulary]
+    parts = [parts_at(file, corpus.cuts) if corpus.cuts else [Part(file.source.split, 0, file.size)] for file in texts]
+    split_by: Literal["given", "position"] = "position" if corpus.cuts else "given"
+    return Plan(list(zip(texts, parts, strict=True)), corpus.document, split_by, (0.0, 0.0), vocabulary)
+
+
+def check_splits(config: TextCorpus | StdlibCorpus, found: Collection[str | None]) -> None:
     """Refuse a split that was wanted and got no text."""
     given = [split for split in SPLITS if getattr(config, split, None) is not None]
     wanted = given or ["train", *(split for split in SPLITS[1:] if getattr(config, f"{split}_share") > 0)]
@@ -345,6 +368,17 @@ def check_splits(config: CorpusConfig, found: Collection[str | None]) -> None:
     if lacking:
         shares = " ".join(f"corpus.{split}_share=0" for split in lacking if split != "train") or "other shares"
         raise UserError(f"corpus: no text falls to {' and '.join(lacking)}; give more text, or {shares}")
+
+
+def check_vocabulary(config: CorpusConfig, counts: Collection[str]) -> None:
+    """Refuse a text whose words, `<eos>` included, are not as many as those of the corpus it passes for."""
+    expected = PUBLISHED[config.name].vocab_size if isinstance(config, PublishedCorpus) else None
+    size = len({*counts, EOS})
+    if expected not in (None, size):
+        raise UserError(
+            f"corpus={config.name}: the text has {size:,} different words, but must have {expected:,}: it is another; "
+            "give the published files, or prepare it as corpus=text"
+        )
 
 
 def splits_by_quota(names: list[str], shares: tuple[float, float]) -> list[str]:
@@ -365,7 +399,11 @@ def splits_by_quota(names: list[str], shares: tuple[float, float]) -> list[str]:
 def parts_by_position(file: File, shares: tuple[float, float]) -> list[Part]:
     """Train, then valid, then test, cut at line ends."""
     valid, test = shares
-    cuts = line_ends(file, [round(file.size * (1 - valid - test)), round(file.size * (1 - test))])
+    return parts_at(file, line_ends(file, [round(file.size * (1 - valid - test)), round(file.size * (1 - test))]))
+
+
+def parts_at(file: File, cuts: Sequence[int]) -> list[Part]:
+    """Train, then valid, then test, cut before these bytes."""
     starts, ends = [0, *cuts], [*cuts, file.size]
     return [Part(*part) for part in zip(SPLITS, starts, ends, strict=True) if part[1] < part[2]]
 

@@ -23,10 +23,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
+from txl_dist.config import PublishedCorpus
 from txl_dist.data import tokenizers
 from txl_dist.errors import UserError
 
@@ -218,6 +219,14 @@ def content_fingerprint(tokenizer_files: Mapping[str, str], splits: Mapping[str,
 # --------------------------------------------------------------------------------------------------------- open
 
 
+def how_to_prepare(location: str) -> str:
+    """The command that makes a dataset; prepare's own names are CORPUS-TOKENIZER, each corpus with its tokenizer."""
+    corpus = Path(location).name.rpartition("-")[0]
+    known = ("stdlib", *get_args(get_type_hints(PublishedCorpus)["name"]))
+    chosen = f"corpus={corpus} " if corpus in known else ""
+    return f"python -m txl_dist.prepare {chosen}data.dir={location}"
+
+
 class Store:
     """Where a dataset's files are: in a local folder, or behind a URL prefix.
 
@@ -242,8 +251,10 @@ class Store:
             else:
                 data.write((self.folder / "index.json").read_bytes())
         except OSError as error:
-            how = f"python -m txl_dist.prepare data.dir={self.location}"
-            raise UserError(f"{self.location}: no dataset can be read here ({error}); prepare one: {how}") from error
+            raise UserError(
+                f"{self.location}: no dataset can be read here ({error.strerror or error}); "
+                f"prepare one: {how_to_prepare(self.location)}"
+            ) from error
         try:
             index = json.loads(data.getvalue())
         except ValueError as error:

@@ -107,28 +107,53 @@ class BytesDecoder:
 
 
 class WordTokenizer(Tokenizer):
-    """Token = word, as white space separates them; `<eos>` (0) after every line, `<unk>` (1) for an unknown word.
+    """Token = word, as white space separates them; `<eos>` (0) after every line, `<unk>` for an unknown word.
 
-    `<unk>` written in the text is token 1, too; `<eos>` written in the text is a word that is never known.
+    `<unk>` written in the text is that token, too; `<eos>` written in the text is a word that is never known.
     """
 
     kind = "word"
     eos = 0
-    unk = 1
 
     def __init__(self, words: list[str]):
-        """words: the vocabulary in the order of the tokens; it begins with `<eos>` and `<unk>`."""
-        assert words[:2] == [EOS, UNK]
+        """words: the vocabulary in the order of the tokens; it begins with `<eos>` and has an `<unk>`."""
+        assert words[0] == EOS
         self.words = words
         self.vocab_size = len(words)
+        self.unk = words.index(UNK)
         self.ids = {word: token for token, word in enumerate(words) if token != self.eos}
 
     @classmethod
     def train(cls, counts: Counter[str], vocab_size: int | None, min_count: int) -> "WordTokenizer":
-        """The most frequent words first, those of equal count in lexical order; at most `vocab_size` tokens in all."""
-        known = [word for word, count in counts.items() if count >= min_count and word not in (EOS, UNK)]
-        known.sort(key=lambda word: (-counts[word], word))
-        return cls([EOS, UNK, *known][:vocab_size])
+        """`<eos>`, then the words by frequency, those of equal count as `counts` has them: the authors' order.
+
+        `<unk>` is one of them; where the text has none, it comes first. At most `vocab_size` tokens in all.
+        """
+        known = [word for word, count in counts.most_common() if count >= min_count and word != EOS]
+        size = vocab_size and vocab_size - 1
+        if UNK not in known[:size]:
+            known.insert(0, UNK)
+        return cls([EOS, *known[:size]])
+
+    @staticmethod
+    def read_counts(path: Path) -> Counter[str]:
+        """A published vocabulary, "word count" a line, as Jozefowicz et al. (2016) have made it of the 1-billion-word
+        benchmark: `<S>`, around every sentence, is `<eos>`, and `<UNK>` is `<unk>`.
+
+        Raises:
+            UserError: where it is another kind of file.
+        """
+        counts: Counter[str] = Counter()
+        names = {"<S>": EOS, "<UNK>": UNK}
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                word, count = line.decode().split()
+                counts[names.get(word, word)] = int(count)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not a word and its count; fetch it again") from error
+        if EOS not in counts or UNK not in counts:
+            raise UserError(f"{path}: has no <S> or no <UNK>; it is not the published vocabulary; fetch it again")
+        return counts
 
     def encode(self, data: bytes, end: bool) -> np.ndarray:
         tokens: list[int] = []
