@@ -7,6 +7,7 @@ each with its key.
 import difflib
 import inspect
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -217,6 +218,15 @@ def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterato
 
 
 @check(TrainJob)
+def patterns_are_sound(optimizer: OptimizerConfig) -> Iterator[str]:
+    for pattern in optimizer.lr_scale:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"optimizer.lr_scale: {pattern!r} is no regular expression ({error})"
+
+
+@check(TrainJob)
 def steps_are_in_order(train: TrainConfig, schedule: ScheduleConfig) -> Iterator[str]:
     if train.stop_at is not None and train.stop_at > train.max_steps:
         yield f"train.stop_at={train.stop_at}: is after train.max_steps={train.max_steps}"
@@ -247,14 +257,16 @@ def data_are_there(data: DataConfig, model: ModelConfig) -> Iterator[str]:
 
 
 @check(TrainJob)
-def run_continues_itself(run: RunConfig, data: DataConfig, model: ModelConfig) -> Iterator[str]:
+def run_continues_itself(
+    run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
+) -> Iterator[str]:
     """A run directory with a checkpoint goes on only as the run that it is."""
     from txl_dist.engine.checkpoint import newest
 
     checkpoint = newest(run.dir)
     if checkpoint is None:
         return
-    given = {"run": asdict(run), "data": asdict(data), "model": asdict(model)}
+    given = {"run": asdict(run), "data": asdict(data), "model": asdict(model), "optimizer": asdict(optimizer)}
     for section, key in [*IDENTITY, *LANE_KEYS]:
         now = given[section][key]
         before = checkpoint.config[section].get(key, now)
@@ -271,12 +283,16 @@ def run_continues_itself(run: RunConfig, data: DataConfig, model: ModelConfig) -
             )
 
 
+MAY_CHANGE = {name for name in field_names(ModelConfig) if name.startswith("drop")} | {"variational"}
+MAY_CHANGE |= {key for section, key in LANE_KEYS if section == "model"}
+
 # What makes a run that run: with another value here its weights, its memory or its place in the data would not fit.
 IDENTITY = [
     ("run", "seed"),
     ("data", "order"),
     ("data", "reset_memory"),
-    *(("model", name) for name in sorted(field_names(ModelConfig) - {"dropout", "dropatt", "tgt_len", "mem_len"})),
+    ("optimizer", "average_from"),
+    *(("model", name) for name in sorted(field_names(ModelConfig)) if name not in MAY_CHANGE),
 ]
 
 

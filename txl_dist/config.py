@@ -140,7 +140,12 @@ class ModelConfig:
     clamp_len: Annotated[int, Strict(), Field(ge=-1)]  # distances beyond are treated as this one; -1: none are
     same_length: Yes  # every token attends to mem_len tokens, itself included
     dropout: Share
-    dropatt: Share
+    dropatt: Share  # of the attention's probabilities
+    dropout_words: Share = 0.0  # of the vocabulary's words, each wherever it stands in a segment
+    dropout_input: Share | None = None  # of the embedded tokens; null: dropout
+    dropout_ff: Share | None = None  # within the feed-forward sublayers; null: dropout
+    dropout_output: Share | None = None  # before the softmax; null: dropout
+    variational: Yes = False  # dropout and its kin drop the same numbers at all positions of a segment
     div_val: Count  # each cluster's embedding is this much narrower than the one before
     cutoffs: list[Count]  # the adaptive clusters' first tokens; empty: one full softmax
     tie_weights: Yes  # the softmax uses the embedding's table
@@ -165,12 +170,18 @@ class LengthsConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class OptimizerConfig:
+    """lr_scale: regular expression -> factor of the learning rate of the parameters whose name it finds; the first
+    that does counts. average_from: keep the mean of the weights after each step from this one on; null: keep none.
+    """
+
     name: Literal["adam", "adamw", "lamb"]
     lr: Positive
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
     eps: Positive
     weight_decay: NonNegative
     clip: NonNegative  # the largest norm of the whole gradient; 0: no clipping
+    lr_scale: dict[str, Positive]
+    average_from: Count | None
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -265,6 +276,7 @@ class EvaluateJob:
     max_tokens: Count | None
     sliding_window: Yes
     data_dir: str | None
+    average: Yes
     model: LengthsConfig
 
 
@@ -278,6 +290,7 @@ class GenerateJob:
     top_p: Annotated[float, Strict(), Field(gt=0, le=1)]
     seed: Natural
     checkpoint: Natural | None
+    average: Yes
     model: LengthsConfig
 
 
@@ -296,6 +309,7 @@ class ScoreJob:
     next: Natural
     format: Literal["table", "json"]
     checkpoint: Natural | None
+    average: Yes
     model: LengthsConfig
 
 

@@ -38,7 +38,7 @@ def evaluate(job: EvaluateJob) -> None:
 
 def score_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
     lengths = replace(job.model, mem_len=0, same_length=False) if job.sliding_window else job.model
-    model, checkpoint = trained_model(run, job.checkpoint, lengths)
+    model, checkpoint = trained_model(run, job.checkpoint, lengths, job.average)
     index = open_data(run, job.data_dir, job.split, checkpoint)
     began = time.perf_counter()
     scored = (by_sliding_window if job.sliding_window else by_memory)(job, model, index, checkpoint)
@@ -86,18 +86,23 @@ def watched(steps: Any, what: str, total: int | None) -> Any:
     return track(steps, what, total, console=Console(stderr=True), transient=True)
 
 
-def trained_model(run: str, step: int | None, lengths: LengthsConfig) -> tuple[TransformerXL, Checkpoint]:
+def trained_model(
+    run: str, step: int | None, lengths: LengthsConfig, average: bool = False
+) -> tuple[TransformerXL, Checkpoint]:
     """The model of a run's checkpoint, ready to be asked, with the lengths that are given.
 
     Raises:
-        ConfigError: where those do not fit together.
+        ConfigError: where those do not fit together, or an average is wanted that was not kept.
     """
     checkpoint = find_checkpoint(run, step)
     config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
-    if problems := list(model_fits_together(config)):
+    problems = list(model_fits_together(config))
+    if average and checkpoint.config["optimizer"].get("average_from") is None:
+        problems.append(f"average=true: the run {run} has kept none; train with optimizer.average_from=STEP")
+    if problems:
         raise ConfigError(problems)
     model = TransformerXL(config, checkpoint.data["vocab_size"])
-    checkpoint.load_weights(model)
+    checkpoint.load_weights(model, average)
     model.cache()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
 

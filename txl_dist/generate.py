@@ -17,7 +17,7 @@ from txl_dist.models.transformer_xl import TransformerXL
 
 def generate(job: GenerateJob) -> None:
     """Print each prompt and what follows: one prompt as it comes, several one after the other."""
-    model, _ = trained_model(job.run, job.checkpoint, job.model)
+    model, _ = trained_model(job.run, job.checkpoint, job.model, job.average)
     tokenizer = load(Path(job.run) / "tokenizer")
     texts = [Text(tokenizer, prompt) for prompt in (job.prompt if job.prompt is not None else [sys.stdin.read()])]
     shown = texts if len(texts) == 1 else []

@@ -38,9 +38,11 @@ class Scorer:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, run: str, step: int | None = None, lengths: LengthsConfig | None = None) -> "Scorer":
-        """Of a run's checkpoint (the newest, where no step is given), with other lengths if you like."""
-        model, _ = trained_model(run, step, lengths or LengthsConfig(None, None, None, None))
+    def open(
+        cls, run: str, step: int | None = None, lengths: LengthsConfig | None = None, average: bool = False
+    ) -> "Scorer":
+        """Of a run's checkpoint (the newest, where no step is given), with other lengths or averaged weights."""
+        model, _ = trained_model(run, step, lengths or LengthsConfig(None, None, None, None), average)
         return cls(model, load(Path(run) / "tokenizer"))
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class Scorer:
 
 def score(job: ScoreJob) -> None:
     """Print a table, or one JSON object."""
-    scorer = Scorer.open(job.run, job.checkpoint, job.model)
+    scorer = Scorer.open(job.run, job.checkpoint, job.model, job.average)
     text = job.text if job.text is not None else sys.stdin.read()
     scores, after = scorer.read(text)
     log_probs, tokens = after.topk(job.next)

@@ -1,9 +1,11 @@
-"""Learning rates by hand."""
+"""Learning rates by hand, and by name; averages of weights."""
 
 import pytest
+import torch
+from torch import nn
 
-from txl_dist.config import ScheduleConfig
-from txl_dist.engine.optimization import learning_rate
+from txl_dist.config import OptimizerConfig, ScheduleConfig
+from txl_dist.engine.optimization import build_optimizer, keep_average, learning_rate
 
 
 def rates(name, steps, warmup=10, min_lr=0.1):
@@ -30,3 +32,24 @@ def test_shape_after_the_warm_up(name, expected):
 
 def test_inverse_sqrt_stays_above_its_floor():
     assert rates("inverse_sqrt", [100_000]) == [0.1]
+
+
+def test_parameters_have_the_scale_of_the_first_pattern_that_finds_them():
+    config = OptimizerConfig("adam", 1.0, [0.9, 0.999], 1e-8, 0.0, 0.0, {"bias$": 0.1, "^a": 0.5}, None)
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a.weight", "a.bias", "b.weight", "b.bias")}
+    groups = build_optimizer(config, parameters).param_groups
+    found = {name: group["lr_scale"] for name, p in parameters.items() for group in groups if p in set(group["params"])}
+    assert found == {"a.weight": 0.5, "a.bias": 0.1, "b.weight": 1.0, "b.bias": 0.1}
+
+
+def test_the_average_is_the_mean_of_the_weights_after_the_steps_that_count():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    config = OptimizerConfig("adam", 0.5, [0.9, 0.999], 1e-8, 0.0, 0.0, {}, 3)
+    optimizer, done, weights = build_optimizer(config, {"w": parameter}), 0, []
+    keep_average(optimizer, lambda: done - 2)
+    for done in range(1, 6):  # noqa: B007 - the average looks at it
+        parameter.grad = torch.tensor([1.0, -done])
+        optimizer.step()
+        weights.append(parameter.detach().clone())
+        expected = torch.stack(weights[2:]).mean(0) if done > 2 else weights[-1]
+        torch.testing.assert_close(optimizer.state[parameter]["average"], expected)

@@ -102,12 +102,14 @@ class Checkpoint:
                 except (SafetensorError, OSError) as error:
                     raise UserError(f"{self.path / name}: cannot be read: {error}") from error
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Put the weights into a model, each parameter by its (first) name: a tied one is stored once."""
+    def load_weights(self, model: nn.Module, average: bool = False) -> None:
+        """Put the weights, or their average, into a model, each by its (first) name: a tied one is stored once."""
         parameters = dict(model.named_parameters())
+        names = {name: f"average/{name}" if average else name for name in parameters}
+        found = self.tensors("optimizer" if average else "weights", names.values())
         with torch.no_grad():
-            for name, value in self.tensors("weights", parameters).items():
-                parameters[name].copy_(value)
+            for name, parameter in parameters.items():
+                parameter.copy_(found[names[name]])
 
 
 class Contents(NamedTuple):

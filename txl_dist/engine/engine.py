@@ -20,7 +20,7 @@ from txl_dist.data.segments import Segment
 from txl_dist.engine.checkpoint import Checkpoint, CheckpointWriter
 from txl_dist.engine.evaluation import Score
 from txl_dist.engine.launch import World
-from txl_dist.engine.optimization import build_optimizer, learning_rate
+from txl_dist.engine.optimization import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.sharded import ShardedState
 from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
@@ -61,7 +61,9 @@ class Engine(ABC):
         self.model, self.layers, module = self.part(model)
         parameters = {names[parameter]: parameter for parameter in self.model.parameters()}
 
-        optimizer = build_optimizer(job.optimizer, parameters.values())
+        optimizer = build_optimizer(job.optimizer, parameters)
+        if (first := job.optimizer.average_from) is not None:
+            keep_average(optimizer, lambda: self.step + 1 - (first - 1))
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -110,7 +112,7 @@ class Engine(ABC):
             self.step, self.job.schedule, self.job.optimizer.lr, self.job.train.max_steps
         )
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["lr_scale"]
         loss = self.forward_backward_step(segment)
         self.memory.commit()
         self.step += 1

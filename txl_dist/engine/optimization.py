@@ -1,7 +1,8 @@
 """Optimizers by name, and learning rates as pure functions of the step."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +11,41 @@ from torch import nn
 from txl_dist.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of some parameters by name, in groups of one `lr_scale` each."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        scale = next((scale for pattern, scale in config.lr_scale.items() if re.search(pattern, name)), 1.0)
+        groups.setdefault(scale, []).append(parameter)
     beta1, beta2 = config.betas
     options: dict[str, Any] = {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps}
     options["weight_decay"] = config.weight_decay
+    scaled = [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
     if config.name == "lamb":
         from pytorch_optimizer import Lamb
 
-        return Lamb(parameters, **options)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(parameters, **options)
+        return Lamb(scaled, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](scaled, **options)
+
+
+def keep_average(optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> None:
+    """Have an optimizer keep, beside its own state, the mean of the weights as "average" (Polyak & Juditsky 1992).
+
+    Under ZeRO it sees flat parts of the parameters, and averages those.
+
+    Args:
+        steps: how many are averaged, the one that is being done included; below 1 the average is the weights.
+    """
+
+    def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if "average" not in state:
+                    state["average"] = parameter.detach().clone()
+                state["average"].lerp_(parameter.detach(), 1 / max(1, steps()))
+
+    optimizer.register_step_post_hook(average)
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, peak: float, max_steps: int) -> float:

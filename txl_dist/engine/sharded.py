@@ -46,6 +46,7 @@ class ShardedState:
 
     def optimizer_states(self) -> dict[str, Tensor]:
         """The optimizer's tensors of the same parameters, as `exp_avg/NAME`. All data-parallel ranks must call it."""
+        self._link()
         return {f"{key}/{name}": value for key in self._keys() for name, value in self._share(key)}
 
     def numbers(self) -> dict[str, dict[str, float]]:
@@ -69,14 +70,19 @@ class ShardedState:
         for flat in self._optimized():
             optimizer.state[flat] = {key: torch.zeros_like(flat) for key in keys}
             optimizer.state[flat] |= {key: torch.tensor(value) for key, value in numbers["state"].items()}
-        if self.stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # else only the first step would do it
+        self._link()
         weights = checkpoint.tensors("weights", self.parameters)
         states = checkpoint.tensors("optimizer", [f"{key}/{name}" for key in keys for name in self.parameters])
         for name, parameter in self.parameters.items():
             for key in keys:
                 self._set(parameter, key, states[f"{key}/{name}"])
             self._set(parameter, None, weights[name])  # DeepSpeed made its fp32 copies from rounded weights
+
+    def _link(self) -> None:
+        """At stages 1 and 2 let parameters find their states; DeepSpeed does so when the first group has stepped."""
+        if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _first_state(self) -> dict[str, Any]:
         return next(iter(self.engine.basic_optimizer.state.values()))

@@ -50,7 +50,7 @@ class AdaptiveEmbedding(Clusters):
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__(config, vocab_size)
-        self.d_model = config.d_model
+        self.d_model, self.vocab_size, self.dropout_words = config.d_model, vocab_size, config.dropout_words
         for i, size in enumerate(self.sizes if self.div_val > 1 else [vocab_size]):
             width = config.d_model // config.div_val**i
             self.register_parameter(f"table_{i}", nn.Parameter(torch.empty(size, width)))
@@ -63,7 +63,12 @@ class AdaptiveEmbedding(Clusters):
             embedded = F.embedding(tokens, self.get_parameter("table_0"))
         else:
             embedded = self.by_cluster(tokens.flatten()).view(*tokens.shape, self.d_model)
-        return embedded * self.d_model**0.5
+        scale = self.d_model**0.5
+        if self.training and self.dropout_words:
+            # A word is there or not, wherever it stands (Gal & Ghahramani 2016, section 4.2).
+            words = F.dropout(embedded.new_full((self.vocab_size, 1), scale), self.dropout_words)
+            return embedded * words[tokens]
+        return embedded * scale
 
     def by_cluster(self, tokens: Tensor) -> Tensor:
         """int64 [n] -> [n, d_model]."""

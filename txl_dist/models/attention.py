@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from txl_dist.config import ModelConfig
+from txl_dist.models.dropout import Dropout
 
 
 def visibility(reach: Tensor, mem_len: int, window: int | None = None) -> Tensor:
@@ -112,7 +113,7 @@ class Attention(nn.Module, ABC):
         self.kv_net = nn.Linear(d_model, 2 * width, bias=False)
         self.o_net = nn.Linear(width, d_model, bias=False)
         self.layer_norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, config.variational)
 
     @abstractmethod
     def scores(self, query: Tensor, key: Tensor, encoding: Tensor) -> Tensor:

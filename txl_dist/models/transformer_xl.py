@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from txl_dist.config import ModelConfig
 from txl_dist.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from txl_dist.models.attention import Attention, attention_of_layer, encode_distances, visibility
+from txl_dist.models.dropout import Dropout
 
 
 class FeedForward(nn.Module):
@@ -25,13 +26,15 @@ class FeedForward(nn.Module):
         self.inner = nn.Linear(config.d_model, config.d_inner)
         self.outer = nn.Linear(config.d_inner, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        inner = config.dropout if config.dropout_ff is None else config.dropout_ff
+        self.inner_dropout = Dropout(inner, config.variational)
+        self.dropout = Dropout(config.dropout, config.variational)
         self.pre_lnorm = config.pre_lnorm
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[lanes, length, d_model] -> the same."""
         inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu_()
-        hidden = hidden + self.dropout(self.outer(self.dropout(inner)))
+        hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner)))
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
 
 
@@ -63,7 +66,10 @@ class TransformerXL(nn.Module):
         self.embedding = AdaptiveEmbedding(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.n_layer))
         self.softmax = AdaptiveSoftmax(config, vocab_size, self.embedding)
-        self.dropout = nn.Dropout(config.dropout)
+        kinds = config.dropout, config.dropout_input, config.dropout_output
+        self.dropout, self.input_dropout, self.output_dropout = (
+            Dropout(config.dropout if p is None else p, config.variational) for p in kinds
+        )
         self.initialise()
 
     def initialise(self) -> None:
@@ -102,7 +108,7 @@ class TransformerXL(nn.Module):
 
     def embed(self, inputs: Tensor) -> Tensor:
         """int64 [lanes, length] -> [lanes, length, d_model]."""
-        return self.dropout(self.embedding(inputs))
+        return self.input_dropout(self.embedding(inputs))
 
     def through_layers(self, hidden: Tensor, reach: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """[lanes, length, d_model] -> the same, and the new memory; all layers that are here."""
@@ -115,7 +121,7 @@ class TransformerXL(nn.Module):
 
     def predict(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
         """[lanes, length, d_model] -> the first result of `forward`."""
-        return self.softmax(self.dropout(hidden), targets)
+        return self.softmax(self.output_dropout(hidden), targets)
 
     def surroundings(self, hidden: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         """What all layers share: the encoding of distances, and which keys each query sees."""
