@@ -8,6 +8,7 @@ import torch
 
 from txl_dist.config import LengthsConfig
 from txl_dist.data.shards import Index, SampleReader
+from txl_dist.engine.checkpoint import directory, open_checkpoint
 from txl_dist.evaluate import trained_model
 
 LENGTHS = LengthsConfig(None, None, None, None)
@@ -117,3 +118,23 @@ def test_sliding_window_as_long_as_the_text_is_memory_of_all(run, trained):
     window = evaluated(run, trained, *some, "sliding_window=true", "model.tgt_len=60")
     memory = evaluated(run, trained, *some, "num_lanes=1", "model.mem_len=60")
     assert window["loss"] == pytest.approx(memory["loss"], rel=1e-6)
+
+
+def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_path):
+    """Of the steps 18 to 20, whose checkpoints are all here; and what was not kept is not evaluated."""
+    every = ["train.checkpoint_every=1", "train.keep_checkpoints=20", "optimizer.average_from=18"]
+    run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", *every)
+    kept = [open_checkpoint(directory(tmp_path / "run", step)).tensors("weights") for step in (18, 19, 20)]
+    model, checkpoint = trained_model(str(tmp_path / "run"), None, LENGTHS, average=True)
+    parameters = dict(model.named_parameters())
+    for name, value in checkpoint.tensors("weights").items():
+        mean = torch.stack([weights[name] for weights in kept]).mean(0)
+        torch.testing.assert_close(parameters[name].detach(), mean, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(mean, value)
+    plain, averaged = (evaluated(run, tmp_path / "run", "split=valid", f"average={each}") for each in ("false", "true"))
+    assert plain["loss"] != averaged["loss"]
+
+
+def test_an_average_that_was_not_kept_is_refused(run, trained):
+    done = run("txl_dist.evaluate", f"run={trained}", "average=true", expect=2)
+    assert "optimizer.average_from" in done.stderr and "Traceback" not in done.stderr

@@ -16,7 +16,9 @@ def trained(run, small, tmp_path_factory):
 
 
 def job(run_dir, **changes):
-    values = dict(prompt=None, max_tokens=30, temperature=0.0, top_k=0, top_p=1.0, seed=1, checkpoint=None)
+    values = dict(
+        prompt=None, max_tokens=30, temperature=0.0, top_k=0, top_p=1.0, seed=1, checkpoint=None, average=False
+    )
     return GenerateJob(run=str(run_dir), model=LengthsConfig(None, 200, None, None), **(values | changes))
 
 

@@ -32,7 +32,7 @@ TEXTS = Path(os.environ.get("TXL_DIST_TEXT", REPO.parent / "shared" / "data"))
 
 TOKENIZERS: dict[str, Any] = {
     "bytes": BytesTokenizer("bytes"),
-    "word": WordTokenizer("word", None, 1),
+    "word": WordTokenizer("word", None, 1, None),
     "unigram": SentencePieceTokenizer("sentencepiece", 305, "unigram", None),
     "bpe": SentencePieceTokenizer("sentencepiece", 305, "bpe", None),
 }

@@ -18,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from txl_dist.config import (
     LANE_KEYS,
+    ConvertedModelConfig,
+    ConvertJob,
     DataConfig,
     EngineConfig,
     EvaluateJob,
@@ -47,7 +49,9 @@ def read(schema: type[Job], values: Any) -> Job:
     Raises:
         ConfigError: with every unknown key, missing key, wrong value and failed check.
     """
-    sections = get_type_hints(schema, include_extras=True)
+    # A key that is a word of Python's, as `from`, is a field with `_` behind it.
+    fields_of = {field.removesuffix("_"): field for field in get_type_hints(schema)}
+    sections = {field.removesuffix("_"): kind for field, kind in get_type_hints(schema, include_extras=True).items()}
     problems = [unknown_key(str(key), sections) for key in values if key not in sections]
     found: dict[str, Any] = {}
     for name, kind in sections.items():
@@ -55,7 +59,7 @@ def read(schema: type[Job], values: Any) -> Job:
             problems.append(f"{name}: is missing; give {name}=...")
             continue
         try:
-            found[name] = TypeAdapter(kind).validate_python(values[name])
+            found[fields_of[name]] = TypeAdapter(kind).validate_python(values[name])
         except ValidationError as error:
             problems.extend(plain_words(name, kind, values[name], error))
     problems.extend(failed_checks(schema, found))
@@ -266,6 +270,12 @@ def run_continues_itself(
     checkpoint = newest(run.dir)
     if checkpoint is None:
         return
+    if "imported" in checkpoint.state:
+        yield (
+            f"run.dir={run.dir}: holds a model imported from {checkpoint.state['imported']['from']}, without optimizer "
+            "and memory to go on with; give another run.dir"
+        )
+        return
     given = {"run": asdict(run), "data": asdict(data), "model": asdict(model), "optimizer": asdict(optimizer)}
     for section, key in [*IDENTITY, *LANE_KEYS]:
         now = given[section][key]
@@ -326,6 +336,31 @@ def runs_are_there(patterns: list[str], step: int | None) -> Iterator[str]:
                 yield f"run={path}: holds no checkpoint"
             elif step is not None and step not in steps(path):
                 yield f"checkpoint={step}: {path} has checkpoints of steps {', '.join(map(str, steps(path)))}"
+
+
+@check(ConvertJob)
+def conversion_has_one_direction(
+    run: str, from_: str | None, to: str | None, tokenizer_from: str | None, model: ConvertedModelConfig
+) -> Iterator[str]:
+    if (from_ is None) == (to is None):
+        yield "from, to: give one of them: from=PATH imports a model as the run, to=FOLDER exports the run"
+        return
+    key, target = ("run", run) if from_ else ("to", to)
+    if (place := Path(str(target)).expanduser()).exists() and not (place.is_dir() and not any(place.iterdir())):
+        yield f"{key}={target}: is there already, and nothing is overwritten; give another folder"
+    if from_ is not None and not Path(from_).expanduser().exists():
+        yield f"from={from_}: there is no such file or folder"
+    if to is not None:
+        given = {"tokenizer_from": tokenizer_from, "model.cutoffs": model.cutoffs, "model.pre_lnorm": model.pre_lnorm}
+        yield from (
+            f"{key}={value}: is for from=PATH; a run knows its own" for key, value in given.items() if value is not None
+        )
+
+
+@check(ConvertJob)
+def exported_run_is_there(run: str, to: str | None, checkpoint: int | None) -> Iterator[str]:
+    if to is not None:
+        yield from runs_are_there([run], checkpoint)
 
 
 @check(EvaluateJob)

@@ -59,6 +59,7 @@ class WordTokenizer:
     name: Literal["word"]
     vocab_size: Annotated[int, Strict(), Field(ge=3)] | None
     min_count: Count
+    vocab: str | None  # a file, a word a line; null: the training split's words
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -261,7 +262,7 @@ class TrainJob:
 LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 
 
-# ----------------------------------------------------------------------------------- evaluate, generate, inspect
+# -------------------------------------------------------------------------- evaluate, generate, inspect, convert
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -325,3 +326,23 @@ class ReclJob:
     num_lanes: Count
     format: Literal["table", "json"]
     data_dir: str | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ConvertedModelConfig(LengthsConfig):
+    """Null: as the run was trained, or as the source of an import tells; what that does not tell is to be given."""
+
+    cutoffs: list[Count] | None
+    pre_lnorm: Yes | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ConvertJob:
+    """One of `from_` (the user's key is `from`) and `to` is given: a model comes in as a run, or a run goes out."""
+
+    run: str
+    from_: str | None
+    to: str | None
+    tokenizer_from: str | None
+    checkpoint: Natural | None
+    model: ConvertedModelConfig

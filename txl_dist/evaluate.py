@@ -17,7 +17,7 @@ from txl_dist.check import model_fits_together
 from txl_dist.cli import command
 from txl_dist.config import EvaluateJob, LengthsConfig, ModelConfig
 from txl_dist.data.segments import whole_split
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.shards import Index, SampleReader, sha256_of_file
 from txl_dist.data.text_size import size_of_text
 from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint, run_dirs
 from txl_dist.engine.evaluation import Score, losses_in_context, score
@@ -97,7 +97,7 @@ def trained_model(
     checkpoint = find_checkpoint(run, step)
     config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
     problems = list(model_fits_together(config))
-    if average and checkpoint.config["optimizer"].get("average_from") is None:
+    if average and checkpoint.config.get("optimizer", {}).get("average_from") is None:
         problems.append(f"average=true: the run {run} has kept none; train with optimizer.average_from=STEP")
     if problems:
         raise ConfigError(problems)
@@ -108,15 +108,23 @@ def trained_model(
 
 
 def open_data(run: str, data_dir: str | None, split: str, checkpoint: Checkpoint) -> Index:
-    """The data that a run was trained on.
+    """The data that a run was trained on; of an imported model any that have its tokenizer.
 
     Raises:
         ConfigError: where they are gone, are others, or have no such split.
     """
+    imported, tokenizer = "imported" in checkpoint.state, Path(run) / "tokenizer"
     place = data_dir or checkpoint.config["data"]["dir"]
+    if place is None:
+        raise ConfigError(
+            [f"data_dir: is missing; give data prepared with the tokenizer of the imported model, {tokenizer}"]
+        )
     index = Index.open(place)
     problems = []
-    if index.fingerprint != checkpoint.data["fingerprint"]:
+    if imported:
+        if index.tokenizer_files != {path.name: sha256_of_file(path) for path in tokenizer.iterdir()}:
+            problems.append(f"data_dir={place}: its tokenizer is another than that of the imported model, {tokenizer}")
+    elif index.fingerprint != checkpoint.data["fingerprint"]:
         problems.append(f"data_dir={place}: is not what the run {Path(run)} was trained on")
     if split not in index.splits:
         problems.append(f"split={split}: {place} has {', '.join(index.splits)}")

@@ -31,6 +31,17 @@ def inspect(job: InspectJob) -> None:
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     state, config = checkpoint.state, checkpoint.config
+    data = {"dir": config["data"]["dir"]} | checkpoint.data
+    kinds = ("weights",) if "imported" in state else ("weights", "optimizer", "memory")
+    holds = {kind: checkpoint.contents(kind)._asdict() for kind in kinds}
+    if "imported" in state:
+        return {
+            "path": str(checkpoint.path),
+            "step": checkpoint.step,
+            "imported": state["imported"],
+            "data": data,
+            "holds": holds,
+        }
     return {
         "path": str(checkpoint.path),
         "step": checkpoint.step,
@@ -41,24 +52,18 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "lanes_since": state.get("origin", {"step": 0})["step"],
         "seed": config["run"]["seed"],
         "order": config["data"]["order"],
-        "data": {"dir": config["data"]["dir"]} | checkpoint.data,
+        "data": data,
         "written_by": {"pipeline_stages": 1} | config["engine"] | state["written_by"],
         "optimizer": config["optimizer"]["name"],
-        "holds": {kind: checkpoint.contents(kind)._asdict() for kind in ("weights", "optimizer", "memory")},
+        "holds": holds,
     }
 
 
 def show(told: dict[str, Any], verified: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    since = f", since step {told['lanes_since']:,}" if told["lanes_since"] else ""
-    data = told["data"]
     rows = {
         "checkpoint": told["path"],
-        "step": f"{told['step']:,} of {told['max_steps']:,}, {told['tokens']:,} tokens read",
-        "lanes": f"{told['num_lanes']:,} of {told['tgt_len']} tokens a step{since}, order {told['order']}, "
-        f"seed {told['seed']}",
-        "data": f"{data['dir']}, vocabulary of {data['vocab_size']:,}, fingerprint {data['fingerprint'][:12]}",
-        "written by": split(told["written_by"]),
+        **(origin(told) if "imported" in told else course(told)),
         "files": "sizes and sha256 are right" if verified else "sizes are right; verify=true reads all of them",
         "also there": ", ".join(f"step {step:,}" for step in told["other_steps"]) or "no other checkpoint",
     }
@@ -66,11 +71,34 @@ def show(told: dict[str, Any], verified: bool) -> None:
     table = Table("", "tensors", "numbers", "files", "bytes", box=None, padding=(0, 3, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    names = {"weights": "weights", "optimizer": f"optimizer ({told['optimizer']})", "memory": "memory (layer x lane)"}
+    names = {"weights": "weights", "memory": "memory (layer x lane)"}
+    names["optimizer"] = f"optimizer ({told.get('optimizer')})"
     for kind, held in told["holds"].items():
         counts = [f"{held[key]:,}" for key in ("tensors", "numbers", "files")]
         table.add_row(names[kind], *counts, decimal(held["bytes"]))
     console.print(table)
+
+
+def origin(told: dict[str, Any]) -> dict[str, str]:
+    """Of an imported model."""
+    whence = told["imported"]
+    return {
+        "imported": f"from {whence['from']}: {whence['title']}",
+        "data": f"{told['data']['dir'] or 'none'}, vocabulary of {told['data']['vocab_size']:,}",
+    }
+
+
+def course(told: dict[str, Any]) -> dict[str, str]:
+    """Of a run that was trained here."""
+    since = f", since step {told['lanes_since']:,}" if told["lanes_since"] else ""
+    data = told["data"]
+    return {
+        "step": f"{told['step']:,} of {told['max_steps']:,}, {told['tokens']:,} tokens read",
+        "lanes": f"{told['num_lanes']:,} of {told['tgt_len']} tokens a step{since}, order {told['order']}, "
+        f"seed {told['seed']}",
+        "data": f"{data['dir']}, vocabulary of {data['vocab_size']:,}, fingerprint {data['fingerprint'][:12]}",
+        "written by": split(told["written_by"]),
+    }
 
 
 def split(by: dict[str, Any]) -> str:

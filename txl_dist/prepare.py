@@ -118,6 +118,8 @@ def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) ->
     tokenizer = asdict(job.tokenizer)
     if isinstance(given, tokenizers.SentencePieceTokenizer):
         tokenizer = {"name": given.kind, "model": given.sha256}
+    if isinstance(given, tokenizers.WordTokenizer):
+        tokenizer = {"name": given.kind, "vocab": shards.sha256_of_json(given.words)}
     settings: dict[str, Any] = {
         "document": plan.document,
         "split_by": plan.split_by,
@@ -146,7 +148,10 @@ def given_tokenizer(job: PrepareJob) -> tokenizers.Tokenizer | None:
     if isinstance(job.tokenizer, SentencePieceTokenizer):
         path = job.tokenizer.model
         return tokenizers.SentencePieceTokenizer.open(Path(path).expanduser()) if path is not None else None
-    return None if isinstance(job.tokenizer, WordTokenizer) else tokenizers.BytesTokenizer()
+    if isinstance(job.tokenizer, WordTokenizer):
+        path = job.tokenizer.vocab
+        return tokenizers.WordTokenizer.open(Path(path).expanduser()) if path is not None else None
+    return tokenizers.BytesTokenizer()
 
 
 def train_tokenizer(job: PrepareJob, plan: Plan, work: "Work") -> tokenizers.Tokenizer:

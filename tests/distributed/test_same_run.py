@@ -18,7 +18,7 @@ MODELS = {
     "adaptive": ["model.cutoffs=[60,110]", "model.div_val=2", "model.tie_projections=true", "model.same_length=true"],
     "untied": ["model.cutoffs=[60,110]", "model.div_val=2", "model.tie_weights=false", "optimizer.clip=0.0"],
     "lamb": ["optimizer=lamb"],
-    "averaged": ["optimizer.average_from=5", "optimizer.lr_scale={embedding|softmax: 0.5, bias$: 2.0}"],
+    "averaged": ["optimizer.average_from=5", "++optimizer.lr_scale={embedding|softmax: 0.5, bias$: 2.0}"],
     "documents": ["data.order=documents", "data.reset_memory=document"],
     **{name: [f"model.attention={name}", "train.loss=second_half"] for name in ("shaw", "absolute", "al_rfou")},
     "lengths": ["evaluation.tgt_len=9", "evaluation.mem_len=40", "evaluation.clamp_len=30"],

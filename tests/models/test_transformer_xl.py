@@ -1,6 +1,5 @@
 """Transformer-XL against Hugging Face's (transformers 4.36.2), and the laws of memory, reach and window."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.config import ModelConfig
+from txl_dist.interchange.weights import translate
 from txl_dist.models.transformer_xl import TransformerXL
 
 torch.set_num_threads(1)
@@ -84,40 +84,6 @@ def reference(config: ModelConfig, dtype: torch.dtype) -> TransfoXLLMHeadModel:
     frequency = 10000 ** (-torch.arange(0, config.d_model, 2, dtype=torch.float64) / config.d_model)
     theirs.transformer.pos_emb.inv_freq = frequency.to(dtype)  # theirs is rounded to float32 first
     return theirs
-
-
-def translate(theirs: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our names and values, from a look-up by their names (of weights, or of gradients)."""
-    for l in range(config.n_layer):
-        q, k, v = theirs(f"transformer.layers.{l}.dec_attn.qkv_net.weight").chunk(3)
-        yield f"layers.{l}.attention.q_net.weight", q
-        yield f"layers.{l}.attention.kv_net.weight", torch.cat([k, v])
-        for mine, their in {
-            "attention.r_net.weight": "dec_attn.r_net.weight",
-            "attention.o_net.weight": "dec_attn.o_net.weight",
-            "attention.u": "dec_attn.r_w_bias",
-            "attention.v": "dec_attn.r_r_bias",
-            "attention.layer_norm.weight": "dec_attn.layer_norm.weight",
-            "attention.layer_norm.bias": "dec_attn.layer_norm.bias",
-            "feed_forward.inner.weight": "pos_ff.CoreNet.0.weight",
-            "feed_forward.inner.bias": "pos_ff.CoreNet.0.bias",
-            "feed_forward.outer.weight": "pos_ff.CoreNet.3.weight",
-            "feed_forward.outer.bias": "pos_ff.CoreNet.3.bias",
-            "feed_forward.layer_norm.weight": "pos_ff.layer_norm.weight",
-            "feed_forward.layer_norm.bias": "pos_ff.layer_norm.bias",
-        }.items():
-            yield f"layers.{l}.{mine}", theirs(f"transformer.layers.{l}.{their}")
-    parts = range(1 + len(config.cutoffs) if config.div_val > 1 else 1)
-    for i in parts:
-        yield f"embedding.table_{i}", theirs(f"transformer.word_emb.emb_layers.{i}.weight")
-        yield f"softmax.table_{i}", theirs(f"crit.out_layers.{i}.weight")
-        if config.div_val > 1:
-            yield f"embedding.projection_{i}", theirs(f"transformer.word_emb.emb_projs.{i}")
-            yield f"softmax.projection_{i}", theirs(f"crit.out_projs.{i}")
-    yield "softmax.bias", torch.cat([theirs(f"crit.out_layers.{i}.bias") for i in parts])
-    if config.cutoffs:
-        yield "softmax.cluster_weight", theirs("crit.cluster_weight")
-        yield "softmax.cluster_bias", theirs("crit.cluster_bias")
 
 
 def assert_near(mine: Tensor, theirs: Tensor, tolerance: float, what: str = "") -> None:

@@ -107,20 +107,18 @@ class BytesDecoder:
 
 
 class WordTokenizer(Tokenizer):
-    """Token = word, as white space separates them; `<eos>` (0) after every line, `<unk>` for an unknown word.
+    """Token = word, as white space separates them; `<eos>` after every line, `<unk>` for an unknown word.
 
     `<unk>` written in the text is that token, too; `<eos>` written in the text is a word that is never known.
     """
 
     kind = "word"
-    eos = 0
 
     def __init__(self, words: list[str]):
-        """words: the vocabulary in the order of the tokens; it begins with `<eos>` and has an `<unk>`."""
-        assert words[0] == EOS
+        """words: the vocabulary in the order of the tokens; `<eos>` and `<unk>` are among them."""
         self.words = words
         self.vocab_size = len(words)
-        self.unk = words.index(UNK)
+        self.eos, self.unk = words.index(EOS), words.index(UNK)
         self.ids = {word: token for token, word in enumerate(words) if token != self.eos}
 
     @classmethod
@@ -154,6 +152,31 @@ class WordTokenizer(Tokenizer):
         if EOS not in counts or UNK not in counts:
             raise UserError(f"{path}: has no <S> or no <UNK>; it is not the published vocabulary; fetch it again")
         return counts
+
+    @classmethod
+    def open(cls, path: Path) -> "WordTokenizer":
+        """A given vocabulary file, a word a line in the order of the tokens.
+
+        Raises:
+            UserError: where it cannot be read, or is no vocabulary of words with `<eos>` and `<unk>`.
+        """
+        try:
+            words = path.read_bytes().decode().removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as a vocabulary ({error})") from error
+        return cls.checked(words, path)
+
+    @classmethod
+    def checked(cls, words: list[str], path: Path) -> "WordTokenizer":
+        """words: of a file from elsewhere; raises as `open`."""
+        problems = [f"it has no {word}" for word in (EOS, UNK) if word not in words]
+        if len(set(words)) < len(words):
+            problems.append("a word is in it twice")
+        if any(word.split() != [word] for word in words):
+            problems.append("a word in it is empty or has white space")
+        if problems:
+            raise UserError(f"{path}: is no vocabulary of the word tokenizer: {', '.join(problems)}")
+        return cls(words)
 
     def encode(self, data: bytes, end: bool) -> np.ndarray:
         tokens: list[int] = []

@@ -39,6 +39,8 @@ class Checkpoint:
 
     state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split}
     config: the run's whole config. data: {"fingerprint", "vocab_size"} of what it was trained on.
+    Of an imported model (txl_dist.convert): state is {"step": 0, "tokens": 0, "imported": whence}, config has `model`
+    and `data` alone, and the fingerprint is None.
     """
 
     path: Path
