@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from txl_dist.config import LengthsConfig
+from txl_dist.data.lanes import LanePlan
+from txl_dist.data.segments import Segments
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import newest
 from txl_dist.evaluate import trained_model
@@ -201,3 +203,31 @@ def test_other_optimizers_learn_and_go_on(run, small, metrics, tmp_path, options
         for where in ("whole", "parts")
     )
     assert whole == parts and whole[-1] < whole[0] - 0.3
+
+
+def test_only_the_second_half_counts_where_it_is_asked_for(run, small, metrics, dataset, tmp_path):
+    """With a learning rate of (almost) nothing the losses are those of the first weights, computed by hand."""
+    still = [*small, "optimizer.lr=1e-30", "train.loss=second_half", "train.stop_at=3", f"run.dir={tmp_path}"]
+    run("txl_dist.train", *still)
+    told = [line["train/loss"] for line in metrics(tmp_path) if "train/loss" in line]
+    model, _ = trained_model(str(tmp_path), None, LengthsConfig(None, None, None, None))
+    index = Index.open(str(dataset))
+    plan = LanePlan(index.splits["train"].document_starts, 8, 16, seed=1)
+    memory = model.empty_memory(8)
+    for segment in Segments(plan, SampleReader(index, "train"), range(8), index.eos, 0, 3):
+        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach))
+        with torch.no_grad():
+            nats, memory = model(*arrays, memory)
+        assert told[segment.step] == pytest.approx(nats[:, 8:].mean().item(), rel=1e-5)
+        assert told[segment.step] != pytest.approx(nats.mean().item(), rel=1e-5)
+
+
+def test_a_scaled_learning_rate_is_another_learning_rate(run, small, metrics, tmp_path):
+    options = {"scaled": ["optimizer.lr=6e-3", "optimizer.lr_scale={layers: 0.5, embedding|softmax: 0.5}"]}
+    options |= {"plain": ["optimizer.lr=3e-3"], "partly": ["optimizer.lr=3e-3", "optimizer.lr_scale={embedding: 0.5}"]}
+    for name, more in options.items():
+        run("txl_dist.train", *small, f"run.dir={tmp_path / name}", "train.stop_at=10", *more)
+    scaled, plain, partly = (
+        [line["train/loss"] for line in metrics(tmp_path / name) if "train/loss" in line] for name in options
+    )
+    assert scaled == pytest.approx(plain, rel=1e-5) and partly != pytest.approx(plain, rel=1e-3)
