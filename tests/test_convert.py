@@ -26,8 +26,8 @@ from txl_dist.convert import convert
 from txl_dist.data import tokenizers
 from txl_dist.engine.checkpoint import newest
 from txl_dist.errors import UserError
-from txl_dist.evaluate import trained_model
 from txl_dist.generate import continuations
+from txl_dist.trained import trained_model
 
 VOCAB, LANES = 50, 3
 WORDS = ["<eos>", *(f"w{i}" for i in range(VOCAB - 2)), "<unk>"]  # with `<unk>` at another place than we would put it

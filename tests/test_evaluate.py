@@ -9,7 +9,7 @@ import torch
 from txl_dist.config import LengthsConfig
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import directory, open_checkpoint
-from txl_dist.evaluate import trained_model
+from txl_dist.trained import trained_model
 
 LENGTHS = LengthsConfig(None, None, None, None)
 

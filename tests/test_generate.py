@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from txl_dist.config import GenerateJob, LengthsConfig
-from txl_dist.evaluate import trained_model
 from txl_dist.generate import continuations, sample
+from txl_dist.trained import trained_model
 
 
 @pytest.fixture(scope="module")

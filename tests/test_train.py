@@ -13,7 +13,7 @@ from txl_dist.data.lanes import LanePlan
 from txl_dist.data.segments import Segments
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import newest
-from txl_dist.evaluate import trained_model
+from txl_dist.trained import trained_model
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from txl_dist.data.shards import SampleReader
 from txl_dist.engine.checkpoint import find_checkpoint, run_dirs
 from txl_dist.engine.evaluation import losses_in_context
 from txl_dist.errors import ConfigError
-from txl_dist.evaluate import open_data, trained_model
+from txl_dist.trained import open_data, trained_model
 
 RATIOS = (0.1, 0.5, 1.0)
 LEAST_GAIN = 0.01

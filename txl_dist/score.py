@@ -18,8 +18,8 @@ from torch import Tensor
 from txl_dist.cli import command
 from txl_dist.config import LengthsConfig, ScoreJob
 from txl_dist.data.tokenizers import Tokenizer, load
-from txl_dist.evaluate import trained_model
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.trained import trained_model
 
 
 class TokenScore(NamedTuple):

@@ -1,0 +1,60 @@
+"""A run that is asked: the model of its checkpoint, and the data that it was trained on."""
+
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from txl_dist.check import model_fits_together
+from txl_dist.config import LengthsConfig, ModelConfig
+from txl_dist.data.shards import Index, sha256_of_file
+from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint
+from txl_dist.errors import ConfigError
+from txl_dist.models.transformer_xl import TransformerXL
+
+
+def trained_model(
+    run: str, step: int | None, lengths: LengthsConfig, average: bool = False
+) -> tuple[TransformerXL, Checkpoint]:
+    """The model of a run's checkpoint, ready to be asked, with the lengths that are given.
+
+    Raises:
+        ConfigError: where those do not fit together, or an average is wanted that was not kept.
+    """
+    checkpoint = find_checkpoint(run, step)
+    config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
+    problems = list(model_fits_together(config))
+    if average and checkpoint.config.get("optimizer", {}).get("average_from") is None:
+        problems.append(f"average=true: the run {run} has kept none; train with optimizer.average_from=STEP")
+    if problems:
+        raise ConfigError(problems)
+    model = TransformerXL(config, checkpoint.data["vocab_size"])
+    checkpoint.load_weights(model, average)
+    model.cache()
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
+
+
+def open_data(run: str, data_dir: str | None, split: str, checkpoint: Checkpoint) -> Index:
+    """The data that a run was trained on; of an imported model any that have its tokenizer.
+
+    Raises:
+        ConfigError: where they are gone, are others, or have no such split.
+    """
+    imported, tokenizer = "imported" in checkpoint.state, Path(run) / "tokenizer"
+    place = data_dir or checkpoint.config["data"]["dir"]
+    if place is None:
+        raise ConfigError(
+            [f"data_dir: is missing; give data prepared with the tokenizer of the imported model, {tokenizer}"]
+        )
+    index = Index.open(place)
+    problems = []
+    if imported:
+        if index.tokenizer_files != {path.name: sha256_of_file(path) for path in tokenizer.iterdir()}:
+            problems.append(f"data_dir={place}: its tokenizer is another than that of the imported model, {tokenizer}")
+    elif index.fingerprint != checkpoint.data["fingerprint"]:
+        problems.append(f"data_dir={place}: is not what the run {Path(run)} was trained on")
+    if split not in index.splits:
+        problems.append(f"split={split}: {place} has {', '.join(index.splits)}")
+    if problems:
+        raise ConfigError(problems)
+    return index
