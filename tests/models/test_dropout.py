@@ -63,3 +63,12 @@ def test_a_kind_that_drops_everything_shows_where_it_stands(make_config):
         assert torch.equal(one, two) and not torch.equal(
             model.eval()(tokens, None, reach, model.empty_memory(1))[0], one
         )
+
+
+def test_the_feed_forward_drops_within(make_config):
+    """With (almost) all of the inner numbers dropped, what the sublayer adds is the outer bias alone."""
+    torch.manual_seed(0)
+    feed_forward = TransformerXL(make_config(dropout_ff=0.999999, pre_lnorm=True), VOCAB).layers[0].feed_forward
+    hidden = torch.randn(3, 7, 24)
+    torch.testing.assert_close(feed_forward(hidden), hidden + feed_forward.outer.bias)
+    assert not torch.allclose(feed_forward.eval()(hidden), hidden + feed_forward.outer.bias)
