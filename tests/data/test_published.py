@@ -58,7 +58,7 @@ def wiki(server, pack, tmp_path, monkeypatch) -> Path:
 def job(name: str, path: Path | None, folder: Path, tokenizer: Any = None, workers: int = 1) -> PrepareJob:
     corpus = PublishedCorpus(name, None if path is None else str(path))  # type: ignore[arg-type]
     cut = DatasetConfig(str(folder), sample_tokens=8192, shard_samples=64)
-    return PrepareJob(corpus, tokenizer or WordTokenizer("word", None, 1), cut, workers)
+    return PrepareJob(corpus, tokenizer or WordTokenizer("word", None, 1, None), cut, workers)
 
 
 def made(folder: Path, files: dict[str, bytes]) -> Path:
