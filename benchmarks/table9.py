@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +36,7 @@ def model(**options: object) -> TransformerXL:
     return built.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(function: object) -> float:
+def seconds(function: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
