@@ -52,12 +52,10 @@ class Scorer:
         The latter is float32 [vocab_size], in nats.
         """
         tokens, pieces = self.tokenizer.encode(text.encode(), end=False).tolist(), self.tokenizer.decoder()
-        device, length, memory = (
-            next(self.model.parameters()).device,
-            self.model.config.tgt_len,
-            self.model.empty_memory(1),
-        )
-        inputs, found, log_probs = torch.tensor([self.tokenizer.eos, *tokens], device=device), [], torch.empty(0)
+        device, length = next(self.model.parameters()).device, self.model.config.tgt_len
+        inputs, memory = torch.tensor([self.tokenizer.eos, *tokens], device=device), self.model.empty_memory(1)
+        found: list[float] = []
+        log_probs = torch.empty(0)
         for start in range(0, len(inputs), length):
             segment = inputs[None, start : start + length]
             reach = torch.arange(start, start + segment.size(1), device=device)[None]

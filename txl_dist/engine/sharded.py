@@ -35,10 +35,8 @@ class ShardedState:
             if not getattr(parameter, "ds_pipe_replicated", False)
         }
         self.stage = engine.zero_optimization_stage()
-        self.rank, self.ranks = (
-            dist.get_rank(engine.data_parallel_group),
-            dist.get_world_size(engine.data_parallel_group),
-        )
+        group = engine.data_parallel_group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's share of the engine's own parameters. All its data-parallel ranks must call it."""

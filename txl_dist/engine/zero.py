@@ -29,8 +29,9 @@ class ZeroEngine(Engine):
 
     def score(self, segments: Iterable[Segment]) -> tuple[float, int]:
         self.model.cache()
-        memory = [self.model.empty_memory(self.split.micro_batch) for _ in range(self.split.accumulation)]
-        mine = score(self.deepspeed, segments, memory)
+        # Offloaded parameters may be elsewhere than what is computed.
+        empty = [states.to(self.world.device) for states in self.model.empty_memory(self.split.micro_batch)]
+        mine = score(self.deepspeed, segments, [empty] * self.split.accumulation)
         self.model.cache(False)
         return mine.nats, mine.tokens
 
