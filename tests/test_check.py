@@ -92,12 +92,41 @@ def test_lanes_that_cannot_be_split_list_those_that_can(small, monkeypatch, lane
         (["evaluation.same_length=true", "evaluation.mem_len=0"], "evaluation.same_length"),
         (["engine.stage_layers=[1,1]"], "engine.stage_layers"),  # there is one stage
         (["data.order=random"], "data.order"),
+        (["train.profile=5"], "train.profile"),
+        (["train.profile=[0,5]"], "train.profile"),  # the first step is 1
+        (["train.profile=[3,4,5]"], "train.profile"),
+        (["engine.peak_tflops=0"], "engine.peak_tflops"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, key):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     found = problems("train", *small, *overrides)
     assert found and all(problem.startswith(key) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (
+            ["train.profile=[15,21]", "train.eval_every=40", "train.checkpoint_every=40"],
+            "ends after train.max_steps=20",
+        ),
+        (["train.profile=[3,9]", "train.stop_at=8"], "ends after train.stop_at=8"),
+        (["train.profile=[5,4]"], "ends before it begins"),
+        (["train.profile=[9,11]", "train.checkpoint_every=20"], "after step 10 training pauses (train.eval_every=10)"),
+        (
+            ["train.profile=[7,9]", "train.checkpoint_every=8"],
+            "after step 8 training pauses (train.checkpoint_every=8)",
+        ),
+    ],
+)
+def test_a_profile_is_of_training_alone(small, overrides, told):
+    problem = one("train", *small, *overrides)
+    assert problem.startswith("train.profile=[") and told in problem
+
+
+def test_a_profile_may_touch_an_evaluation(small):
+    assert problems("train", *small, "train.profile=[1,10]") == problems("train", *small, "train.profile=[11,20]") == []
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,6 @@ def test_losses_with_memory_are_hugging_faces(case, safe, tmp_path):
     """Theirs begins with mem_len zeros that every token sees: to ours, as if as many tokens had been read."""
     reference = theirs(**CASES[case])
     model = model_of(bring_in(saved(reference, tmp_path / "hf", safe), tmp_path / "run"))
-    model.cache(False)  # what they begin with are hidden states of zeros, not keys and values
     mems, memory = None, model.empty_memory(LANES)
     for step in range(5):
         inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=50 + step)

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -200,6 +201,8 @@ def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterato
         yield "engine.precision=fp16: needs a GPU; on CPU use fp32 or bf16"
     if engine.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
         yield "engine.precision=bf16: this GPU has no bf16; use fp16 or fp32"
+    if engine.attention == "triton" and not (gpu and find_spec("triton")):
+        yield "engine.attention=triton: needs a GPU and the package triton; use engine.attention=auto"
     if stage == 0 and (engine.precision in ("bf16", "fp16") or (engine.precision == "auto" and gpu)):
         yield (
             f"engine.zero_stage=0: with engine.precision={engine.precision} DeepSpeed's first step and its loss scale "
@@ -236,6 +239,24 @@ def steps_are_in_order(train: TrainConfig, schedule: ScheduleConfig) -> Iterator
         yield f"train.stop_at={train.stop_at}: is after train.max_steps={train.max_steps}"
     if schedule.warmup_steps > train.max_steps:
         yield f"schedule.warmup_steps={schedule.warmup_steps}: is after train.max_steps={train.max_steps}"
+
+
+@check(TrainJob)
+def profile_is_of_training(train: TrainConfig) -> Iterator[str]:
+    if train.profile is None:
+        return
+    (first, last), given = train.profile, f"train.profile={train.profile}"
+    if first > last:
+        yield f"{given}: ends before it begins; give the first step, then the last"
+    for key, end in (("stop_at", train.stop_at), ("max_steps", train.max_steps)):
+        if end is not None and last > end:
+            yield f"{given}: ends after train.{key}={end}"
+    for key, every in (("eval_every", train.eval_every), ("checkpoint_every", train.checkpoint_every)):
+        if (pause := -(-first // every) * every) < last:
+            yield (
+                f"{given}: after step {pause} training pauses (train.{key}={every}), and the profile would be of that, "
+                f"too; end with step {pause} or begin after it"
+            )
 
 
 @check(TrainJob)

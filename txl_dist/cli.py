@@ -5,6 +5,7 @@ one screen, once, and ends every rank with exit code 2.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -51,6 +52,7 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
         with mistakes_told():
             run(read(schema, OmegaConf.to_container(config, resolve=True)))
 
+    keep_freed_memory()
     with mistakes_told():
         job()
 
@@ -101,6 +103,19 @@ def told(error: UserError) -> str:
     else:
         head = "Stopped:"
     return "\n".join([head, *(f"  {line}" for line in str(error).splitlines())])
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what is allocated next, large tensors included.
+
+    By default they are mapped anew each time, and the kernel clears each of their pages when it is first touched: on a
+    CPU a seventh of a small model's step, and up to half of one with large scores.
+    """
+    with contextlib.suppress(AttributeError):  # another C library, which goes its own way
+        mallopt = ctypes.CDLL(None).mallopt
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def spell_out(argument: str) -> str:

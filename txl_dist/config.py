@@ -199,6 +199,7 @@ class TrainConfig:
     """Lengths in optimizer steps. `stop_at` ends this start cleanly; the schedule still runs to `max_steps`.
 
     loss: of all positions of a segment, or of its second half (Dai et al. 2019, table 6).
+    profile: the first and the last step to be profiled, as the log numbers them; null: none.
     """
 
     max_steps: Count
@@ -207,6 +208,7 @@ class TrainConfig:
     eval_every: Count
     checkpoint_every: Count
     keep_checkpoints: Count
+    profile: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -214,7 +216,9 @@ class EngineConfig:
     """The split: it may be another at every start of a run.
 
     stage_layers: how many layers each pipeline stage gets, the first stage with the embedding, the last with the
-    softmax; null: balanced by counted floating-point operations.
+    softmax; null: balanced by counted floating-point operations. attention: how it is computed, of models/attend.py.
+    peak_tflops: what one device can do at best in this precision, for train/mfu; null: what its data sheet tells where
+    the device is a known one (engine/peak.py), else there is no train/mfu.
     """
 
     zero_stage: Literal[0, 1, 2, 3]
@@ -222,8 +226,10 @@ class EngineConfig:
     stage_layers: list[Natural] | None
     gradient_accumulation: Count
     activation_checkpointing: Yes
+    attention: Literal["auto", "reference", "sdpa", "triton"]
     offload: Literal["none", "optimizer", "parameters"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    peak_tflops: Positive | None
 
 
 @dataclass(config=SCHEMA, frozen=True)

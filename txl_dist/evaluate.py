@@ -64,7 +64,8 @@ def by_memory(job: EvaluateJob, model: TransformerXL, index: Index, tokens: int,
     """Segment by segment, with memory."""
     lanes = range(min(job.num_lanes, tokens))
     segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes, tokens=tokens)
-    return score(model, watched(segments, job.split, len(segments)), [model.empty_memory(len(lanes))])
+    device = next(model.parameters()).device
+    return score(model, watched(segments, job.split, len(segments)), [model.empty_cache(len(lanes))], device)
 
 
 def by_sliding_window(job: EvaluateJob, model: TransformerXL, index: Index, tokens: int, reset: ResetMemory) -> Score:

@@ -11,6 +11,7 @@ from torch import Tensor
 from txl_dist.cli import command
 from txl_dist.config import GenerateJob
 from txl_dist.data.tokenizers import Tokenizer, load
+from txl_dist.models.memory import States, side_by_side
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.trained import trained_model
 
@@ -69,7 +70,7 @@ def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJ
     device = next(model.parameters()).device
     read = [prefill(model, prompt, device) for prompt in prompts]
     log_probs = torch.cat([each for each, _ in read])
-    memory = [torch.cat(layer) for layer in zip(*(states for _, states in read), strict=True)]
+    memory = side_by_side(states for _, states in read)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     dice = [torch.Generator().manual_seed(job.seed) for _ in prompts]
     while True:
@@ -80,9 +81,9 @@ def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJ
         log_probs, lengths = log_probs[:, -1], lengths + 1
 
 
-def prefill(model: TransformerXL, prompt: list[int], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def prefill(model: TransformerXL, prompt: list[int], device: torch.device) -> tuple[Tensor, list[States]]:
     """Read a prompt, segment by segment: log-probabilities of the next token [1, vocab_size], and the memory."""
-    memory = model.empty_memory(1)
+    memory = model.empty_cache(1)
     for start in range(0, len(prompt), model.config.tgt_len):
         segment = torch.tensor([prompt[start : start + model.config.tgt_len]], device=device)
         reach = torch.arange(start, start + segment.size(1), device=device)[None]

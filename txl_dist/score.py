@@ -53,7 +53,7 @@ class Scorer:
         """
         tokens, pieces = self.tokenizer.encode(text.encode(), end=False).tolist(), self.tokenizer.decoder()
         device, length = next(self.model.parameters()).device, self.model.config.tgt_len
-        inputs, memory = torch.tensor([self.tokenizer.eos, *tokens], device=device), self.model.empty_memory(1)
+        inputs, memory = torch.tensor([self.tokenizer.eos, *tokens], device=device), self.model.empty_cache(1)
         found: list[float] = []
         log_probs = torch.empty(0)
         for start in range(0, len(inputs), length):

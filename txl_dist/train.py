@@ -17,7 +17,9 @@ from txl_dist.engine.launch import World, leave, world
 from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import ConfigError
+from txl_dist.models.flops import training_flops
 from txl_dist.tracking.meter import Meter
+from txl_dist.tracking.profile import Profile
 from txl_dist.tracking.result import is_tested, show_result
 from txl_dist.tracking.tracker import Tracker
 
@@ -57,9 +59,12 @@ class Training:
     def loop(self) -> None:
         """One segment a step, in order."""
         job, engine, segments = self.job, self.engine, self.segments()
-        meter = Meter(segments, self.start, job.tokens_per_step)
+        flops = training_flops(job.model, self.index.vocab_size, job.data.num_lanes)
+        meter = Meter(segments, self.start, job.tokens_per_step, flops, engine.peak())
+        profile = Profile(job, self.start, engine.world, self.tracker.screen, meter)
         for segment in segments:
-            loss = engine.train_step(segment)
+            with profile.step(engine.step + 1):
+                loss = engine.train_step(segment)
             metrics: dict[str, Any] = {}
             if self.due(job.tracking.log_every, also=self.stop):
                 metrics |= {"train/loss": engine.mean(loss)}

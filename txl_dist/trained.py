@@ -30,7 +30,7 @@ def trained_model(
         raise ConfigError(problems)
     model = TransformerXL(config, checkpoint.data["vocab_size"])
     checkpoint.load_weights(model, average)
-    model.cache()
+    model.store_by_inputs()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from txl_dist.models.attention import attention_of_layer, encode_distances, sinusoids, skew, visibility
+from txl_dist.models.attend import Sight, skew
+from txl_dist.models.attention import attention_of_layer, encode_distances, sinusoids
 
 torch.set_num_threads(1)
 
@@ -40,7 +41,7 @@ def run(attention, config, hidden, memory, reach):
     """The sublayer as the model calls it."""
     mem_len = memory.size(1)
     encoding = encode_distances(config, mem_len + hidden.size(1), like=hidden)
-    return attention(hidden, memory, encoding, visibility(reach, mem_len))[0]
+    return attention(hidden, memory, encoding, Sight(reach, mem_len, hidden.dtype))[0]
 
 
 def by_the_formula(attention, config, hidden, memory, reach, layer=0) -> Tensor:
@@ -126,7 +127,7 @@ def test_attention_has_the_gradients_of_its_values(make_config, variant):
 
     def function(hidden, *values):
         encoding = encode_distances(config, 5, like=hidden)
-        arguments = hidden, states(LANES, 2, 4, seed=1), encoding, visibility(reaches(3), 2)
+        arguments = hidden, states(LANES, 2, 4, seed=1), encoding, Sight(reaches(3), 2, hidden.dtype)
         return torch.func.functional_call(attention, dict(zip(parameters, values, strict=True)), arguments)[0]
 
     values = [value.detach().requires_grad_() for value in parameters.values()]
@@ -171,24 +172,24 @@ def test_skew_puts_every_distance_at_its_key():
         assert torch.equal(skew(columns)[..., past], distance[past].expand(2, 3, -1))
 
 
-def test_visibility_by_hand():
-    def seen(reach, mem_len, window=None):
-        return ["".join(".x"[key] for key in row) for row in visibility(torch.tensor([reach]), mem_len, window)[0]]
+def test_sight_by_hand():
+    def seen(reach, mem_len):
+        return ["".join(".x"[key] for key in row) for row in Sight(torch.tensor([reach]), mem_len).visible[0]]
 
     assert seen([0, 1, 2], 2) == ["..x..", "..xx.", "..xxx"]  # the memory is empty
     assert seen([1, 2, 3], 2) == [".xx..", ".xxx.", ".xxxx"]  # it is half full
     assert seen([9, 9, 9], 2) == ["xxx..", "xxxx.", "xxxxx"]  # full
     assert seen([9, 0, 1], 2) == ["xxx..", "...x.", "...xx"]  # a document begins at the second position
-    assert seen([9, 9, 9], 2, window=2) == [".xx..", "..xx.", "...xx"]
-    assert seen([9, 0, 1], 2, window=2) == [".xx..", "...x.", "...xx"]
+    assert seen([1, 1, 1], 2) == [".xx..", "..xx.", "...xx"]  # a window
     assert seen([9], 0) == ["x"]
 
 
-def test_visibility_is_each_lanes_own():
+def test_sight_is_each_lanes_own():
     reach = torch.tensor([[0, 1], [5, 5]])
-    both = visibility(reach, 1)
+    both = Sight(reach, 1).visible
     assert both.dtype == torch.bool and both.shape == (2, 2, 3)
-    assert torch.equal(both, torch.cat([visibility(reach[:1], 1), visibility(reach[1:], 1)]))
+    assert torch.equal(both, torch.cat([Sight(reach[:1], 1).visible, Sight(reach[1:], 1).visible]))
+    assert torch.equal(Sight(reach, 1).mask == 0, both) and Sight(reach, 1, torch.bfloat16).mask.dtype == torch.bfloat16
 
 
 def test_sinusoids_by_hand():

@@ -9,6 +9,7 @@ from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.config import ModelConfig
 from txl_dist.interchange.weights import translate
+from txl_dist.models.memory import Cache, States, side_by_side
 from txl_dist.models.transformer_xl import TransformerXL
 
 torch.set_num_threads(1)
@@ -57,9 +58,9 @@ def from_start(length: int, lanes: int = LANES, start: int = 0) -> Tensor:
     return torch.arange(start, start + length).expand(lanes, length)
 
 
-def read(model: TransformerXL, stream: Tensor, lengths: list[int]) -> Tensor:
+def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory: list[States] | None = None) -> Tensor:
     """The log-probabilities over a stream that is read from its start in segments."""
-    memory, start, out = model.empty_memory(len(stream)), 0, []
+    memory, start, out = memory or model.empty_memory(len(stream)), 0, []
     for length in lengths:
         segment = stream[:, start : start + length]
         log_probs, memory = model(segment, None, from_start(length, len(stream), start), memory)
@@ -256,17 +257,28 @@ def test_absolute_positions_are_added_once_to_what_is_remembered(attention):
 @pytest.mark.parametrize("pre_lnorm", [False, True])
 @pytest.mark.parametrize("attention", ["relative", "shaw", "absolute", "al_rfou"])
 def test_cached_keys_and_values_change_no_number(attention, pre_lnorm):
-    """Over segments of several lengths, and again with other weights."""
+    """Over segments of several lengths, more in all than a cache has room for; and again with other weights."""
     config = replace(BASE, attention=attention, pre_lnorm=pre_lnorm, n_layer=3)
-    model = build(config).eval()
+    model, lengths = build(config).eval(), [5, 4, 1, 1, 1, 1, 1, 5, 9]
     for seed in (0, 1):
         model.load_state_dict(build(config, seed=seed).state_dict())
-        model.cache(False)
-        expected = read(model, tokens(LANES, 16), [5, 4, 1, 1, 5])
-        model.cache()
-        torch.testing.assert_close(read(model, tokens(LANES, 16), [5, 4, 1, 1, 5]), expected, rtol=1e-12, atol=1e-12)
-        cached = {states.size(-1) for states in model.empty_memory(LANES)}
-        assert cached == {"absolute": {16, 24}, "al_rfou": {16}}.get(attention, {24})
+        expected, cache = read(model, tokens(LANES, sum(lengths)), lengths), model.empty_cache(LANES)
+        found = read(model, tokens(LANES, sum(lengths)), lengths, cache)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        cached = [isinstance(layer, Cache) for layer in cache]
+        assert cached == {"absolute": [False, True, True], "al_rfou": [False] * 3}.get(attention, [True] * 3)
+
+
+def test_lanes_that_were_read_alone_go_on_together():
+    for attention in ("relative", "absolute"):  # the latter's first layer has no cache
+        model, stream = build(replace(BASE, attention=attention)).eval(), tokens(2, 12)
+        parts, memories = [], []
+        for lane in stream.split(1):
+            memories.append(model.empty_cache(1))
+            _, memories[-1] = model(lane[:, :9], None, from_start(9, 1), memories[-1])
+            parts.append(read(model, lane, [9, 3])[:, 9:])
+        found, _ = model(stream[:, 9:], None, from_start(3, 2, 9), side_by_side(memories))
+        torch.testing.assert_close(found, torch.cat(parts), rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- how it is built

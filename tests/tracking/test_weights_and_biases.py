@@ -44,7 +44,7 @@ def told(run_dir):
 
 
 def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_path):
-    command = [*small, f"run.dir={tmp_path}", "tracking.mode=auto"]
+    command = [*small, f"run.dir={tmp_path}", "tracking.mode=auto", "engine.peak_tflops=1"]
     run("txl_dist.train", *command, "train.stop_at=10", WANDB_API_KEY="", NETRC="/nowhere")
     run("txl_dist.train", *command, WANDB_API_KEY="", NETRC="/nowhere")
     first, second = told(tmp_path)
@@ -56,6 +56,7 @@ def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_pat
     for line, shown in zip(lines, history, strict=True):
         for key, value in line.items():
             assert float(shown[key]) == value, key
+    assert "train/mfu" in history[0]
     assert float(second["summary"]["test/loss"]) == lines[-1]["test/loss"]
 
 

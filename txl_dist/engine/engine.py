@@ -21,7 +21,9 @@ from txl_dist.engine.checkpoint import Checkpoint, CheckpointWriter
 from txl_dist.engine.evaluation import Score
 from txl_dist.engine.launch import World
 from txl_dist.engine.optimization import build_optimizer, keep_average, learning_rate
+from txl_dist.engine.peak import peak_tflops
 from txl_dist.engine.sharded import ShardedState
+from txl_dist.models.attend import fastest
 from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -53,6 +55,8 @@ class Engine(ABC):
         torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
         model = TransformerXL(job.model, vocab_size)
         model.activation_checkpointing = job.engine.activation_checkpointing
+        for attention in model.attentions():
+            attention.way = job.engine.attention
         if checkpoint:
             checkpoint.load_weights(model)
         # Before it is cut, by stages and then by DeepSpeed: the parameters under the names that checkpoints know.
@@ -89,9 +93,14 @@ class Engine(ABC):
     def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:
         """The nats of some segments, read with a memory of their own, as far as this rank counts; and their tokens."""
 
-    @abstractmethod
     def __str__(self) -> str:
-        """The split, in words."""
+        """The model's size and the split, in words."""
+        given, device = self.job.engine.attention, self.world.device
+        way = fastest(device, DTYPES[self.precision]) if given == "auto" else given
+        return (
+            f"{self.size:,} parameters, {self.world.size} x {device.type}, {self.precision}, attention by {way}, "
+            f"ZeRO {self.job.engine.zero_stage}"
+        )
 
     def empty_memory(self, config: ModelConfig) -> Memory:
         """A memory of this rank's layers and lanes, as at the beginning of a run."""
@@ -103,6 +112,14 @@ class Engine(ABC):
     def tokens(self) -> int:
         """What the run has read."""
         return self.origin.tokens_at(self.step, self.job.tokens_per_step)
+
+    def peak(self) -> float | None:
+        """FLOP/s of all ranks' devices together at best; None where one is not known. Every rank must call it."""
+        mine, device = self.job.engine.peak_tflops, self.world.device
+        if mine is None and device.type == "cuda":
+            mine = peak_tflops(torch.cuda.get_device_name(device), self.precision)
+        total, unknown = self.world.sum(mine or 0.0, mine is None)
+        return None if unknown else total * 1e12
 
     def train_step(self, segment: Segment) -> Tensor:
         """One optimizer step on this rank's rows of a segment; returns a loss (nats a token) for `mean`."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
+from txl_dist.models.memory import States
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -34,13 +35,13 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: nn.Module, segments: Iterable[Segment], memory: list[list[Tensor]]) -> Score:
+def score(model: nn.Module, segments: Iterable[Segment], memory: list[list[States]], device: torch.device) -> Score:
     """Read `segments` in order; targets that are NOT_SCORED count nothing.
 
     Args:
-        memory: to begin with, a tensor for each layer; one of these for each micro-batch into which rows are divided.
+        memory: of each micro-batch into which rows are divided, as they begin.
     """
-    device, memory = memory[0][0].device, list(memory)
+    memory = list(memory)
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for segment in segments:
         for i, rows in enumerate(row_slices(len(segment.inputs), len(memory))):
@@ -82,7 +83,7 @@ def losses_in_context(
 
     mem_len = model.config.mem_len
     length = model.config.tgt_len if mem_len else context
-    memory, ends = model.empty_memory(len(positions)), range(context, 0, -length)
+    memory, ends = model.empty_cache(len(positions)), range(context, 0, -length)
     hidden = torch.empty(0)
     for end in reversed(ends):
         part = slice(max(0, end - length), end)

@@ -25,7 +25,7 @@ def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter]
         from pytorch_optimizer import Lamb
 
         return Lamb(scaled, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](scaled, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](scaled, fused=True, **options)
 
 
 def keep_average(optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> None:

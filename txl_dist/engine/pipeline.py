@@ -147,8 +147,7 @@ class PipelineEngine(Engine):
         stages, micro_batches = self.split.stages, self.split.accumulation
         idle = (stages - 1) / (micro_batches + stages - 1)
         return (
-            f"{self.size:,} parameters, {self.world.size} x {self.world.device.type}, {self.precision}, "
-            f"ZeRO {self.job.engine.zero_stage}, {stages} stages of {'+'.join(map(str, self.cut))} layers "
+            f"{super().__str__()}, {stages} stages of {'+'.join(map(str, self.cut))} layers "
             f"(idle {idle:.0%} of a step of {micro_batches} micro-batches)"
         )
 

@@ -28,15 +28,8 @@ class ZeroEngine(Engine):
         return torch.stack(losses).detach().mean()
 
     def score(self, segments: Iterable[Segment]) -> tuple[float, int]:
-        self.model.cache()
         # Offloaded parameters may be elsewhere than what is computed.
-        empty = [states.to(self.world.device) for states in self.model.empty_memory(self.split.micro_batch)]
-        mine = score(self.deepspeed, segments, [empty] * self.split.accumulation)
-        self.model.cache(False)
+        device, micro_batches = self.world.device, range(self.split.accumulation)
+        memory = [self.model.empty_cache(self.split.micro_batch, device) for _ in micro_batches]
+        mine = score(self.deepspeed, segments, memory, device)
         return mine.nats, mine.tokens
-
-    def __str__(self) -> str:
-        return (
-            f"{self.size:,} parameters, {self.world.size} x {self.world.device.type}, {self.precision}, "
-            f"ZeRO {self.job.engine.zero_stage}"
-        )

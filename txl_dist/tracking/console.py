@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
@@ -29,8 +29,8 @@ class Screen:
         self.task = self.progress.add_task("training", total=stop, completed=start, told="")
         self.progress.start()
 
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+    def say(self, words: RenderableType) -> None:
+        self.console.print(words, markup=False)
 
     def advance(self, step: int) -> None:
         self.progress.update(self.task, completed=step)
@@ -63,4 +63,6 @@ def in_words(metrics: dict[str, Any]) -> str:
             words.append(f"{split} bits/byte {metrics[f'{split}/bits_per_byte']:.4f}")
     if "train/tokens_per_second" in metrics:
         words.append(f"lr {metrics['train/lr']:.2e}  {metrics['train/tokens_per_second']:,.0f} tokens/s")
+    if "train/mfu" in metrics:
+        words.append(f"MFU {metrics['train/mfu']:.1%}")
     return "  ".join(words)

@@ -8,22 +8,35 @@ from txl_dist.data.segments import Segments
 
 
 class Meter:
-    """Measures training from one reading to the next, without the time spent `paused` (evaluation, checkpoints)."""
+    """Measures training from one reading to the next, without the time spent `paused` (evaluation, checkpoints).
 
-    def __init__(self, segments: Segments, step: int, tokens_per_step: int):
+    Args:
+        flops_per_step: the model FLOPs of a training step.
+        peak: FLOP/s of all ranks' devices; None: not known.
+    """
+
+    def __init__(self, segments: Segments, step: int, tokens_per_step: int, flops_per_step: float, peak: float | None):
         self.segments, self.tokens_per_step = segments, tokens_per_step
+        self.flops_per_step, self.peak = flops_per_step, peak
         self._restart(step)
 
     def _restart(self, step: int) -> None:
         self.step, self.waited, self.began = step, self.segments.waited, time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens a second of all ranks, and the share of the time spent waiting for data, since the last reading."""
+        """Tokens a second of all ranks, and the share of the time spent waiting for data, since the last reading.
+
+        And, where the peak is known, model FLOPs utilisation (Chowdhery et al. 2022, appendix B): the share of it that
+        the model makes use of.
+        """
         seconds = time.perf_counter() - self.began
+        steps_per_second = (step - self.step) / seconds
         told = {
-            "train/tokens_per_second": (step - self.step) * self.tokens_per_step / seconds,
+            "train/tokens_per_second": steps_per_second * self.tokens_per_step,
             "train/data_wait": (self.segments.waited - self.waited) / seconds,
         }
+        if self.peak:
+            told["train/mfu"] = steps_per_second * self.flops_per_step / self.peak
         self._restart(step)
         return told
 

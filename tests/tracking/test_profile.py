@@ -1,0 +1,128 @@
+"""The profile of some steps, of real runs."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch.profiler import record_function
+
+from txl_dist.tracking.profile import costliest, write
+
+STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
+
+
+def names(first, last, ranks):
+    """What RUN_DIR/profile/ is to hold."""
+    kinds = [".json.gz", "-memory.pickle"] if torch.cuda.is_available() else [".json.gz"]
+    return {f"steps-{first}-{last}-rank-{rank}{kind}" for rank in range(ranks) for kind in kinds}
+
+
+def trace(run_dir, first, last, rank):
+    """Steps by their marks, each with the names of the operators within; and how many operators are in none."""
+    with gzip.open(run_dir / "profile" / f"steps-{first}-{last}-rank-{rank}.json.gz") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    marks = [
+        event for event in events if event["name"].startswith("ProfilerStep#") and event["cat"] == "user_annotation"
+    ]
+    steps = {mark["name"]: [] for mark in marks}
+    assert len(steps) == len(marks)
+    outside = 0
+    for event in events:
+        if event.get("cat") == "cpu_op":
+            within = [mark for mark in marks if mark["ts"] <= event["ts"] <= mark["ts"] + mark["dur"]]
+            outside += not within
+            for mark in within:
+                steps[mark["name"]].append(event["name"])
+    return steps, outside
+
+
+def losses(lines):
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def plain(run, small, metrics, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("plain")
+    run("txl_dist.train", *small, f"run.dir={run_dir}", "train.stop_at=6")
+    assert not (run_dir / "profile").exists()
+    return losses(metrics(run_dir))
+
+
+def test_exactly_the_asked_steps_are_recorded_and_nothing_changes(run, small, metrics, plain, tmp_path):
+    options = ["train.stop_at=6", "train.profile=[3,5]", "engine.gradient_accumulation=1"]
+    printed = run("txl_dist.train", *small, f"run.dir={tmp_path}", *options).stdout
+    assert losses(metrics(tmp_path)) == plain
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == names(3, 5, 1)
+    steps, outside = trace(tmp_path, 3, 5, 0)
+    assert list(steps) == ["ProfilerStep#3", "ProfilerStep#4", "ProfilerStep#5"]
+    for operators in steps.values():
+        assert operators.count("aten::embedding") == 1 and operators.count("aten::embedding_backward") == 1
+    assert outside < len(steps["ProfilerStep#4"]) / 4  # what is logged, and no step
+    assert "operator" in printed and "aten::mm" in printed and str(tmp_path / "profile") in printed
+    for word in ("calls a step", "ms a step"):
+        assert printed.count(word) == 1
+
+
+@pytest.mark.parametrize("options, embeds", [([], [1, 1]), (STAGES, [2, 0])])
+def test_every_rank_has_its_trace(run, small, metrics, tmp_path, options, embeds):
+    """Of the data-parallel ranks each embeds its lanes; of the stages the first one, a micro-batch after the other."""
+    told = []
+    for name, profile in ("plain", "null"), ("profiled", "[1,2]"):
+        run_dir = tmp_path / name
+        command = [*small, *options, f"run.dir={run_dir}", "train.stop_at=3", f"train.profile={profile}"]
+        done = run("txl_dist.train", *command, processes=2)
+        told.append(losses(metrics(run_dir)))
+    assert told[0] == told[1] and len(told[0]) == 3
+    assert {path.name for path in (run_dir / "profile").iterdir()} == names(1, 2, 2)
+    for rank, count in enumerate(embeds):
+        steps, _ = trace(run_dir, 1, 2, rank)
+        assert list(steps) == ["ProfilerStep#1", "ProfilerStep#2"]
+        assert [operators.count("aten::embedding") for operators in steps.values()] == [count] * 2
+        assert all("aten::mm" in operators for operators in steps.values())
+    assert done.stdout.count("calls a step") == 1  # the first rank's
+
+
+def test_a_later_start_profiles_what_is_left(run, small, plain, metrics, tmp_path):
+    command = [*small, f"run.dir={tmp_path}"]
+    run("txl_dist.train", *command, "train.stop_at=3")
+    run("txl_dist.train", *command, "train.stop_at=6", "train.profile=[2,5]")
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == names(4, 5, 1)
+    assert list(trace(tmp_path, 4, 5, 0)[0]) == ["ProfilerStep#4", "ProfilerStep#5"]
+    assert losses(metrics(tmp_path)) == plain
+    printed = run("txl_dist.train", *command, "train.stop_at=7", "train.profile=[5,6]").stdout
+    assert "train.profile=[5, 6]: these steps are done already" in printed
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == names(4, 5, 1)
+
+
+def test_operators_are_told_by_their_own_time_and_by_step():
+    big = torch.ones(400, 400)
+    profiler = torch.profiler.profile()
+    with profiler:
+        for step in (7, 8):
+            with record_function(f"ProfilerStep#{step}"), record_function("of mine"):
+                for _ in range(3):
+                    big.matmul(big).relu()
+    spent = {each.key: each.self_cpu_time_total for each in profiler.key_averages()}
+    console = Console(record=True, width=120, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(costliest(profiler, gpu=False, rows=2))
+    header, first, second, *more = console.export_text().splitlines()
+    assert header.split() == ["operator", "calls", "a", "step", "ms", "a", "step", "share"] and not more
+    operators = sum(spent[key] for key in spent if key.startswith("aten::"))
+    milliseconds = spent["aten::mm"] / 2 / 1000
+    assert first.split() == ["aten::mm", "3", f"{milliseconds:,.2f}", f"{spent['aten::mm'] / operators:.1%}"]
+    assert second.split()[0].startswith("aten::")
+
+
+def test_nothing_half_written_bears_the_name(tmp_path):
+    def breaks_off(path):
+        with open(path, "w") as file:
+            file.write("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path / "profile" / "trace.json.gz", breaks_off)
+    assert not (tmp_path / "profile" / "trace.json.gz").exists()
+    write(tmp_path / "profile" / "trace.json.gz", lambda path: open(path, "w").write("whole"))  # noqa: SIM115
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace.json.gz"]

@@ -1,0 +1,91 @@
+"""Where the time of some training steps goes, and the memory, as torch.profiler sees it."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from rich.table import Column, Table
+from torch.autograd import DeviceType
+from torch.profiler import record_function
+
+from txl_dist.config import TrainJob
+from txl_dist.engine.launch import World
+from txl_dist.tracking.console import Screen
+from txl_dist.tracking.meter import Meter
+
+
+class Profile:
+    """Records the steps in train.profile, without those that were done before this start of the run.
+
+    Each rank writes a Chrome trace (chrome://tracing, ui.perfetto.dev) into RUN_DIR/profile/, and on a GPU a snapshot
+    of its memory (pytorch.org/memory_viz). The first rank shows the costliest operators.
+    """
+
+    def __init__(self, job: TrainJob, start: int, world: World, screen: Screen, meter: Meter):
+        self.world, self.screen, self.meter = world, screen, meter
+        self.folder, self.gpu = Path(job.run.dir, "profile"), world.device.type == "cuda"
+        first, self.last = job.train.profile or (0, 0)
+        self.first = max(first, start + 1)
+        self.warm_up = max(self.first - 1, start + 1)  # tracing slows down the step in which it is set up
+        if job.train.profile and self.last <= start:
+            screen.say(f"train.profile={job.train.profile}: these steps are done already, nothing is profiled")
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around each training step; the first one has number 1."""
+        if not self.warm_up <= number <= self.last:
+            yield
+            return
+        with self.meter.paused():
+            self.begin(number)
+        with record_function(f"ProfilerStep#{number}"):  # the name by which viewers know a step
+            yield
+        if number == self.last:
+            with self.meter.paused():
+                self.finish()
+
+    def begin(self, number: int) -> None:
+        if number == self.warm_up:
+            self.profiler = torch.profiler.profile(record_shapes=True)
+            self.profiler.prepare_trace()
+        if number == self.first:
+            self.profiler.start_trace()
+            if self.gpu:
+                torch.cuda.memory._record_memory_history(stacks="python")
+
+    def finish(self) -> None:
+        self.profiler.stop_trace()
+        name = f"steps-{self.first}-{self.last}-rank-{self.world.rank}"
+        write(self.folder / f"{name}.json.gz", self.profiler.export_chrome_trace)
+        if self.gpu:
+            write(self.folder / f"{name}-memory.pickle", torch.cuda.memory._dump_snapshot)
+            torch.cuda.memory._record_memory_history(enabled=None)
+        if self.world.first:
+            self.screen.say(f"steps {self.first} to {self.last}: traces in {self.folder}; the costliest operators are")
+            self.screen.say(costliest(self.profiler, self.gpu))
+
+
+def write(path: Path, export: Callable[[str], None]) -> None:
+    """Aside first: a file with this name is whole."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")  # what is exported depends on the name's end
+    export(str(partial))
+    os.replace(partial, path)
+
+
+def costliest(profiler: torch.profiler.profile, gpu: bool, rows: int = 10) -> Table:
+    """The operators with the most time of their own, without what they call; on a GPU that of their kernels."""
+    called = [each for each in profiler.key_averages() if each.device_type == DeviceType.CPU]
+    (steps,) = (each.count for each in called if each.key == "ProfilerStep*")
+    time = attrgetter("self_device_time_total" if gpu else "self_cpu_time_total")  # microseconds
+    operators = sorted((each for each in called if not each.is_user_annotation), key=time, reverse=True)
+    total = sum(map(time, operators))
+    columns = Column("operator", overflow="fold"), "calls a step", "ms a step", "share"
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    for each in operators[:rows]:
+        per_step = f"{each.count / steps:,.0f}", f"{time(each) / steps / 1000:,.2f}"
+        table.add_row(each.key, *per_step, f"{time(each) / total:.1%}")
+    return table
