@@ -32,7 +32,6 @@ SEGMENT, VOCAB, TURNS = 128, 256, 3
 def model(**options: object) -> TransformerXL:
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
     built = TransformerXL(ModelConfig(**defaults | options), VOCAB).eval()
-    built.cache()
     return built.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -57,7 +56,7 @@ def measure(length: int) -> dict[str, float]:
     position = np.array([length])
     tokens = torch.randint(VOCAB, (1, SEGMENT), device=device)
     reach = torch.full((1, SEGMENT), 10 * length, device=device)
-    memory = with_memory.empty_memory(1)
+    memory = with_memory.empty_cache(1)
     times: dict[str, list[float]] = {"vanilla": [], "memory": []}
     for turn in range(TURNS + 1):
         window = seconds(lambda: losses_in_context(vanilla, stream, position, length, eos=0))

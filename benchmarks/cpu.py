@@ -1,0 +1,292 @@
+"""Speed and memory on a CPU beside transformers 4.36.2's Transformer-XL: python benchmarks/cpu.py [ROW ...]
+
+Each side has a process of its own, as a user would start it; they work in turn, and the medians of several turns count.
+What is measured of one another, and how fast each row should be, stands in `ROWS`.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from txl_dist.cli import CONF, keep_freed_memory
+from txl_dist.config import ModelConfig, OptimizerConfig
+from txl_dist.data.lanes import LanePlan
+from txl_dist.data.segments import Segments
+from txl_dist.data.shards import Index, SampleReader
+from txl_dist.engine.optimization import build_optimizer
+from txl_dist.models.transformer_xl import TransformerXL
+
+TURNS = 5
+Rates = Iterator[float]  # tokens a second, turn by turn
+
+BYTES = {"vocab_size": 256, "n_layer": 4, "d_model": 256, "n_head": 8, "d_head": 32, "d_inner": 1024}
+BYTES_12 = {"vocab_size": 256, "n_layer": 12, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048}
+WORDS = BYTES_12 | {"vocab_size": 267735, "n_layer": 4, "cutoffs": [20000, 40000, 200000], "div_val": 4}
+LARGE = BYTES_12 | {"n_layer": 4, "d_model": 1024, "n_head": 16, "d_inner": 4096, "tgt_len": 128, "mem_len": 1600}
+MIDDLE = BYTES_12 | {"n_layer": 4, "tgt_len": 128, "mem_len": 640}
+
+
+# ------------------------------------------------------------------------------------------------- the two models
+
+
+def our_model(vocab_size: int, **shape: Any) -> TransformerXL:
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
+    keep_freed_memory()
+    return TransformerXL(ModelConfig(**defaults | {"dropout": 0.0, "tgt_len": 128, "mem_len": 128} | shape), vocab_size)
+
+
+def their_model(tgt_len: int = 128, mem_len: int = 128, **shape: Any) -> torch.nn.Module:
+    from transformers import TransfoXLConfig, TransfoXLLMHeadModel
+
+    defaults = {"cutoffs": [], "div_val": 1, "clamp_len": -1, "dropout": 0.0, "same_length": False, "pre_lnorm": False}
+    shape = defaults | {"d_embed": shape["d_model"], "mem_len": mem_len} | shape
+    return TransfoXLLMHeadModel(TransfoXLConfig(**shape))
+
+
+def text(lanes: int, length: int, vocab_size: int) -> torch.Tensor:
+    """Tokens as frequent as words are (Zipf's law), int64 [lanes, length]."""
+    frequency = 1 / torch.arange(1.0, vocab_size + 1)
+    return torch.multinomial(frequency, lanes * length, replacement=True).view(lanes, length)
+
+
+def rates(tokens: int, work: Callable[[], object], repeat: int = 1) -> Rates:
+    while True:
+        began = time.perf_counter()
+        for _ in range(repeat):
+            work()
+        yield tokens * repeat / (time.perf_counter() - began)
+
+
+# ------------------------------------------------------------------------------------------------------ the sides
+
+
+def our_training(lanes: int, **shape: Any) -> Rates:
+    model = our_model(**shape).train()
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer/adam.yaml"))
+    optimizer = build_optimizer(OptimizerConfig(**config), dict(model.named_parameters()))
+    tokens, reach = text(lanes, 129, shape["vocab_size"]), torch.full((lanes, 128), 10**6)
+    inputs, targets, memory = tokens[:, :-1], tokens[:, 1:], model.empty_memory(lanes)
+
+    def step() -> None:
+        nonlocal memory
+        loss, memory = model(inputs, targets, reach, memory)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(lanes * 128, step, repeat=3)
+
+
+def their_training(lanes: int, **shape: Any) -> Rates:
+    model = their_model(**shape).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4)
+    tokens, memory = text(lanes, 128, shape["vocab_size"]), None
+
+    def step() -> None:
+        nonlocal memory
+        result = model(tokens, labels=tokens, mems=memory)
+        memory = result.mems
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(lanes * 128, step, repeat=3)
+
+
+def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
+    """Evaluation by segments of `length`; 1: generation, each step's distribution in full."""
+    model = our_model(**shape).eval()
+    model.store_by_inputs()
+    tokens, reach = text(lanes, length, shape["vocab_size"]), torch.full((lanes, length), 10**6)
+    targets, memory = tokens if length > 1 else None, model.empty_cache(lanes)
+
+    @torch.no_grad()
+    def read() -> None:
+        nonlocal memory
+        _, memory = model(tokens, targets, reach, memory)
+
+    return rates(lanes * length, read, repeat=1 if length > 1 else 8)
+
+
+def their_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
+    model = their_model(**shape).eval()
+    tokens, memory = text(lanes, length, shape["vocab_size"]), None
+    labels = tokens if length > 1 else None
+    with torch.no_grad():  # as ours, theirs begins with a full memory
+        for past in text(lanes, shape["mem_len"], shape["vocab_size"]).split(128, dim=1):
+            memory = model(past, mems=memory).mems
+
+    @torch.no_grad()
+    def read() -> None:
+        nonlocal memory
+        memory = model(tokens, labels=labels, mems=memory).mems
+
+    return rates(lanes * length, read, repeat=1 if length > 1 else 8)
+
+
+def loader(data: str) -> Rates:
+    """The segments of 256 lanes of 384 tokens, on one core."""
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    index = Index.open(data)
+    plan = LanePlan(index.splits["train"].document_starts, 256, 384, seed=1)
+    segments = iter(Segments(plan, SampleReader(index, "train"), range(256), index.eos, 0, 2**62))
+    return rates(256 * 384, lambda: next(segments), repeat=50)
+
+
+SHAPE = [f"model.{key}={value}" for key, value in BYTES.items() if key != "vocab_size"]
+SHAPE += ["model.tgt_len=128", "model.mem_len=128", "model.dropout=0.0", "data.num_lanes=8"]
+
+
+def training_command(data: str, processes: int = 1, **environment: str) -> Rates:
+    """`torchrun -m txl_dist.train` as a user starts it; what it tells of its last 20 steps."""
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+            keys = [f"data.dir={data}", f"run.dir={folder}/run", "train.stop_at=40", "tracking.log_every=20"]
+            job = [*start, "-m", "txl_dist.train", *SHAPE, *keys, "tracking.mode=disabled"]
+            subprocess.run(job, check=True, capture_output=True, env=os.environ | environment)
+            lines = map(json.loads, Path(folder, "run/metrics.jsonl").read_text().splitlines())
+            yield [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line][-1]
+
+
+def bare_loop(data: str) -> Rates:
+    """The same module, the same text, torch's own Adam, and nothing else."""
+    model, index = our_model(**BYTES | {"vocab_size": Index.open(data).vocab_size}).train(), Index.open(data)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4, fused=True)
+    plan = LanePlan(index.splits["train"].document_starts, 8, 128, seed=1)
+    segments = Segments(plan, SampleReader(index, "train"), range(8), index.eos, 0, 2**62)
+    memory, coming = model.empty_memory(8), iter(segments)
+
+    def step() -> None:
+        nonlocal memory
+        segment = next(coming)
+        loss, memory = model(*map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach)), memory)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(8 * 128, step, repeat=20)
+
+
+# ------------------------------------------------------------------------------------------------------- the rows
+
+
+@dataclass
+class Row:
+    """goal: how many times as many tokens a second as `theirs`; without these, tokens a second."""
+
+    goal: float
+    ours: Callable[..., Rates]
+    theirs: Callable[..., Rates] | None
+    arguments: dict[str, Any]
+    theirs_arguments: dict[str, Any] | None = None
+
+
+ROWS = {
+    "training, bytes, 4 x 256, 8 lanes of 128 + 128": Row(2, our_training, their_training, BYTES | {"lanes": 8}),
+    "training, bytes, 12 x 512, 4 lanes of 128 + 128": Row(2, our_training, their_training, BYTES_12 | {"lanes": 4}),
+    "training, 267,735 words, 4 x 512, 4 lanes of 128 + 128": Row(
+        2, our_training, their_training, WORDS | {"lanes": 4}
+    ),
+    "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
+    "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),
+    "generation, 4 x 1024, 1 + 1,600": Row(15, our_reading, their_reading, LARGE | {"length": 1}),
+    "loader, 256 lanes of 384, one core": Row(20e6, loader, None, {"data": ""}),
+    "training command against a bare loop": Row(0.97, training_command, bare_loop, {"data": ""}),
+    "two processes against one, a thread each": Row(
+        1.8,
+        training_command,
+        training_command,
+        {"data": "", "processes": 2, "OMP_NUM_THREADS": "1"},
+        {"data": "", "OMP_NUM_THREADS": "1"},
+    ),
+}
+
+
+def work(side: Callable[..., Rates], arguments: dict[str, Any], pipe: Connection) -> None:
+    """A side's process: a turn whenever it is asked, then the peak of its memory, in MiB above that before it began."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    turns = side(**arguments)
+    while pipe.recv():
+        pipe.send(next(turns))
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+class Side:
+    def __init__(self, side: Callable[..., Rates], arguments: dict[str, Any]):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(side, arguments, theirs))
+        self.process.start()
+
+    def turn(self) -> float:
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def end(self) -> float:
+        self.pipe.send(False)
+        peak = self.pipe.recv()
+        self.process.join()
+        return peak
+
+
+def measure(row: Row, data: str) -> dict[str, float]:
+    given = [row.arguments, row.theirs_arguments or row.arguments]
+    with_data = [arguments | {"data": data} if "data" in arguments else arguments for arguments in given]
+    kinds = [kind for kind in (row.ours, row.theirs) if kind]
+    sides = [Side(kind, arguments) for kind, arguments in zip(kinds, with_data, strict=False)]
+    turns = [[side.turn() for side in sides] for _ in range(TURNS + 1)][1:]  # the first warms up
+    names = ["ours", "theirs"][: len(sides)]
+    found = {name: median(column) for name, column in zip(names, zip(*turns, strict=True), strict=True)}
+    found |= {f"{name}_peak_mib": side.end() for name, side in zip(names, sides, strict=True)}
+    if row.theirs:
+        found["ratio"] = median(ours / theirs for ours, theirs in turns)
+    return found | {"goal": row.goal}
+
+
+def main() -> None:
+    console, rows = Console(highlight=False), {}
+    chosen = {name: row for name, row in ROWS.items() if all(word in name for word in sys.argv[1:])}
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/bytes"
+        if any("data" in row.arguments for row in chosen.values()):
+            prepare = [sys.executable, "-m", "txl_dist.prepare", "corpus=stdlib", "tokenizer=bytes", f"data.dir={data}"]
+            subprocess.run(prepare, check=True, capture_output=True)
+        for name in track(chosen, "measuring", console=Console(stderr=True), transient=True):
+            rows[name] = measure(chosen[name], data)
+    table = Table("", "tokens/s", "theirs", "ratio", "goal", "MiB", "theirs", box=None, caption="MiB: peak of memory")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in rows.items():
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        others = [f"{row[key]:,.0f}" if key in row else "" for key in ("theirs", "ours_peak_mib", "theirs_peak_mib")]
+        table.add_row(name, f"{row['ours']:,.0f}", others[0], ratio, f"{row['goal']:,g}", *others[1:])
+    console.print(table)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    told = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    told |= {"torch": torch.__version__, "commit": commit}
+    file = Path(__file__).with_suffix(".json")
+    before = json.loads(file.read_text())["rows"] if file.exists() else {}
+    file.write_text(json.dumps(told | {"rows": before | rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
