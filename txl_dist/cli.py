@@ -109,7 +109,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed for what is allocated next, large tensors included.
 
     By default they are mapped anew each time, and the kernel clears each of their pages when it is first touched: on a
-    CPU a seventh of a small model's step, and up to half of one with large scores.
+    CPU about a tenth of a small model's step.
     """
     with contextlib.suppress(AttributeError):  # another C library, which goes its own way
         mallopt = ctypes.CDLL(None).mallopt

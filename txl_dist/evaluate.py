@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from txl_dist.cli import command
 from txl_dist.config import EvaluateJob
@@ -20,6 +20,8 @@ from txl_dist.engine.checkpoint import run_dirs
 from txl_dist.engine.evaluation import Score, losses_in_context, score
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.trained import open_data, trained_model
+
+LENGTHS = ("tgt_len", "mem_len", "clamp_len", "same_length")
 
 
 def evaluate(job: EvaluateJob) -> None:
@@ -54,9 +56,8 @@ def score_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
         "word_perplexity": float(np.exp(min(scored.nats / size.words, 700.0))),
         "tokens_per_second": tokens / seconds,
         "step": checkpoint.step,
-        "lengths": f"tgt_len {config.tgt_len}, mem_len {config.mem_len}, clamp_len {config.clamp_len}"
-        + (", same_length" if config.same_length else "")
-        + (", sliding window" if job.sliding_window else ""),
+        **{key: getattr(config, key) for key in LENGTHS},
+        "sliding_window": job.sliding_window,
     }
 
 
@@ -85,30 +86,26 @@ def watched(steps: Any, what: str, total: int) -> Any:
 def show(told: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for key, value in told.items():
-        table.add_row(key.replace("_", " "), number(value))
+        table.add_row(title(key), number(value))
     Console(highlight=False).print(table)
 
 
 def compare(told: list[dict[str, Any]]) -> None:
     """One row a run."""
-    keys = [
-        "run",
-        "step",
-        "loss",
-        "perplexity",
-        "word_perplexity",
-        "bits_per_character",
-        "tokens_per_second",
-        "lengths",
-    ]
-    table = Table(*(key.replace("_", " ") for key in keys), box=None, padding=(0, 2, 0, 0))
+    keys = ["step", "tgt_len", "mem_len", "loss", "word_perplexity", "bits_per_character"]
+    columns = Column("run", overflow="fold"), *(Column(title(key), justify="right") for key in keys)
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for each in told:
-        table.add_row(*(number(each[key]) for key in keys))
+        table.add_row(each["run"], *(number(each[key]) for key in keys))
     Console(highlight=False).print(table)
 
 
+def title(key: str) -> str:
+    return key if key in LENGTHS else key.replace("_", " ")
+
+
 def number(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
 def main() -> None:

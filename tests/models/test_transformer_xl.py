@@ -257,9 +257,9 @@ def test_absolute_positions_are_added_once_to_what_is_remembered(attention):
 @pytest.mark.parametrize("pre_lnorm", [False, True])
 @pytest.mark.parametrize("attention", ["relative", "shaw", "absolute", "al_rfou"])
 def test_cached_keys_and_values_change_no_number(attention, pre_lnorm):
-    """Over segments of several lengths, more in all than a cache has room for; and again with other weights."""
-    config = replace(BASE, attention=attention, pre_lnorm=pre_lnorm, n_layer=3)
-    model, lengths = build(config).eval(), [5, 4, 1, 1, 1, 1, 1, 5, 9]
+    """Segments of several lengths, some into the same room, more in all than there is; and again with other weights."""
+    config = replace(BASE, attention=attention, pre_lnorm=pre_lnorm, n_layer=3, mem_len=12)
+    model, lengths = build(config).eval(), [5, 4, 1, 1, 1, 1, 1, 2, 5, 9]
     for seed in (0, 1):
         model.load_state_dict(build(config, seed=seed).state_dict())
         expected, cache = read(model, tokens(LANES, sum(lengths)), lengths), model.empty_cache(LANES)

@@ -131,7 +131,7 @@ def sdpa(
 def triton(
     content: Tensor, key: Tensor, value: Tensor, distances: Distances | None, sight: Sight, dropout: float
 ) -> Tensor:
-    """Our kernels, which keep neither scores nor probabilities."""
+    """Our kernels, which keep no probabilities."""
     from txl_dist.models import flash  # imports triton, which is not everywhere
 
     position, r, bias = distances or (None, None, None)
