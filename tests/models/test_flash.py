@@ -287,7 +287,7 @@ KERNELS: dict = {}  # of the compiling process, by name
 
 def spilled(d_head: int, dropout: float, folder: str) -> dict[str, int]:
     """The bytes that each kernel spills from registers, as ptxas tells."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     os.environ["TRITON_CACHE_DIR"] = folder
     length, mem_len = 96, 128
@@ -297,7 +297,7 @@ def spilled(d_head: int, dropout: float, folder: str) -> dict[str, int]:
     spills = {}
     for name, kernel in KERNELS.items():
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
+        command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
         told = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
         spills[name] = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
         assert "registers" in told

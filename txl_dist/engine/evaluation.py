@@ -100,5 +100,8 @@ def row_slices(rows: int, micro_batches: int) -> list[slice]:
 def to_device(segment: Segment, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """inputs, targets and reach of some rows of a segment."""
     arrays = (segment.inputs[rows], segment.targets[rows], segment.reach[rows])
-    inputs, targets, reach = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":  # from pageable memory a copy would wait for all that the GPU has still to do
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    inputs, targets, reach = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return inputs, targets, reach

@@ -138,6 +138,7 @@ def triton(
     return flash.attend(content, position, key, value, r, bias, sight.reach, dropout)
 
 
+HAS_TRITON = find_spec("triton") is not None
 WAYS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, "triton": triton}
 
 
@@ -148,7 +149,7 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
     """
     if device.type != "cuda":
         return "reference"
-    return "sdpa" if dtype == torch.float32 or not find_spec("triton") else "triton"
+    return "triton" if HAS_TRITON and dtype != torch.float32 else "sdpa"
 
 
 def attend(
