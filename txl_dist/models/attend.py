@@ -143,9 +143,9 @@ WAYS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, 
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str:
-    """On GPUs our kernels, where triton is installed, but in float32 torch's; on a CPU the formula itself.
+    """On GPUs our kernels, where triton is installed, but torch's way in float32, for which registers are too few.
 
-    (The kernels compute in float32 without tensor cores.)
+    On a CPU the formula itself.
     """
     if device.type != "cuda":
         return "reference"
