@@ -66,7 +66,7 @@ def by_memory(job: EvaluateJob, model: TransformerXL, index: Index, tokens: int,
     lanes = range(min(job.num_lanes, tokens))
     segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes, tokens=tokens)
     device = next(model.parameters()).device
-    return score(model, watched(segments, job.split, len(segments)), [model.empty_cache(len(lanes))], device)
+    return score(model, watched(segments, job.split, len(segments)), device, len(lanes))
 
 
 def by_sliding_window(job: EvaluateJob, model: TransformerXL, index: Index, tokens: int, reset: ResetMemory) -> Score:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.models.memory import States
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -35,17 +34,25 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: nn.Module, segments: Iterable[Segment], memory: list[list[States]], device: torch.device) -> Score:
-    """Read `segments` in order; targets that are NOT_SCORED count nothing.
+def score(
+    model: TransformerXL,
+    segments: Iterable[Segment],
+    device: torch.device,
+    lanes: int,
+    micro_batches: int = 1,
+    forward: nn.Module | None = None,
+) -> Score:
+    """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing.
 
     Args:
-        memory: of each micro-batch into which rows are divided, as they begin.
+        micro_batches: into which the lanes are divided.
+        forward: what runs the model, if that is not itself: DeepSpeed's engine.
     """
-    memory = list(memory)
+    memory = [model.empty_cache(lanes // micro_batches, device) for _ in range(micro_batches)]
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for segment in segments:
         for i, rows in enumerate(row_slices(len(segment.inputs), len(memory))):
-            loss, memory[i] = model(*to_device(segment, rows, device), memory[i])
+            loss, memory[i] = (forward or model)(*to_device(segment, rows, device), memory[i])
             nats += loss.double().sum()
         tokens += int((segment.targets != NOT_SCORED).sum())
     return Score(nats.item(), tokens)

@@ -28,8 +28,6 @@ class ZeroEngine(Engine):
         return torch.stack(losses).detach().mean()
 
     def score(self, segments: Iterable[Segment]) -> tuple[float, int]:
-        # Offloaded parameters may be elsewhere than what is computed.
-        device, micro_batches = self.world.device, range(self.split.accumulation)
-        memory = [self.model.empty_cache(self.split.micro_batch, device) for _ in micro_batches]
-        mine = score(self.deepspeed, segments, memory, device)
+        micro_batches = self.split.accumulation
+        mine = score(self.model, segments, self.world.device, len(self.lanes), micro_batches, forward=self.deepspeed)
         return mine.nats, mine.tokens
