@@ -285,7 +285,7 @@ def main() -> None:
     told |= {"torch": torch.__version__, "commit": commit}
     file = Path(__file__).with_suffix(".json")
     before = json.loads(file.read_text())["rows"] if file.exists() else {}
-    file.write_text(json.dumps(told | {"rows": before | rows}, indent=1) + "\n")
+    file.write_text(json.dumps({"rows": before | {name: row | told for name, row in rows.items()}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

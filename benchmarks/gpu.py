@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpu import text
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
@@ -49,12 +50,6 @@ def job(name: str, lanes: int, *options: str) -> TrainJob:
     overrides = [f"+experiment={name}", f"data.num_lanes={lanes}", *options]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return TypeAdapter(TrainJob).validate_python(OmegaConf.to_container(compose("train", overrides), resolve=True))
-
-
-def text(lanes: int, length: int, vocab_size: int) -> np.ndarray:
-    """Tokens as frequent as words are (Zipf's law), int64 [lanes, length]."""
-    frequency = 1 / np.arange(1, vocab_size + 1)
-    return np.random.default_rng(0).choice(vocab_size, size=(lanes, length), p=frequency / frequency.sum())
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -120,7 +115,7 @@ def training(name: str, way: str) -> dict[str, float]:
     )
     torch.cuda.reset_peak_memory_stats()
     engine = ZeroEngine(given, vocab_size, world(), None)
-    tokens = text(lanes, given.model.tgt_len, vocab_size)
+    tokens = text(lanes, given.model.tgt_len, vocab_size).numpy()
     reach = np.full_like(tokens, 10**6)
 
     def steps() -> None:
@@ -150,7 +145,7 @@ def inference(lanes: int) -> dict[str, float]:
     shape |= {key: getattr(config, key) for key in ("cutoffs", "div_val", "mem_len", "clamp_len", "same_length")}
     theirs = TransfoXLLMHeadModel(TransfoXLConfig(vocab_size=267735, d_embed=config.d_model, **shape))
     theirs = theirs.to(DEVICE, torch.bfloat16).eval()
-    tokens = torch.from_numpy(text(lanes, config.tgt_len, 267735)).to(DEVICE)
+    tokens = text(lanes, config.tgt_len, 267735).to(DEVICE)
     reach = torch.full_like(tokens, 10**6)
     memory, mems = ours.empty_cache(lanes), None
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from txl_dist.cli import command
-from txl_dist.config import EvaluateJob
+from txl_dist.config import EvaluateJob, LengthsConfig
 from txl_dist.data.lanes import ResetMemory
 from txl_dist.data.segments import whole_split
 from txl_dist.data.shards import Index, SampleReader
@@ -21,7 +21,7 @@ from txl_dist.engine.evaluation import Score, losses_in_context, score
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.trained import open_data, trained_model
 
-LENGTHS = ("tgt_len", "mem_len", "clamp_len", "same_length")
+LENGTHS = [field.name for field in fields(LengthsConfig)]
 
 
 def evaluate(job: EvaluateJob) -> None:

@@ -1,4 +1,4 @@
-"""What devices can do at best: the rates of their vendors' data sheets."""
+"""What devices can do at best: the rates that their vendors tell."""
 
 import re
 
@@ -7,8 +7,8 @@ import torch
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 
 # TFLOP/s of dense products of matrices, not of those with sparsity; fp16 and bf16 of the tensor cores, accumulating in
-# fp32 as training does; fp32 of the other cores. From NVIDIA's data sheets (of the two GeForce: appendix A of the
-# white papers of GA102 and of Ada). Names are whole, as their kin with other rates bear similar ones (A10G, 3090 Ti).
+# fp32 as training does; fp32 of the other cores. NVIDIA's figures, gathered second-hand: engine.peak_tflops overrides
+# them. Names are whole, as their kin with other rates bear similar ones (A10G, 3090 Ti).
 KNOWN: dict[str, tuple[float | None, ...]] = {
     "V100-SXM[23]-[0-9]+GB": (125, None, None, 15.7),
     "V100-PCIE-[0-9]+GB": (112, None, None, 14),

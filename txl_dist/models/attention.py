@@ -78,8 +78,7 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of [lanes, length, n_head, d_head] what asks for content, and what asks for position, in the variants that
-        do."""
+        """Of [lanes, length, n_head, d_head] what asks for content, and in some variants what asks for position."""
 
     def told(self, encoding: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """What stands for distances in scores, r and bias of `Distances`, in the variants that ask for position."""
