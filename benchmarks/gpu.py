@@ -107,12 +107,11 @@ def kernels() -> Table:
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def training(name: str, way: str) -> dict[str, float]:
+def training(name: str, way: str, compiled: bool) -> dict[str, float]:
     """Tokens a second, share of the peak, and peak memory in GiB."""
     lanes, vocab_size, _ = TRAINING[name]
-    given = job(
-        name, lanes, "optimizer=adam", "engine.zero_stage=1", "engine.precision=bf16", f"engine.attention={way}"
-    )
+    keys = ["optimizer=adam", "engine.zero_stage=1", "engine.precision=bf16"]
+    given = job(name, lanes, *keys, f"engine.attention={way}", f"engine.compile={str(compiled).lower()}")
     torch.cuda.reset_peak_memory_stats()
     engine = ZeroEngine(given, vocab_size, world(), None)
     tokens = text(lanes, given.model.tgt_len, vocab_size).numpy()
@@ -174,11 +173,12 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {"training": {}, "inference": {}}
     table = Table("", "attention by", "tokens/s", "goal", "MFU", "GiB", box=None)
     for name, (_, _, goal) in TRAINING.items():
-        for way in WAYS:
-            row = found["training"][f"{name}, {way}"] = training(name, way)
+        for way, compiled in [*((way, False) for way in WAYS), ("triton", True)]:
+            words = f"{way}, compiled" if compiled else way
+            row = found["training"][f"{name}, {words}"] = training(name, way, compiled)
             mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
             told = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", mfu, f"{row['memory_gib']:.1f}"
-            table.add_row(name, way, *told)
+            table.add_row(name, words, *told)
             torch.cuda.empty_cache()
     console.print(table)
     table = Table("inference, wt103_base_nvidia", "tokens/s", "NVIDIA's", "transformers", "ratio", box=None)

@@ -76,6 +76,7 @@ def test_lanes_that_cannot_be_split_list_those_that_can(small, monkeypatch, lane
         (["engine.precision=bf16", "engine.zero_stage=0"], "engine.zero_stage"),
         (["engine.offload=optimizer", "engine.zero_stage=0"], "engine.offload"),
         (["engine.offload=parameters", "engine.zero_stage=2"], "engine.offload"),
+        (["engine.compile=true", "engine.zero_stage=3"], "engine.compile"),
         (["optimizer=lamb"], "optimizer.name"),
         (["model.clamp_len=0"], "model.clamp_len"),
         (["model.same_length=true", "model.mem_len=0"], "model.same_length"),

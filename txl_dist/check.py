@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -203,6 +204,10 @@ def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterato
         yield "engine.precision=bf16: this GPU has no bf16; use fp16 or fp32"
     if engine.attention == "triton" and not (gpu and find_spec("triton")):
         yield "engine.attention=triton: needs a GPU and the package triton; use engine.attention=auto"
+    if engine.compile and stage == 3:
+        yield "engine.compile=true: ZeRO 3 takes the weights away between uses, and each return would be compiled anew"
+    if engine.compile and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
+        yield "engine.compile=true: needs a C++ compiler, and there is no g++; install one, or leave it out"
     if stage == 0 and (engine.precision in ("bf16", "fp16") or (engine.precision == "auto" and gpu)):
         yield (
             f"engine.zero_stage=0: with engine.precision={engine.precision} DeepSpeed's first step and its loss scale "

@@ -217,6 +217,7 @@ class EngineConfig:
 
     stage_layers: how many layers each pipeline stage gets, the first stage with the embedding, the last with the
     softmax; null: balanced by counted floating-point operations. attention: how it is computed, of models/attend.py.
+    compile: let torch compile the layers for training; dropout then draws other numbers.
     peak_tflops: what one device can do at best in this precision, for train/mfu; null: what its data sheet tells where
     the device is a known one (engine/peak.py), else there is no train/mfu.
     """
@@ -227,6 +228,7 @@ class EngineConfig:
     gradient_accumulation: Count
     activation_checkpointing: Yes
     attention: Literal["auto", "reference", "sdpa", "triton"]
+    compile: Yes
     offload: Literal["none", "optimizer", "parameters"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     peak_tflops: Positive | None

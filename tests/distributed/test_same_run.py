@@ -38,6 +38,7 @@ class Split(NamedTuple):
     offload: str = "none"
     precision: str = "fp32"
     layers: str = ""
+    compile: bool = False
 
     @property
     def processes(self):
@@ -53,6 +54,7 @@ class Split(NamedTuple):
             f"engine.activation_checkpointing={str(self.checkpointing).lower()}",
             f"engine.offload={self.offload}",
             f"engine.precision={self.precision}",
+            f"engine.compile={str(self.compile).lower()}",
         ]
 
     def __str__(self):
@@ -60,6 +62,7 @@ class Split(NamedTuple):
         words += ["checkpointing"] if self.checkpointing else []
         words += [f"offload-{self.offload}"] if self.offload != "none" else []
         words += [self.precision] if self.precision != "fp32" else []
+        words += ["compiled"] if self.compile else []
         return "-".join([*words, *([self.layers] if self.layers else [])])
 
 
@@ -72,6 +75,8 @@ SPLITS = {
         *(Split(2, 1, *each) for each in product(range(4), (1, 2), (False, True))),
         *(Split(2, zero=stage, offload="optimizer") for stage in (1, 2, 3)),
         Split(2, zero=3, offload="parameters"),
+        Split(2, zero=2, compile=True),
+        Split(pp=2, zero=1, acc=2, checkpointing=True, compile=True),
         *(Split(4, 1, *each) for each in [(0,), (1,), (2, 2), (3, 2, True)]),
         *(Split(1, 2, *each) for each in product((0, 1), (1, 2, 4), (False, True))),
         Split(pp=2, zero=1, acc=2, offload="optimizer"),
@@ -115,6 +120,7 @@ MOVES = [
 
 # With dropout, in one start and in two.
 IN_TWO_STARTS = [*(Split(2, zero=stage) for stage in range(4)), *(Split(pp=2, zero=z, acc=2) for z in (0, 1))]
+IN_TWO_STARTS += [Split(2, zero=1, compile=True)]
 # Evaluated often, and only at the end.
 WATCHED = [Split(2, zero=2), Split(pp=2, zero=1, acc=2)]
 
@@ -212,6 +218,12 @@ def test_a_run_in_two_starts_is_the_run_in_one(runs, metrics, split):
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), kind
     assert newest(whole).state["optimizer"] == newest(parts).state["optimizer"]
+
+
+def test_what_is_compiled_is_compiled(runs, metrics):
+    """Compiled dropout draws other numbers: it would draw the same if nothing was."""
+    plain, compiled = (losses(metrics, runs / name("whole", Split(2, zero=1, compile=each))) for each in (False, True))
+    assert compiled != plain and compiled == pytest.approx(plain, rel=0.05)
 
 
 @pytest.mark.parametrize("split", WATCHED, ids=str)

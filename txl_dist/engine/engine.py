@@ -57,6 +57,9 @@ class Engine(ABC):
         model.activation_checkpointing = job.engine.activation_checkpointing
         for attention in model.attentions():
             attention.way = job.engine.attention
+        if job.engine.compile:
+            for layer in model.layers:
+                layer.compile()
         if checkpoint:
             checkpoint.load_weights(model)
         # Before it is cut, by stages and then by DeepSpeed: the parameters under the names that checkpoints know.
@@ -76,6 +79,8 @@ class Engine(ABC):
         )
         if job.engine.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
+            # Its reduction copies every gradient, also where there is no other rank.
+            self.deepspeed.enable_backward_allreduce = world.size > 1
         self.state = ShardedState(self.deepspeed, parameters)
         self.memory = self.empty_memory(job.model)
         if checkpoint:
@@ -163,7 +168,8 @@ class Engine(ABC):
         """
         self.deepspeed.eval()
         self.model.config = self.job.evaluation.of(self.job.model)
-        nats, tokens = self.world.sum(*self.score(segments))
+        with torch.compiler.set_stance("force_eager"):  # its caches grow, and each length would be compiled anew
+            nats, tokens = self.world.sum(*self.score(segments))
         self.model.config = self.job.model
         self.deepspeed.train()
         return Score(nats, int(tokens))

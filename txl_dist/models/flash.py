@@ -32,6 +32,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # Scores are in units of log 2: the h
 BLOCK, STEP = 64, 32
 
 
+@torch.compiler.disable  # its kernels are compiled already
 def attend(
     content: Tensor,
     position: Tensor | None,
