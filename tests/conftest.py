@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from txl_dist.cli import CONF
 from txl_dist.config import ModelConfig
+from txl_dist.data.shards import Index
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -71,6 +72,23 @@ def dataset(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def damage():
+    """Flip a bit in the last token of some samples of a dataset."""
+
+    def damage(folder, *samples, split="train"):
+        index = Index.open(str(folder))
+        facts = index.splits[split]
+        for number in samples:
+            path = Path(folder) / facts.shards[number // index.shard_samples].name
+            content = bytearray(path.read_bytes())
+            place = content.index(b"\x93NUMPY", int(facts.sample_table["offset"][number])) + 128
+            content[place + min(index.sample_tokens, facts.tokens - number * index.sample_tokens) * 2 - 1] ^= 1
+            path.write_bytes(content)
+
+    return damage
+
+
+@pytest.fixture(scope="session")
 def small(dataset):
     """Overrides of a training run of seconds."""
     return [
@@ -87,7 +105,7 @@ def small(dataset):
         "optimizer.lr=3e-3",
         "train.max_steps=20",
         "train.eval_every=10",
-        "train.checkpoint_every=10",
+        "checkpoint.every=10",
         "tracking.log_every=1",
         "tracking.mode=disabled",
     ]

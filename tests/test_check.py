@@ -97,6 +97,10 @@ def test_lanes_that_cannot_be_split_list_those_that_can(small, monkeypatch, lane
         (["train.profile=[0,5]"], "train.profile"),  # the first step is 1
         (["train.profile=[3,4,5]"], "train.profile"),
         (["engine.peak_tflops=0"], "engine.peak_tflops"),
+        (["checkpoint.every=0"], "checkpoint.every"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last"),
+        (["checkpoint.keep_every=15"], "checkpoint.keep_every=15: must be a multiple of checkpoint.every=10"),
+        (["checkpoint.keep_best=true", "checkpoint.every=7"], "checkpoint.keep_best=true"),  # first met at step 70
     ],
 )
 def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, key):
@@ -109,15 +113,15 @@ def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, ke
     "overrides, told",
     [
         (
-            ["train.profile=[15,21]", "train.eval_every=40", "train.checkpoint_every=40"],
+            ["train.profile=[15,21]", "train.eval_every=40", "checkpoint.every=40"],
             "ends after train.max_steps=20",
         ),
         (["train.profile=[3,9]", "train.stop_at=8"], "ends after train.stop_at=8"),
         (["train.profile=[5,4]"], "ends before it begins"),
-        (["train.profile=[9,11]", "train.checkpoint_every=20"], "after step 10 training pauses (train.eval_every=10)"),
+        (["train.profile=[9,11]", "checkpoint.every=20"], "after step 10 training pauses (train.eval_every=10)"),
         (
-            ["train.profile=[7,9]", "train.checkpoint_every=8"],
-            "after step 8 training pauses (train.checkpoint_every=8)",
+            ["train.profile=[7,9]", "checkpoint.every=8"],
+            "after step 8 training pauses (checkpoint.every=8)",
         ),
     ],
 )
@@ -154,6 +158,19 @@ def test_lanes_are_split_among_pipelines_not_processes(small, monkeypatch):
 
 def test_missing_data_tell_the_command_that_makes_them(small):
     assert "txl_dist.prepare" in one("train", *small, "data.dir=nowhere")
+
+
+def test_the_best_can_be_kept_where_steps_meet(small):
+    for every in (5, 10, 20):
+        assert not problems("train", *small, "checkpoint.keep_best=true", f"checkpoint.every={every}")
+
+
+def test_a_checkpoint_is_a_step_or_the_best_or_the_newest():
+    for wrong in ("worst", "-1", "1.5", "true"):
+        assert (
+            f"checkpoint={wrong}: should be a step, best"
+            in "\n".join(problems("evaluate", f"checkpoint={wrong}")).lower()
+        )
 
 
 def test_a_run_that_is_not_there(tmp_path):

@@ -123,7 +123,7 @@ def test_sliding_window_as_long_as_the_text_is_memory_of_all(run, trained):
 
 def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_path):
     """Of the steps 18 to 20, whose checkpoints are all here; and what was not kept is not evaluated."""
-    every = ["train.checkpoint_every=1", "train.keep_checkpoints=20", "optimizer.average_from=18"]
+    every = ["checkpoint.every=1", "checkpoint.keep_last=20", "optimizer.average_from=18"]
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", *every)
     kept = [open_checkpoint(directory(tmp_path / "run", step)).tensors("weights") for step in (18, 19, 20)]
     model, checkpoint = trained_model(str(tmp_path / "run"), None, LENGTHS, average=True)

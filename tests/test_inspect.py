@@ -39,14 +39,22 @@ def test_the_table_tells_step_lanes_and_split(pipelined, run):
         assert words in told, words
 
 
+def test_the_best_is_that_of_the_least_loss_in_valid(pipelined, run, metrics):
+    told = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "checkpoint=best").stdout)
+    losses = {line["step"]: line["valid/loss"] for line in metrics(pipelined) if "valid/loss" in line}
+    assert (told["step"], told["valid_loss"]) == (min(losses, key=losses.get), min(losses.values()))
+
+
 def test_damage_is_told(pipelined, run):
     path = next((newest(pipelined).path).glob("memory-*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    run("txl_dist.inspect", f"run={pipelined}")  # nothing is read
-    done = run("txl_dist.inspect", f"run={pipelined}", "verify=true", expect=2)
+    assert not run("txl_dist.inspect", f"run={pipelined}").stderr  # nothing is read
+    done = run("txl_dist.inspect", f"run={pipelined}", "verify=true")
+    assert f"step 20 passed over: {path}" in done.stderr and "10 of 20" in done.stdout
+    done = run("txl_dist.inspect", f"run={pipelined}", "verify=true", "checkpoint=20", expect=2)
     assert path.name in done.stderr and "Traceback" not in done.stderr
     content[-1] ^= 1
     path.write_bytes(content[:-1])
-    assert path.name in run("txl_dist.inspect", f"run={pipelined}", expect=2).stderr
+    assert path.name in run("txl_dist.inspect", f"run={pipelined}").stderr

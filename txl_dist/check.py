@@ -9,9 +9,10 @@ import inspect
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from importlib.util import find_spec
+from math import lcm
 from pathlib import Path
 from shutil import which
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -20,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from txl_dist.config import (
     LANE_KEYS,
+    CheckpointConfig,
     ConvertedModelConfig,
     ConvertJob,
     DataConfig,
@@ -36,6 +38,7 @@ from txl_dist.config import (
     ScoreJob,
     TrainConfig,
     TrainJob,
+    Which,
 )
 from txl_dist.data.shards import Index
 from txl_dist.errors import ConfigError, UserError
@@ -247,7 +250,22 @@ def steps_are_in_order(train: TrainConfig, schedule: ScheduleConfig) -> Iterator
 
 
 @check(TrainJob)
-def profile_is_of_training(train: TrainConfig) -> Iterator[str]:
+def checkpoints_can_be_kept(checkpoint: CheckpointConfig, train: TrainConfig) -> Iterator[str]:
+    every, keep_every = checkpoint.every, checkpoint.keep_every
+    if keep_every and keep_every % every:
+        yield f"checkpoint.keep_every={keep_every}: must be a multiple of checkpoint.every={every}"
+    if checkpoint.keep_best and (both := lcm(every, train.eval_every)) >= train.max_steps > max(
+        every, train.eval_every
+    ):
+        yield (
+            f"checkpoint.keep_best=true: only what is evaluated at its very step can be the best, but "
+            f"checkpoint.every={every} and train.eval_every={train.eval_every} first meet at step {both}, and "
+            f"train.max_steps={train.max_steps}; make one a multiple of the other"
+        )
+
+
+@check(TrainJob)
+def profile_is_of_training(train: TrainConfig, checkpoint: CheckpointConfig) -> Iterator[str]:
     if train.profile is None:
         return
     (first, last), given = train.profile, f"train.profile={train.profile}"
@@ -256,10 +274,10 @@ def profile_is_of_training(train: TrainConfig) -> Iterator[str]:
     for key, end in (("stop_at", train.stop_at), ("max_steps", train.max_steps)):
         if end is not None and last > end:
             yield f"{given}: ends after train.{key}={end}"
-    for key, every in (("eval_every", train.eval_every), ("checkpoint_every", train.checkpoint_every)):
+    for key, every in (("train.eval_every", train.eval_every), ("checkpoint.every", checkpoint.every)):
         if (pause := -(-first // every) * every) < last:
             yield (
-                f"{given}: after step {pause} training pauses (train.{key}={every}), and the profile would be of that, "
+                f"{given}: after step {pause} training pauses ({key}={every}), and the profile would be of that, "
                 f"too; end with step {pause} or begin after it"
             )
 
@@ -271,17 +289,22 @@ def rates_are_in_order(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> 
 
 
 @check(TrainJob)
-def data_are_there(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+def data_are_there(data: DataConfig, model: ModelConfig, checkpoint: CheckpointConfig) -> Iterator[str]:
     try:
         index = Index.open(data.dir)
     except UserError as error:
         yield f"data.dir={error}"  # which begins with the place
         return
+    if data.on_error == "fail" and (damages := index.damages()):
+        more = f" ({len(damages) - 3} more shards likewise)" if len(damages) > 3 else ""
+        yield from (f"data.dir={each}" for each in [*damages[:2], *(each + more for each in damages[2:3])])
     if "train" not in index.splits:
         yield f"data.dir={data.dir}: has no training split, only {', '.join(index.splits)}"
     for name, split in index.splits.items():
         if split.tokens < data.num_lanes:
             yield f"data.num_lanes={data.num_lanes}: more lanes than the split {name} has tokens ({split.tokens:,})"
+    if checkpoint.keep_best and "valid" not in index.splits:
+        yield f"checkpoint.keep_best=true: {data.dir} has no valid split to find the best by"
     if model.cutoffs and model.cutoffs[-1] >= index.vocab_size:
         yield f"model.cutoffs={model.cutoffs}: must stay below the vocabulary of {index.vocab_size:,} in {data.dir}"
 
@@ -293,7 +316,11 @@ def run_continues_itself(
     """A run directory with a checkpoint goes on only as the run that it is."""
     from txl_dist.engine.checkpoint import newest
 
-    checkpoint = newest(run.dir)
+    try:
+        checkpoint = newest(run.dir)
+    except UserError as error:
+        yield from str(error).splitlines()
+        return
     if checkpoint is None:
         return
     if "imported" in checkpoint.state:
@@ -302,10 +329,17 @@ def run_continues_itself(
             "and memory to go on with; give another run.dir"
         )
         return
+    yield from continues(checkpoint.config, run, data, model, optimizer)
+
+
+def continues(
+    started: Mapping[str, Any], run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
+) -> Iterator[str]:
+    """What a config must not change of the one, `started`, that a checkpoint was made with."""
     given = {"run": asdict(run), "data": asdict(data), "model": asdict(model), "optimizer": asdict(optimizer)}
     for section, key in [*IDENTITY, *LANE_KEYS]:
         now = given[section][key]
-        before = checkpoint.config[section].get(key, now)
+        before = started[section].get(key, now)
         if before == now:
             continue
         told = f"{section}.{key}={now}: the run in {run.dir} was started with {before}"
@@ -333,7 +367,7 @@ IDENTITY = [
 
 
 @check(EvaluateJob, GenerateJob, InspectJob, ScoreJob)
-def run_is_there(run: str | list[str], checkpoint: int | None) -> Iterator[str]:
+def run_is_there(run: str | list[str], checkpoint: Which) -> Iterator[str]:
     yield from runs_are_there([run] if isinstance(run, str) else run, checkpoint)
 
 
@@ -348,8 +382,8 @@ def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
         yield f"max_context={max_context}: must be at least two steps of {step}, to compare a context with a longer one"
 
 
-def runs_are_there(patterns: list[str], step: int | None) -> Iterator[str]:
-    from txl_dist.engine.checkpoint import newest, run_dirs, steps
+def runs_are_there(patterns: list[str], which: Which) -> Iterator[str]:
+    from txl_dist.engine.checkpoint import best, newest, run_dirs, steps
 
     for pattern in patterns:
         found = run_dirs([pattern])
@@ -358,10 +392,19 @@ def runs_are_there(patterns: list[str], step: int | None) -> Iterator[str]:
         for path in found:
             if not Path(path).is_dir():
                 yield f"run={path}: there is no such run directory"
-            elif newest(path) is None:
+            elif not steps(path):
                 yield f"run={path}: holds no checkpoint"
-            elif step is not None and step not in steps(path):
-                yield f"checkpoint={step}: {path} has checkpoints of steps {', '.join(map(str, steps(path)))}"
+            elif isinstance(which, int):
+                if which not in steps(path):
+                    yield f"checkpoint={which}: {path} has checkpoints of steps {', '.join(map(str, steps(path)))}"
+            else:
+                try:
+                    newest(path)
+                except UserError as error:
+                    yield from str(error).splitlines()
+                else:
+                    if which == "best" and best(path) is None:
+                        yield f"checkpoint=best: no checkpoint of {path} was evaluated on valid at its very step"
 
 
 @check(ConvertJob)
@@ -384,7 +427,7 @@ def conversion_has_one_direction(
 
 
 @check(ConvertJob)
-def exported_run_is_there(run: str, to: str | None, checkpoint: int | None) -> Iterator[str]:
+def exported_run_is_there(run: str, to: str | None, checkpoint: Which) -> Iterator[str]:
     if to is not None:
         yield from runs_are_there([run], checkpoint)
 

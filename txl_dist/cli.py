@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from txl_dist.check import read
-from txl_dist.errors import ConfigError, UserError
+from txl_dist.errors import ConfigError, RunError, UserError
 
 Job = TypeVar("Job")
 
@@ -31,6 +32,10 @@ TEXTS = {
     "prompt": re.compile(r"""\[.*\]|(['"])((?!\1).)*\1""", re.DOTALL),
     "text": re.compile(r"""(['"])((?!\1).)*\1""", re.DOTALL),
 }
+
+# Seconds that a rank waits before it tells an error. Where another has stopped, and said why, the connections to it
+# break; torchrun ends this rank in the meantime.
+FAREWELL = 10
 
 # What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
 OURS = [
@@ -59,7 +64,7 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
 
 @contextlib.contextmanager
 def mistakes_told() -> Iterator[None]:
-    """Turn a user's mistake into words on standard error and exit code 2.
+    """Turn a user's mistake into words on standard error and exit code 2, and what else ends a run into exit code 1.
 
     A mistake in the config is every rank's: they agree on what is wrong, the first tells it, and all end together.
     """
@@ -69,8 +74,14 @@ def mistakes_told() -> Iterator[None]:
         except (HydraException, OmegaConfBaseException) as error:
             words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
             raise ConfigError([" ".join(words)]) from error
+        except RuntimeError:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                time.sleep(FAREWELL)
+            raise
     except ConfigError as error:
-        end_together(error.problems)
+        end_together(error, 2)
+    except RunError as error:
+        end_together(error, 1)
     except UserError as error:
         print(told(error), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -78,22 +89,22 @@ def mistakes_told() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def end_together(problems: list[str]) -> NoReturn:
-    """Tell the problems of all ranks, once, and end all ranks with exit code 2."""
+def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
+    """Tell the problems of all ranks, once, and end all ranks with an exit code."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        print(told(ConfigError(problems)), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        print(told(error), file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
     import torch.distributed as dist  # seconds to import, and only processes that are several need it
 
     from txl_dist.engine.launch import leave, world
 
     agreed = dist.is_initialized()  # then the problems are those of all ranks already
     ranks = world()
-    problems = problems if agreed else ranks.gather(problems)
+    problems = error.problems if agreed else ranks.gather(error.problems)
     if ranks.first:
-        print(told(ConfigError(problems)), file=sys.stderr, flush=True)
+        print(told(type(error)(problems)), file=sys.stderr, flush=True)
     ranks.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
-    leave(2)
+    leave(code)
 
 
 def told(error: UserError) -> str:

@@ -3,8 +3,9 @@
 from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, Strict
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 SCHEMA = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # a folder may be named 2024
 
@@ -16,6 +17,15 @@ Positive = Annotated[float, Strict(), Field(gt=0)]
 NonNegative = Annotated[float, Strict(), Field(ge=0)]
 Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+
+
+def step_or_best(value: object) -> object:
+    if value is None or value == "best" or (type(value) is int and value >= 0):
+        return value
+    raise PydanticCustomError("which", "should be a step, best (the least loss in valid), or null (the newest)")
+
+
+Which = Annotated[int | Literal["best"] | None, PlainValidator(step_or_best)]  # of a run's checkpoints
 
 
 # ------------------------------------------------------------------------------------------------------ prepare
@@ -109,13 +119,18 @@ class RunConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class DataConfig:
-    """The lanes: how many, in which order they read the corpus, where their memory is reset."""
+    """The lanes: how many, in which order they read the corpus, where their memory is reset.
+
+    on_error: whether a damaged sample ends training, or its tokens are passed over: they are not scored, and what comes
+    after them is read as if a document began there. Evaluation never skips: the score of a part is a wrong number.
+    """
 
     dir: str
     num_lanes: Count
     order: Literal["corpus", "documents"]
     reset_memory: Literal["never", "document"]
     workers: Count  # background threads that read ahead; they change nothing in what comes out
+    on_error: Literal["fail", "skip_sample"] = "fail"
 
 
 @dataclass(config=SCHEMA, frozen=True, kw_only=True)
@@ -206,9 +221,19 @@ class TrainConfig:
     stop_at: Count | None
     loss: Literal["full", "second_half"]
     eval_every: Count
-    checkpoint_every: Count
-    keep_checkpoints: Count
     profile: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class CheckpointConfig:
+    """every: in optimizer steps; there is one after the last step, too. What stays of them: the newest `keep_last`,
+    those whose step is a multiple of `keep_every`, and with `keep_best` the one with the least valid/loss.
+    """
+
+    every: Count
+    keep_last: Count
+    keep_every: Count | None
+    keep_best: Yes
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -252,6 +277,7 @@ class TrainJob:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig
     evaluation: LengthsConfig
     engine: EngineConfig
     tracking: TrackingConfig
@@ -280,7 +306,7 @@ class EvaluateJob:
     run: Texts
     split: Literal["train", "valid", "test"]
     format: Literal["table", "json"]
-    checkpoint: Natural | None
+    checkpoint: Which
     num_lanes: Count
     max_tokens: Count | None
     sliding_window: Yes
@@ -298,7 +324,7 @@ class GenerateJob:
     top_k: Natural
     top_p: Annotated[float, Strict(), Field(gt=0, le=1)]
     seed: Natural
-    checkpoint: Natural | None
+    checkpoint: Which
     average: Yes
     model: LengthsConfig
 
@@ -306,7 +332,7 @@ class GenerateJob:
 @dataclass(config=SCHEMA, frozen=True)
 class InspectJob:
     run: str
-    checkpoint: Natural | None
+    checkpoint: Which
     verify: Yes
     format: Literal["table", "json"]
 
@@ -317,7 +343,7 @@ class ScoreJob:
     text: str | None
     next: Natural
     format: Literal["table", "json"]
-    checkpoint: Natural | None
+    checkpoint: Which
     average: Yes
     model: LengthsConfig
 
@@ -352,5 +378,5 @@ class ConvertJob:
     from_: str | None
     to: str | None
     tokenizer_from: str | None
-    checkpoint: Natural | None
+    checkpoint: Which
     model: ConvertedModelConfig

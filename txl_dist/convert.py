@@ -28,6 +28,7 @@ from txl_dist.interchange import vocabularies
 from txl_dist.interchange.sources import Source, open_source
 from txl_dist.interchange.weights import ours
 from txl_dist.prepare import partial_folder
+from txl_dist.trained import trained_tokenizer
 
 HUB = Path(__file__).parent / "interchange" / "hub"
 
@@ -132,13 +133,12 @@ def write_checkpoint(
     """A checkpoint of step 0 that holds weights alone; no data are known that it was trained on."""
     dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).expanduser().is_dir() else None
     writer = CheckpointWriter(str(run_dir), step=0, rank=0)
-    writer.begin()
     writer.add("weights", weights)
-    writer.finish(
+    writer.commit(
+        writer.files,
         state={"step": 0, "tokens": 0, "imported": {"from": str(job.from_), "title": source.title}},
         config={"model": asdict(config), "data": {"dir": dataset, "reset_memory": "never"}},
         data={"fingerprint": None, "vocab_size": source.vocab_size},
-        keep=1,
     )
 
 
@@ -151,16 +151,16 @@ def send_out(job: ConvertJob, target: Path) -> None:
     Raises:
         UserError: where the checkpoint is damaged, or its model is none that can go out.
     """
-    checkpoint = find_checkpoint(job.run, job.checkpoint)
+    checkpoint = find_checkpoint(job.run, job.checkpoint, contents=True)
     config = job.model.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
-    problems = [*checkpoint.damages(), *model_fits_together(config)]
+    problems = list(model_fits_together(config))
     if config.attention != "relative":
         problems.append(f"model.attention={config.attention}: a folder is exported with relative attention only")
     if config.mem_len == 0:
         problems.append("model.mem_len=0: a folder generates with memory; give model.mem_len=...")
     if problems:
         raise ConfigError(problems)
-    tokenizer = tokenizers.load(Path(job.run) / "tokenizer")
+    tokenizer = trained_tokenizer(job.run, checkpoint)
     with partial_folder(target) as folder:
         save_file(checkpoint.tensors("weights"), folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", hub_config(config, checkpoint.data["vocab_size"]))

@@ -11,3 +11,11 @@ class ConfigError(UserError):
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class RunError(UserError):
+    """What ends a run though its config is right, as a full disk: every rank raises it, and it is told once."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems

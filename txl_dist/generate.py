@@ -3,23 +3,22 @@
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from txl_dist.cli import command
 from txl_dist.config import GenerateJob
-from txl_dist.data.tokenizers import Tokenizer, load
+from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.memory import States, side_by_side
 from txl_dist.models.transformer_xl import TransformerXL
-from txl_dist.trained import trained_model
+from txl_dist.trained import trained_model, trained_tokenizer
 
 
 def generate(job: GenerateJob) -> None:
     """Print each prompt and what follows: one prompt as it comes, several one after the other."""
-    model, _ = trained_model(job.run, job.checkpoint, job.model, job.average)
-    tokenizer = load(Path(job.run) / "tokenizer")
+    model, checkpoint = trained_model(job.run, job.checkpoint, job.model, job.average)
+    tokenizer = trained_tokenizer(job.run, checkpoint)
     texts = [Text(tokenizer, prompt) for prompt in (job.prompt if job.prompt is not None else [sys.stdin.read()])]
     shown = texts if len(texts) == 1 else []
     for text in shown:

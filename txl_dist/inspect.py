@@ -10,18 +10,15 @@ from rich.table import Table
 from txl_dist.cli import command
 from txl_dist.config import InspectJob
 from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint, steps
-from txl_dist.errors import UserError
 
 
 def inspect(job: InspectJob) -> None:
     """Print a table, or one JSON object.
 
     Raises:
-        UserError: where the checkpoint is damaged: of sizes always, of contents with `verify`.
+        UserError: where the checkpoint of the step asked for is damaged: of sizes always, of contents with `verify`.
     """
-    checkpoint = find_checkpoint(job.run, job.checkpoint)
-    if damages := checkpoint.damages(contents=job.verify):
-        raise UserError("\n".join(damages))
+    checkpoint = find_checkpoint(job.run, job.checkpoint, contents=job.verify)
     told = facts(checkpoint) | {"other_steps": [step for step in steps(job.run) if step != checkpoint.step]}
     if job.format == "json":
         print(json.dumps(told))
@@ -47,6 +44,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "step": checkpoint.step,
         "max_steps": config["train"]["max_steps"],
         "tokens": state["tokens"],
+        "valid_loss": checkpoint.valid_loss,
         "num_lanes": config["data"]["num_lanes"],
         "tgt_len": config["model"]["tgt_len"],
         "lanes_since": state.get("origin", {"step": 0})["step"],
@@ -91,9 +89,9 @@ def origin(told: dict[str, Any]) -> dict[str, str]:
 def course(told: dict[str, Any]) -> dict[str, str]:
     """Of a run that was trained here."""
     since = f", since step {told['lanes_since']:,}" if told["lanes_since"] else ""
-    data = told["data"]
+    data, valid = told["data"], f", valid loss {told['valid_loss']:.4f}" if told["valid_loss"] is not None else ""
     return {
-        "step": f"{told['step']:,} of {told['max_steps']:,}, {told['tokens']:,} tokens read",
+        "step": f"{told['step']:,} of {told['max_steps']:,}, {told['tokens']:,} tokens read{valid}",
         "lanes": f"{told['num_lanes']:,} of {told['tgt_len']} tokens a step{since}, order {told['order']}, "
         f"seed {told['seed']}",
         "data": f"{data['dir']}, vocabulary of {data['vocab_size']:,}, fingerprint {data['fingerprint'][:12]}",

@@ -89,12 +89,8 @@ def check_same(folder: Path, existing: shards.Index, corpus: dict[str, Any]) -> 
             f"data.dir={folder}: holds another dataset (other {' and '.join(what) or 'text'}); nothing is overwritten: "
             "give another data.dir, or delete the folder"
         )
-    for shard in (shard for split in existing.splits.values() for shard in split.shards):
-        path = folder / shard.name
-        if not path.exists() or path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"{path}: is missing or has not {shard.bytes:,} bytes; delete {folder} and prepare it again"
-            )
+    if damages := existing.damages():
+        raise UserError(f"{damages[0]}: delete {folder} first")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from rich.table import Table
 from txl_dist.cli import command
 from txl_dist.config import LengthsConfig, ReclJob
 from txl_dist.data.shards import SampleReader
-from txl_dist.engine.checkpoint import find_checkpoint, run_dirs
+from txl_dist.engine.checkpoint import newest, run_dirs
 from txl_dist.engine.evaluation import losses_in_context
 from txl_dist.errors import ConfigError
 from txl_dist.trained import open_data, trained_model
@@ -35,7 +35,8 @@ def recl(job: ReclJob) -> None:
         ConfigError: where the runs are not all of the same data.
     """
     runs = run_dirs(job.run)
-    fingerprints = {run: find_checkpoint(run, None).data["fingerprint"] for run in runs}
+    checkpoints = {run: newest(run) for run in runs}
+    fingerprints = {run: checkpoint.data["fingerprint"] for run, checkpoint in checkpoints.items() if checkpoint}
     if others := [run for run in runs if fingerprints[run] != fingerprints[runs[0]]]:
         raise ConfigError([f"run={run}: was trained on other data than {runs[0]}" for run in others])
     contexts = range(job.step, job.max_context + 1, job.step)

@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import dataclass
 from math import exp
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from txl_dist.cli import command
-from txl_dist.config import LengthsConfig, ScoreJob
-from txl_dist.data.tokenizers import Tokenizer, load
+from txl_dist.config import LengthsConfig, ScoreJob, Which
+from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.transformer_xl import TransformerXL
-from txl_dist.trained import trained_model
+from txl_dist.trained import trained_model, trained_tokenizer
 
 
 class TokenScore(NamedTuple):
@@ -39,11 +38,11 @@ class Scorer:
 
     @classmethod
     def open(
-        cls, run: str, step: int | None = None, lengths: LengthsConfig | None = None, average: bool = False
+        cls, run: str, which: Which = None, lengths: LengthsConfig | None = None, average: bool = False
     ) -> "Scorer":
-        """Of a run's checkpoint (the newest, where no step is given), with other lengths or averaged weights."""
-        model, _ = trained_model(run, step, lengths or LengthsConfig(None, None, None, None), average)
-        return cls(model, load(Path(run) / "tokenizer"))
+        """Of a run's checkpoint (the newest, where none is named), with other lengths or averaged weights."""
+        model, checkpoint = trained_model(run, which, lengths or LengthsConfig(None, None, None, None), average)
+        return cls(model, trained_tokenizer(run, checkpoint))
 
     @torch.no_grad()
     def read(self, text: str) -> tuple[list[TokenScore], Tensor]:

@@ -7,28 +7,30 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from txl_dist.check import continues
 from txl_dist.cli import command
 from txl_dist.config import TrainJob
 from txl_dist.data.lanes import LanePlan
-from txl_dist.data.segments import Segments, whole_split
+from txl_dist.data.segments import NOT_SCORED, Segments, whole_split
 from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import Checkpoint, newest
 from txl_dist.engine.launch import World, leave, world
 from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
-from txl_dist.errors import ConfigError
+from txl_dist.errors import ConfigError, UserError
 from txl_dist.models.flops import training_flops
 from txl_dist.tracking.meter import Meter
 from txl_dist.tracking.profile import Profile
 from txl_dist.tracking.result import is_tested, show_result
+from txl_dist.tracking.skipped import Skipped
 from txl_dist.tracking.tracker import Tracker
 
 
 def train(job: TrainJob) -> None:
-    """Train from the run's newest checkpoint, or from the beginning, to train.max_steps (or train.stop_at)."""
+    """Train from the run's newest whole checkpoint, or from the beginning, to train.max_steps (or train.stop_at)."""
     ranks, index = world(), Index.open(job.data.dir)
-    checkpoint = sound_checkpoint(job, index, ranks)
-    if not is_tested(job):
+    checkpoint, over = standing(job, index, ranks)
+    if not over:
         Training(job, index, checkpoint, ranks).run()
     if ranks.first:
         show_result(job)
@@ -39,17 +41,21 @@ class Training:
 
     def __init__(self, job: TrainJob, index: Index, checkpoint: Checkpoint | None, ranks: World):
         self.job, self.index = job, index
-        if ranks.first:
-            write_run(job, index)
+        write_run(job, index, ranks)
         engine = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
         self.engine = engine(job, index.vocab_size, ranks, checkpoint)
         self.start = self.engine.step
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
         self.tracker = Tracker(job, self.start, self.stop, ranks.first)
+        self.data = {
+            "fingerprint": index.fingerprint,
+            "vocab_size": index.vocab_size,
+            "tokenizer": dict(index.tokenizer_files),
+        }
 
     def run(self) -> None:
         job, origin = self.job, f"going on from step {self.start:,}" if self.start else "starting"
-        with self.tracker:
+        with self.tracker, self.engine.saver:
             lanes = f"{job.data.num_lanes} lanes of {job.model.tgt_len} tokens a step"
             self.tracker.screen.say(f"{job.run.dir}: {origin}; {self.engine}, {lanes}")
             self.loop()
@@ -62,21 +68,24 @@ class Training:
         flops = training_flops(job.model, self.index.vocab_size, job.data.num_lanes)
         meter = Meter(segments, self.start, job.tokens_per_step, flops, engine.peak())
         profile = Profile(job, self.start, engine.world, self.tracker.screen, meter)
+        skipped = Skipped(segments.reader, engine.world, self.tracker.screen)
         for segment in segments:
             with profile.step(engine.step + 1):
                 loss = engine.train_step(segment)
+            skipped.tokens += engine.skipped
             metrics: dict[str, Any] = {}
             if self.due(job.tracking.log_every, also=self.stop):
                 metrics |= {"train/loss": engine.mean(loss)}
                 metrics |= {"train/lr": engine.learning_rate, "train/grad_norm": engine.grad_norm}
-                metrics |= meter.read(engine.step)
+                metrics |= meter.read(engine.step) | skipped.read()
             with meter.paused():
                 if self.due(job.train.eval_every, also=job.train.max_steps) and "valid" in self.index.splits:
                     metrics |= self.evaluate("valid")
                 if metrics:
                     self.log(metrics)
-                if self.due(job.train.checkpoint_every, also=self.stop):
-                    engine.save({"fingerprint": self.index.fingerprint, "vocab_size": self.index.vocab_size})
+                if self.due(job.checkpoint.every, also=self.stop):
+                    with meter.saving():
+                        engine.save(self.data, metrics.get("valid/loss"))
             self.tracker.screen.advance(engine.step)
 
     def due(self, every: int, also: int = 0) -> bool:
@@ -84,6 +93,7 @@ class Training:
 
     def log(self, metrics: dict[str, Any]) -> None:
         self.tracker.log({"step": self.engine.step, "tokens": self.engine.tokens} | metrics)
+        self.engine.world.end_on(self.tracker.problems + self.engine.saver.problems)
 
     def segments(self) -> Segments:
         data, split = self.job.data, self.index.splits["train"]
@@ -96,8 +106,9 @@ class Training:
             reset_memory=data.reset_memory,
             origin=self.engine.origin,
         )
-        reader = SampleReader(self.index, "train")
-        return Segments(plan, reader, self.engine.lanes, self.index.eos, self.start, self.stop, data.workers)
+        reader = SampleReader(self.index, "train", lost=NOT_SCORED if data.on_error == "skip_sample" else None)
+        lanes, mem_len = self.engine.lanes, self.job.model.mem_len
+        return Segments(plan, reader, lanes, self.index.eos, self.start, self.stop, data.workers, mem_len)
 
     def evaluate(self, name: str) -> dict[str, float]:
         """Metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte."""
@@ -108,34 +119,53 @@ class Training:
         return {f"{name}/{key}": value for key, value in score.metrics(self.index.splits[name].bytes).items()}
 
 
-def sound_checkpoint(job: TrainJob, index: Index, ranks: World) -> Checkpoint | None:
-    """The run's newest checkpoint, whole and of this data; its files are read once, by the first rank, for all.
+def standing(job: TrainJob, index: Index, ranks: World) -> tuple[Checkpoint | None, bool]:
+    """The run's newest whole checkpoint, and whether the run is over. The first rank reads all of its files, tells
+    which newer checkpoints are damaged, and decides for all ranks.
 
     Raises:
-        ConfigError: on every rank, where it is damaged or of other data.
+        ConfigError: on every rank, where none of its checkpoints is whole, or it is of other data or another run.
     """
-    checkpoint, problems = newest(job.run.dir), []
-    if checkpoint and ranks.first:
-        if checkpoint.data["fingerprint"] != index.fingerprint:
-            problems.append(
-                f"data.dir={job.data.dir}: is not what the run in {job.run.dir} was started with "
-                f"(fingerprint {index.fingerprint[:12]}, not {checkpoint.data['fingerprint'][:12]}); "
-                "give that data, or another run.dir for another run"
-            )
-        problems += checkpoint.damages()
-    if problems := ranks.gather(problems):
+    checkpoint, over, problems = None, False, []
+    if ranks.first:
+        try:
+            over = is_tested(job)
+            checkpoint = newest(job.run.dir, contents=True, tell=lambda damage: print(damage, flush=True))
+        except UserError as error:
+            problems = str(error).splitlines()
+        if checkpoint:
+            over = over and checkpoint.step >= job.train.max_steps  # else its last one is lost
+            if checkpoint.data["fingerprint"] != index.fingerprint:
+                problems.append(
+                    f"data.dir={job.data.dir}: is not what the run in {job.run.dir} was started with "
+                    f"(fingerprint {index.fingerprint[:12]}, not {checkpoint.data['fingerprint'][:12]}); "
+                    "give that data, or another run.dir for another run"
+                )
+            # Checked before, but of what sizes alone took for whole.
+            problems += continues(checkpoint.config, job.run, job.data, job.model, job.optimizer)
+    checkpoint, over, problems = ranks.broadcast((checkpoint, over, problems))
+    if problems:
         raise ConfigError(problems)
-    return checkpoint
+    return checkpoint, over
 
 
-def write_run(job: TrainJob, index: Index) -> None:
-    """Put beside the checkpoints what a run directory needs to stand alone: its config and its tokenizer."""
-    run_dir = Path(job.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / ".config.partial"
-    OmegaConf.save(OmegaConf.create(asdict(job)), partial)
-    os.replace(partial, run_dir / "config.yaml")
-    index.tokenizer().save(run_dir / "tokenizer")
+def write_run(job: TrainJob, index: Index, ranks: World) -> None:
+    """Put beside the checkpoints what a run directory needs to stand alone: its config and its tokenizer.
+
+    Raises:
+        RunError: on every rank, where the first one, which writes, cannot.
+    """
+    run_dir, problems = Path(job.run.dir), []
+    if ranks.first:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            partial = run_dir / ".config.partial"
+            OmegaConf.save(OmegaConf.create(asdict(job)), partial)
+            os.replace(partial, run_dir / "config.yaml")
+            index.tokenizer().save(run_dir / "tokenizer")
+        except OSError as error:
+            problems.append(f"run.dir={job.run.dir}: cannot be written: {error.filename}: {error.strerror}")
+    ranks.end_on(problems)
 
 
 def main() -> None:

@@ -6,22 +6,23 @@ import torch
 from pydantic import TypeAdapter
 
 from txl_dist.check import model_fits_together
-from txl_dist.config import LengthsConfig, ModelConfig
+from txl_dist.config import LengthsConfig, ModelConfig, Which
+from txl_dist.data import tokenizers
 from txl_dist.data.shards import Index, sha256_of_file
 from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint
-from txl_dist.errors import ConfigError
+from txl_dist.errors import ConfigError, UserError
 from txl_dist.models.transformer_xl import TransformerXL
 
 
 def trained_model(
-    run: str, step: int | None, lengths: LengthsConfig, average: bool = False
+    run: str, which: Which, lengths: LengthsConfig, average: bool = False
 ) -> tuple[TransformerXL, Checkpoint]:
     """The model of a run's checkpoint, ready to be asked, with the lengths that are given.
 
     Raises:
         ConfigError: where those do not fit together, or an average is wanted that was not kept.
     """
-    checkpoint = find_checkpoint(run, step)
+    checkpoint = find_checkpoint(run, which)
     config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
     problems = list(model_fits_together(config))
     if average and checkpoint.config.get("optimizer", {}).get("average_from") is None:
@@ -32,6 +33,20 @@ def trained_model(
     checkpoint.load_weights(model, average)
     model.store_by_inputs()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
+
+
+def trained_tokenizer(run: str, checkpoint: Checkpoint) -> tokenizers.Tokenizer:
+    """The tokenizer in the run's directory.
+
+    Raises:
+        UserError: where it cannot be read, or is not the one that the checkpoint tells.
+    """
+    folder = Path(run) / "tokenizer"
+    tokenizer = tokenizers.load(folder)
+    for name, sha256 in checkpoint.data.get("tokenizer", {}).items():
+        if not (folder / name).is_file() or sha256_of_file(folder / name) != sha256:
+            raise UserError(f"{folder / name}: is damaged; copy it from the dataset's tokenizer/")
+    return tokenizer
 
 
 def open_data(run: str, data_dir: str | None, split: str, checkpoint: Checkpoint) -> Index:

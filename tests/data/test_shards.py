@@ -1,7 +1,9 @@
 """What goes in comes out, from any position; whatever is damaged is told by name."""
 
+import base64
 import functools
 import json
+import re
 import shutil
 import tarfile
 import threading
@@ -174,8 +176,9 @@ def test_tokens_of_another_place_are_found(copy):
 
 
 def change(path: Path, *keys: str | int):
-    """Add one to a number deep in index.json."""
+    """Add one to a number deep in index.json, as one of an earlier version: without a sha256 of its own."""
     index = json.loads(path.read_text())
+    del index["sha256"]
     place = functools.reduce(lambda value, key: value[key], keys[:-1], index)
     place[keys[-1]] += 1
     path.write_text(json.dumps(index))
@@ -213,6 +216,10 @@ def test_damaged_files_beside_the_shards_are_told(copy):
         Index.open(str(copy)).tokenizer()
     text = (copy / "index.json").read_text()
     (copy / "index.json").write_text(text.replace(Index.open(str(copy)).splits["train"].shards[2].sha256, "0" * 64))
+    with pytest.raises(UserError, match=r"index.json: is damaged \(its content has the sha256 \w{12}, not \w{12} as"):
+        Index.open(str(copy))
+    without = re.sub(r',\s*"sha256": "\w+"\s*}\s*$', "}", (copy / "index.json").read_text())
+    (copy / "index.json").write_text(without)
     with pytest.raises(UserError, match=r"fingerprint is not that of its shards"):
         Index.open(str(copy))
     (copy / "index.json").write_text(text[:-10])
@@ -224,24 +231,33 @@ def test_damaged_files_beside_the_shards_are_told(copy):
 
 @pytest.fixture
 def served(copy):
-    """The copy behind a URL, and the paths that were asked for."""
+    """The copy behind a URL, the paths that were asked for, and those whose next answer breaks off half-way."""
     asked: list[str] = []
+    breaking: list[str] = []
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *values) -> None:
             asked.append(self.path)
 
+        def copyfile(self, source, outputfile) -> None:
+            data = source.read()
+            if self.path in breaking:
+                breaking.remove(self.path)
+                data = data[: len(data) // 2]
+            outputfile.write(data)
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(copy)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", asked, breaking
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches with curl, which is not installed")
 def test_a_url_is_read_through_a_cache(served, copy, tmp_path, monkeypatch):
-    url, asked = served
+    url, asked, _ = served
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "PAUSES", (0, 0))
     index = Index.open(url + "/")
     assert index.tokenizer().kind == "bytes"
     for _ in range(2):
@@ -252,12 +268,77 @@ def test_a_url_is_read_through_a_cache(served, copy, tmp_path, monkeypatch):
 
     shard = copy / "train" / "000003.tar"
     shard.write_bytes(shard.read_bytes()[::-1])
-    with pytest.raises(UserError, match=r"train/000003.tar: is not the one in the index"):
+    with pytest.raises(
+        UserError, match=r"000003.tar: cannot be fetched: what came is not the one in the index \(its sha"
+    ):
         reader.tokens(150, 1)
+    assert asked.count("/train/000003.tar") == 3
     (copy / "train" / "000004.tar").unlink()
-    with pytest.raises(UserError, match=r"train/000004.tar: cannot be fetched"):
+    with pytest.raises(UserError, match=r"train/000004.tar: cannot be fetched: what fetches it ended with code 22$"):
         reader.tokens(212, 1)
     with pytest.raises(UserError, match=r"no dataset can be read here"):
         Index.open(url + "/elsewhere")
     with pytest.raises(UserError, match=r"no dataset can be read here .*no gopen handler"):
         Index.open("nonsense://bucket/folder")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches with curl, which is not installed")
+def test_a_fetch_that_fails_is_tried_again(served, tmp_path, monkeypatch):
+    url, asked, breaking = served
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "PAUSES", (0.1, 0.1))
+    breaking += ["/index.json", "/index.json", "/train/documents.npy", "/train/000001.tar", "/train/000001.tar"]
+    reader = SampleReader(Index.open(url), "train")
+    assert reader.tokens(0, 90).tolist() == STREAM[:90].tolist()
+    assert [asked.count(path) for path in ("/index.json", "/train/documents.npy", "/train/000001.tar")] == [3, 2, 3]
+    breaking += ["/train/000002.tar"] * 3
+    with pytest.raises(UserError, match=r"train/000002.tar: cannot be fetched: what fetches it ended with code 18$"):
+        reader.tokens(100, 1)
+    assert not [path for path in tmp_path.rglob("*") if path.name == "000002.tar" and "cache" in path.parts]
+    assert reader.tokens(100, 1).tolist() == [STREAM[100]]  # the server has recovered
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches with curl, which is not installed")
+def test_a_damaged_file_in_the_cache_is_named_and_fetched_again_where_it_is_deleted(served, tmp_path, monkeypatch):
+    url, asked, _ = served
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index = Index.open(url)
+    SampleReader(index, "train").tokens(0, 1)
+    for name, sample in (("train/000000.tar", ": sample 0"), ("train/samples.npy", "")):
+        path = tmp_path / "cache/txl_dist" / index.fingerprint / name
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(UserError, match=f"{path}{sample}: .*; delete {path}, it is fetched again$"):
+            SampleReader(Index.open(url), "train").tokens(0, 1)
+        path.unlink()
+        assert SampleReader(Index.open(url), "train").tokens(0, 1) == STREAM[:1]
+        assert asked.count(f"/{name}") == 2
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches with curl, which is not installed")
+def test_curl_can_be_told_who_we_are(copy, tmp_path, monkeypatch):
+    """What the refusal of a URL with a password advises."""
+    netrc = tmp_path / ".netrc"
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.headers["Authorization"] != "Basic " + base64.b64encode(b"user:s3cret").decode():
+                return self.send_error(401)
+            super().do_GET()
+
+        def log_message(self, *values) -> None:
+            pass
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "PAUSES", ())
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(copy))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="what fetches it ended with code 22"):
+            Index.open(url)
+        (tmp_path / ".curlrc").write_text("netrc\n")
+        netrc.write_text("machine 127.0.0.1 login user password s3cret\n")
+        netrc.chmod(0o600)
+        assert SampleReader(Index.open(url), "train").tokens(0, 3).tolist() == STREAM[:3].tolist()
+        server.shutdown()

@@ -1,5 +1,6 @@
 """W&B's own offline files, read back."""
 
+import secrets
 import struct
 from pathlib import Path
 
@@ -72,3 +73,25 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_training(run, small, metri
     assert "kept offline" in done.stdout
     assert len([line for line in metrics(tmp_path) if "train/loss" in line]) == 20
     assert len(told(tmp_path)[-1]["history"]) == len(metrics(tmp_path))
+
+
+def test_a_key_is_written_nowhere(run, small, tmp_path):
+    """Neither in the run directory nor in what is printed, nor in what W&B keeps at home."""
+    key, home = secrets.token_hex(20), tmp_path / "home"
+    home.mkdir()
+    overrides = [*small, f"run.dir={tmp_path}/run", "tracking.mode=auto", "train.max_steps=4"]
+    done = run("txl_dist.train", *overrides, WANDB_API_KEY=key, WANDB_MODE="offline", HOME=str(home))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "checkpoint.json"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    assert key not in done.stdout + done.stderr
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
+
+
+def test_a_url_with_a_secret_is_refused_before_anything_is_written(run, small, tmp_path):
+    secret = secrets.token_hex(20)
+    for url in (f"https://user:{secret}@host/data", f"https://host/data?token={secret}"):
+        done = run("txl_dist.train", *small, f"data.dir='{url}'", f"run.dir={tmp_path}/run", cwd=tmp_path, expect=2)
+        assert "data.dir=https://host/data: the URL" in done.stderr and "Traceback" not in done.stderr
+        assert secret not in done.stdout + done.stderr
+        assert list(tmp_path.iterdir()) == []

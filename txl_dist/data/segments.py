@@ -19,8 +19,8 @@ NOT_SCORED = -100  # the target of a position that holds no token: torch's own m
 class Segment:
     """One step of some lanes; all arrays int64 [lanes, tgt_len].
 
-    targets: the tokens of the lanes' spans, NOT_SCORED where a lane has ended.
-    inputs: the token before each target; `<eos>` before a document's first.
+    targets: the tokens of the lanes' spans, NOT_SCORED where a lane has ended or the token is lost.
+    inputs: the token before each target; `<eos>` before a document's first, and for a lost one.
     reach: how many tokens back each position may look: those that the lane has read and may remember.
     """
 
@@ -36,6 +36,9 @@ class Segments:
     `workers` threads read ahead; their number changes nothing in what comes out. `waited` holds the seconds that the
     consumer has waited for data so far.
 
+    Where the reader gives NOT_SCORED for tokens that are lost, what comes after such a gap is read as if a document
+    began there: no position looks back into the gap or beyond it, up to `mem_len` tokens before the segment.
+
     Raises:
         UserError: where a shard disagrees with the index, naming shard and sample.
     """
@@ -49,9 +52,10 @@ class Segments:
         start: int,
         stop: int,
         workers: int = 1,
+        mem_len: int = 0,
     ):
         self.plan, self.reader, self.lanes, self.eos = plan, reader, lanes, eos
-        self.start, self.stop, self.workers = start, stop, workers
+        self.start, self.stop, self.workers, self.mem_len = start, stop, workers, mem_len
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -87,7 +91,22 @@ class Segments:
                 inputs[row, at + 1 - before : at + span.length] = tokens[: span.length - 1 + before]
                 reach[row, here] = np.arange(span.history, span.history + span.length)
                 at += span.length
+            if self.reader.lost is not None:
+                reach[row] = np.minimum(reach[row], self.since_gap(lane, step))
+        inputs[inputs == NOT_SCORED] = self.eos
         return Segment(step, inputs, targets, reach)
+
+    def since_gap(self, lane: int, step: int) -> np.ndarray:
+        """How many tokens each position of a segment has before it since the last gap; many, where memory holds none.
+
+        int64 [tgt_len]. Looked for in the lane's own past, of which every start of a run finds the same.
+        """
+        remembered = range(max(self.plan.origin.step, step - -(-self.mem_len // self.plan.tgt_len)), step + 1)
+        spans = [span for each in remembered for span in self.plan.spans(lane, each)]
+        lost = np.concatenate([self.reader.tokens(span.position, span.length) == NOT_SCORED for span in spans])
+        place = np.arange(len(lost))
+        last = np.maximum.accumulate(np.where(lost, place, np.iinfo(np.int64).min // 2))
+        return (place - last - 1).clip(min=0)[-self.plan.tgt_len :]
 
 
 def whole_split(

@@ -1,6 +1,6 @@
 """A dataset on disk: WebDataset shards, and an index that finds any token of a split without scanning.
 
-    index.json                  written last: what there is, with sha256 of everything
+    index.json                  written last: what there is, with sha256 of everything, itself included
     tokenizer/                  see `tokenizers`
     train/000000.tar ...        the split's stream of tokens in samples of `sample_tokens` (the last may be shorter)
     train/samples.npy           of each sample: byte offset in its shard, crc32 of its tokens
@@ -10,6 +10,7 @@ Token p is in sample p // sample_tokens, sample k in shard k // shard_samples. A
 readers, `json`: the document it starts in, the token's offset in that document, and where documents start within it.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -18,12 +19,14 @@ import os
 import re
 import shutil
 import tarfile
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -34,6 +37,11 @@ from txl_dist.errors import UserError
 FORMAT = {"format": "txl_dist dataset", "version": 1}
 SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])
 SIDE_FILES = ("samples.npy", "documents.npy")
+PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
+
+
+class DamagedSample(UserError):
+    """The bytes of a sample are not those that were written."""
 
 
 def sha256_of(stream: BinaryIO) -> str:
@@ -208,6 +216,7 @@ def write_index(
         "shard_samples": shard_samples,
         "splits": splits,
     }
+    index["sha256"] = sha256_of_json(index)
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -231,16 +240,20 @@ class Store:
     """Where a dataset's files are: in a local folder, or behind a URL prefix.
 
     What is fetched from a URL is kept below $XDG_CACHE_HOME (or ~/.cache) in txl_dist/<fingerprint of the dataset>.
+
+    Raises:
+        UserError: where a URL is a command, or holds a secret.
     """
 
     def __init__(self, location: str):
-        self.location = location.rstrip("/") or "/"
         self.remote = re.match(r"[A-Za-z0-9+.-]+://", location) is not None
+        if self.remote:
+            check_url(location)
+        self.location = location.rstrip("/") or "/"
         self.folder = Path(location).expanduser()  # of a remote dataset: its cache, once the fingerprint is known
 
-    @property
-    def remedy(self) -> str:
-        return f"delete {self.folder}, it is fetched again" if self.remote else "copy it again, or prepare it again"
+    def remedy(self, path: Path) -> str:
+        return f"delete {path}, it is fetched again" if self.remote else "copy it again, or prepare it again"
 
     def read_index(self) -> dict[str, Any]:
         where = f"{self.location}/index.json"
@@ -257,10 +270,16 @@ class Store:
             ) from error
         try:
             index = json.loads(data.getvalue())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: is damaged ({error}); copy it again, or prepare it again") from error
         if not isinstance(index, dict) or any(index.get(key) != value for key, value in FORMAT.items()):
             raise UserError(f"{where}: is not the index of a {FORMAT['format']}, version {FORMAT['version']}")
+        written = index.pop("sha256", None)  # indexes of earlier versions have none
+        if written is not None and (found := sha256_of_json(index)) != written:
+            raise UserError(
+                f"{where}: is damaged (its content has the sha256 {found[:12]}, not {str(written)[:12]} as written); "
+                "copy it again, or prepare it again"
+            )
         if self.remote:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             self.folder = cache / "txl_dist" / re.sub(r"\W", "", str(index.get("fingerprint")))
@@ -278,12 +297,10 @@ class Store:
             if not path.exists():
                 partial = path.with_name(path.name + ".partial")
                 try:
-                    with open(partial, "wb") as file:
-                        self._fetch(name, file)
+                    with open(partial, "w+b") as file:
+                        self._fetch(name, file, sha256)
                 except OSError as error:
-                    raise UserError(f"{self.location}/{name}: cannot be fetched ({error})") from error
-                if sha256_of_file(partial) != sha256:
-                    raise UserError(f"{self.location}/{name}: is not the one in the index (sha256 differs)")
+                    raise UserError(f"{self.location}/{name}: cannot be fetched: {error}") from error
                 partial.replace(path)
         return path
 
@@ -293,19 +310,59 @@ class Store:
         try:
             found = sha256_of_file(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {self.remedy}") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {self.remedy(path)}") from error
         if found != sha256:
-            raise UserError(f"{path}: is not the one in the index (sha256 differs); {self.remedy}")
+            raise UserError(f"{path}: {not_the_one(found, sha256)}; {self.remedy(path)}")
         return path
 
-    def _fetch(self, name: str, file: BinaryIO) -> None:
+    def _fetch(self, name: str, file: BinaryIO, sha256: str | None = None) -> None:
+        """Fetch a file, which has this sha256; what fails is tried again, for networks and servers fail at times."""
         from webdataset import gopen
 
-        try:
-            with gopen(f"{self.location}/{name}") as stream:
-                shutil.copyfileobj(stream, file, 1 << 20)
-        except ValueError as error:  # webdataset knows no such scheme
-            raise OSError(str(error)) from error
+        for pause in (*PAUSES, None):
+            try:
+                file.seek(0)
+                file.truncate()
+                with gopen(f"{self.location}/{name}") as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                file.seek(0)
+                if sha256 is None or (found := sha256_of(file)) == sha256:
+                    return
+                raise OSError(f"what came {not_the_one(found, sha256)}")
+            except ValueError as error:  # webdataset knows no such scheme
+                raise OSError(str(error)) from error
+            except OSError as error:
+                if pause is None:
+                    ended = re.search(r": exit (\d+) \(read\)", str(error))  # after the whole command
+                    raise OSError(f"what fetches it ended with code {ended[1]}" if ended else str(error)) from error
+                time.sleep(pause)
+
+
+def check_url(url: str) -> None:
+    """Refuse what webdataset would run in a shell, for a run's config may be anybody's; and secrets, for what names the
+    data goes into configs, checkpoints and logs."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url}: is no URL ({error})") from error
+    if parts.scheme == "pipe":
+        raise UserError(f"{url}: is a command, and none is run from a config; give a folder or a URL")
+    if parts.query or parts.fragment:
+        shown, what = parts._replace(query="", fragment=""), "holds more than a place (? or #)"
+    elif parts.password is not None or (parts.username and parts.scheme in ("http", "https")):
+        shown, what = parts, "holds a user name or a password"
+    else:
+        return
+    shown = shown._replace(netloc=parts.netloc.rpartition("@")[2])
+    raise UserError(
+        f"{shown.geturl()}: the URL that was given {what}, and would be kept in configs, checkpoints and logs; "
+        "give the folder's URL alone, and what proves who you are to curl, which fetches: a line `netrc` in ~/.curlrc "
+        'and the password in ~/.netrc, or a line `header = "Authorization: ..."` in ~/.curlrc'
+    )
+
+
+def not_the_one(found: str, sha256: str) -> str:
+    return f"is not the one in the index (its sha256 is {found[:12]}, not {sha256[:12]})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,10 +406,12 @@ class Index:
         """
         store = Store(location)
         facts = store.read_index()
-        where = f"{store.location}/index.json"
+        where, again = f"{store.location}/index.json", "copy it again, or prepare it again"
         try:
             if facts["fingerprint"] != content_fingerprint(facts["tokenizer"]["files"], facts["splits"]):
-                raise UserError(f"{where}: its fingerprint is not that of its shards; {store.remedy}")
+                raise UserError(f"{where}: its fingerprint is not that of its shards; {again}")
+            if strange := [name for name in names(facts) if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name)]:
+                raise UserError(f"{where}: {strange[0]!r} is no name of a file in a dataset; {again}")
             index = cls(
                 store=store,
                 fingerprint=facts["fingerprint"],
@@ -367,10 +426,21 @@ class Index:
             )
             for name, split in index.splits.items():
                 if wrong := index.contradiction(split):
-                    raise UserError(f"{where}: split {name}: {wrong}; {store.remedy}")
+                    raise UserError(f"{where}: split {name}: {wrong}; {again}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: is damaged ({type(error).__name__}: {error}); {store.remedy}") from error
+            raise UserError(f"{where}: is damaged ({type(error).__name__}: {error}); {again}") from error
         return index
+
+    def damages(self) -> list[str]:
+        """Shards that are missing or have another size; of those behind a URL only the fetched ones are looked at."""
+        found = []
+        for shard in (shard for split in self.splits.values() for shard in split.shards):
+            path = self.store.folder / shard.name
+            if not (path.is_file() or self.store.remote):
+                found.append(f"{path}: is missing; {self.store.remedy(path)}")
+            elif path.exists() and (size := path.stat().st_size) != shard.bytes:
+                found.append(f"{path}: has {size:,} bytes, not {shard.bytes:,}; {self.store.remedy(path)}")
+        return found
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Load the tokenizer; its files are checked."""
@@ -396,6 +466,14 @@ class Index:
         return None
 
 
+def names(facts: dict[str, Any]) -> Iterator[str]:
+    """All names of files that an index tells. They become paths, and an index may be anybody's."""
+    yield from (f"tokenizer/{name}" for name in facts["tokenizer"]["files"])
+    for split, told in facts["splits"].items():
+        yield split
+        yield from (shard["name"] for shard in told["shards"])
+
+
 def open_split(store: Store, name: str, facts: dict[str, Any]) -> Split:
     sample_table, document_starts = (
         np.load(store.checked(f"{name}/{file}", facts["files"][file]), mmap_mode="r", allow_pickle=False)
@@ -416,14 +494,22 @@ def open_split(store: Store, name: str, facts: dict[str, Any]) -> Split:
 
 
 class SampleReader:
-    """Reads any span of a split's stream. Threads may share it; the last `cache_samples` samples are kept decoded."""
+    """Reads any span of a split's stream. Threads may share it; the last `cache_samples` samples are kept decoded.
 
-    def __init__(self, index: Index, split: str, cache_samples: int = 4096):
-        self.index, self.split = index, index.splits[split]
+    Args:
+        lost: what stands for the tokens of a damaged sample; None: it is an error.
+
+    Attributes:
+        damaged: sample -> what is wrong with it. A sample that was found damaged is not read again.
+    """
+
+    def __init__(self, index: Index, split: str, cache_samples: int = 4096, lost: int | None = None):
+        self.index, self.split, self.lost = index, index.splits[split], lost
+        self.damaged: dict[int, str] = {}
         self._cached = lru_cache(maxsize=cache_samples)(self._read)
 
     def tokens(self, start: int, length: int) -> np.ndarray:
-        """Tokens [length] from position `start` of the stream, read-only, of `index.dtype`.
+        """Tokens [length] from position `start` of the stream, read-only; of `index.dtype`, where some are lost int64.
 
         Raises:
             UserError: where a shard is not what the index says, naming shard and sample.
@@ -440,19 +526,37 @@ class SampleReader:
     def sample(self, number: int) -> np.ndarray:
         """The tokens [sample_tokens] (the last sample may be shorter) of one sample, read-only; raises as `tokens`."""
         assert 0 <= number < self.split.samples
-        return self._cached(number)
+        if number not in self.damaged:
+            try:
+                return self._cached(number)
+            except DamagedSample as error:
+                if self.lost is None:
+                    raise
+                self.damaged[number] = str(error)
+        return np.full(self._size(number), self.lost, np.int64)
+
+    def _size(self, number: int) -> int:
+        return min(self.index.sample_tokens, self.split.tokens - number * self.index.sample_tokens)
 
     def _read(self, number: int) -> np.ndarray:
         shard = self.split.shards[number // self.index.shard_samples]
         path = self.index.store.local(shard.name, shard.sha256)
+        place, remedy = f"{path}: sample {number}", self.index.store.remedy(path)
+        try:
+            packed = self._packed(path, shard, number)
+        except OSError as error:
+            # A bad sector is damage; a shard that is not there at all is a mistake, which may be that of all shards.
+            kind = DamagedSample if error.errno == errno.EIO else UserError
+            raise kind(f"{place}: {error.strerror or error}; {remedy}") from error
+        except ValueError as error:
+            raise DamagedSample(f"{place}: {error}; {remedy}") from error
         try:
             # Without the bytes that follow, in which the tar reader would look for the next sample.
-            stream = io.BytesIO(self._packed(path, shard, number))
-            tokens = unpack(shard.name, stream, f"{number:09d}")
+            tokens = unpack(shard.name, io.BytesIO(packed), f"{number:09d}")
             self._check(tokens, number)
-        except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
-            raise UserError(f"{path}: sample {number}: {reason}; {self.index.store.remedy}") from error
+        except Exception as error:  # over damaged bytes webdataset, tarfile and numpy raise all there is
+            reason = str(error.args[0] if error.args else type(error).__name__).partition(" @ ")[0].partition("\n")[0]
+            raise DamagedSample(f"{place}: {reason}; {remedy}") from error
         tokens.flags.writeable = False
         return tokens
 
@@ -461,28 +565,43 @@ class SampleReader:
         offsets = self.split.sample_table["offset"]
         next_one = number + 1
         last = next_one == self.split.samples or next_one % self.index.shard_samples == 0
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe would wait for a writer
+            raise OSError(errno.EINVAL, "there is something else than a file")
+        if size != shard.bytes and self.lost is None:
+            raise ValueError(f"the shard has {size:,} bytes, not {shard.bytes:,}")
         with open(path, "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-                raise ValueError(f"the shard has {size:,} bytes, not {shard.bytes:,}")
             file.seek(int(offsets[number]))
             return file.read((shard.bytes if last else int(offsets[next_one])) - file.tell())
 
     def _check(self, tokens: np.ndarray, number: int) -> None:
-        dtype, size = self.index.dtype, self.index.sample_tokens
-        shape = (min(size, self.split.tokens - number * size),)
+        dtype, shape = self.index.dtype, (self._size(number),)
         if tokens.dtype != dtype or tokens.shape != shape:
             raise ValueError(f"{tokens.dtype} {tokens.shape} instead of {dtype} {shape}")
-        if zlib.crc32(tokens.tobytes()) != self.split.sample_table["crc32"][number]:
-            raise ValueError("the tokens are not those that were written (crc32 differs)")
+        expected = int(self.split.sample_table["crc32"][number])
+        if (found := zlib.crc32(tokens.tobytes())) != expected:
+            raise ValueError(
+                f"the tokens are not those that were written (their crc32 is {found:08x}, not {expected:08x})"
+            )
 
 
 def unpack(url: str, stream: BinaryIO, key: str) -> np.ndarray:
     """Let webdataset read the first sample of a tar stream; where a header is damaged it ends without a word."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    start = stream.read(tarfile.BLOCKSIZE)
+    stream.seek(0)
+    if (
+        start[257:262] != b"ustar"
+    ):  # it would be taken for a compressed tar, which can become as large as its author wants
+        raise ValueError("no sample can be read here")
     sample = next(group_by_keys(tar_file_expander([{"url": url, "stream": stream}])), None)
     if sample is None:
         raise ValueError("no sample can be read here")
     if sample["__key__"] != key or "tokens.npy" not in sample:
-        raise ValueError(f"not {key} with its tokens is here, but {sample['__key__']} with {', '.join(sorted(sample))}")
-    return np.load(io.BytesIO(sample["tokens.npy"]), allow_pickle=False)
+        members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+        raise ValueError(f"not {key} with its tokens is here, but {sample['__key__']} with {members}")
+    try:
+        return np.load(io.BytesIO(sample["tokens.npy"]), allow_pickle=False)
+    except Exception as error:  # a damaged header is parsed as Python's text: whatever that raises
+        raise ValueError("its tokens.npy holds no array of numbers") from error

@@ -360,6 +360,6 @@ def load(folder: Path) -> Tokenizer:
             raise UserError(f"{path}: kind {facts['kind']!r} is unknown here; it is bytes, word or sentencepiece")
         if (tokenizer.vocab_size, tokenizer.eos) != (facts["vocab_size"], facts["eos"]):
             raise UserError(f"{path}: its vocabulary has {tokenizer.vocab_size} tokens, not {facts['vocab_size']}")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: holds no tokenizer that can be read ({error})") from error
     return tokenizer

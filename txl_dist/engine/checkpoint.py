@@ -1,13 +1,14 @@
 """Checkpoints that know no ranks: parameters by name, memories by (layer, lane), and the step.
 
     RUN_DIR/checkpoints/step-000000500/
-        checkpoint.json              what is here: step, tokens, config, data, each file's bytes and sha256
+        checkpoint.json              what is here: step, tokens, config, data, each file's bytes and sha256, and its own
         weights-RRRRR.safetensors    fp32 parameters by name            (rank R writes its share of the names)
         optimizer-RRRRR.safetensors  `STATE/parameter` -> tensor, e.g. `exp_avg/...`
         memory-RRRRR.safetensors     `layer.L.lane.N` -> [mem_len, d_model]  (rank R writes its lanes)
 
 How many files there are tells who wrote them, not what they mean: any number of ranks reads them by name. A checkpoint
-is written under another name and renamed when all of it is there, so that what bears the name is whole.
+is written under another name and renamed when all of it is there, so that what bears the name was whole. What has been
+damaged since is found by sizes and sha256, named, and passed over for the newest one before it that is whole.
 """
 
 import glob
@@ -15,10 +16,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +29,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from txl_dist.data.shards import sha256_of_file
+from txl_dist.config import Which
+from txl_dist.data.shards import sha256_of_file, sha256_of_json
 from txl_dist.errors import UserError
 
-VERSION = 1
+VERSION = 2  # 1 had no sha256 of the manifest itself
+
+Files = dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk, read as far as its manifest.
 
-    state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split}
-    config: the run's whole config. data: {"fingerprint", "vocab_size"} of what it was trained on.
+    state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split,
+    "valid_loss": valid/loss as evaluated at this very step, else None}
+    config: the run's whole config. data: {"fingerprint", "vocab_size", "tokenizer": file -> sha256} of what it was
+    trained on.
     Of an imported model (txl_dist.convert): state is {"step": 0, "tokens": 0, "imported": whence}, config has `model`
     and `data` alone, and the fingerprint is None.
     """
@@ -47,11 +54,17 @@ class Checkpoint:
     state: dict[str, Any]
     config: dict[str, Any]
     data: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    files: Files
 
     @property
     def step(self) -> int:
         return self.state["step"]
+
+    @property
+    def valid_loss(self) -> float | None:
+        """None also where it is no number."""
+        loss = self.state.get("valid_loss")
+        return loss if loss is not None and isfinite(loss) else None
 
     def damages(self, contents: bool = True) -> list[str]:
         """What is wrong with the files, each compared with what the manifest tells of it; empty where all is well.
@@ -61,17 +74,19 @@ class Checkpoint:
 
         def damage(name: str) -> str | None:
             path, told = self.path / name, self.files[name]
-            if not path.is_file():
-                return f"{path}: is missing"
-            if path.stat().st_size != told["bytes"]:
-                return f"{path}: has {path.stat().st_size:,} bytes, but checkpoint.json tells {told['bytes']:,}"
-            if contents and sha256_of_file(path) != told["sha256"]:
-                return f"{path}: its content is not what checkpoint.json tells"
+            try:
+                if not path.is_file():
+                    return f"{path}: is {'no file' if path.exists() else 'missing'}"
+                if (size := path.stat().st_size) != told["bytes"]:
+                    return f"{path}: has {size:,} bytes, but checkpoint.json tells {told['bytes']:,}"
+                if contents and sha256_of_file(path) != told["sha256"]:
+                    return f"{path}: its content is not what checkpoint.json tells"
+            except OSError as error:
+                return f"{path}: cannot be read: {error.strerror}"
             return None
 
         with ThreadPoolExecutor(4) as pool:
-            found = [each for each in pool.map(damage, self.files) if each]
-        return [*found, f"remove {self.path} to go on from an older checkpoint or, with none, anew"] if found else []
+            return [each for each in pool.map(damage, self.files) if each]
 
     def contents(self, kind: str) -> "Contents":
         """How much there is of one kind. Nothing but headers is read."""
@@ -108,9 +123,12 @@ class Checkpoint:
         """Put the weights, or their average, into a model, each by its (first) name: a tied one is stored once."""
         parameters = dict(model.named_parameters())
         names = {name: f"average/{name}" if average else name for name in parameters}
-        found = self.tensors("optimizer" if average else "weights", names.values())
+        kind = "optimizer" if average else "weights"
+        found = self.tensors(kind, names.values())
         with torch.no_grad():
             for name, parameter in parameters.items():
+                if (shape := found[names[name]].shape) != parameter.shape:
+                    raise UserError(f"{self.path}: its {kind} of {name} are {list(shape)}, not {list(parameter.shape)}")
                 parameter.copy_(found[names[name]])
 
 
@@ -124,39 +142,56 @@ class Contents(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; every rank makes one and calls `add` for its tensors."""
+    """Writes one checkpoint: every rank makes one and calls `add` for its tensors, then one rank calls `commit`.
+
+    Attributes:
+        files: what this rank has written, for the manifest.
+    """
 
     def __init__(self, run_dir: str, step: int, rank: int):
         self.target = directory(run_dir, step)
         self.partial = self.target.with_name(f".{self.target.name}.partial")
         self.rank = rank
-
-    def begin(self) -> None:
-        """Make room, without what an interrupted write may have left. One rank calls it, before any adds."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.files: Files = {}
 
     def add(self, kind: str, tensors: dict[str, Tensor]) -> None:
-        """Write this rank's file of one kind, and beside it what the manifest will say of it."""
+        """Write this rank's file of one kind."""
         path = self.partial / f"{kind}-{self.rank:05d}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-        told = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        path.with_suffix(".told").write_text(json.dumps(told))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        except SafetensorError as error:  # which names no file
+            raise OSError(f"{path}: {error}") from error
+        flush(path)
+        self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
-    def finish(self, state: dict[str, Any], config: dict[str, Any], data: dict[str, Any], keep: int) -> None:
-        """Make the checkpoint whole, give it its name, and remove all but the newest `keep`. One rank calls it."""
-        files = {}
-        for note in sorted(self.partial.glob("*.told")):
-            files[note.with_suffix(".safetensors").name] = json.loads(note.read_text())
-            note.unlink()
+    def commit(self, files: Files, state: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Make the checkpoint whole with a manifest of all ranks' files, and give it its name.
+
+        Where a checkpoint of this step stands already, it is a damaged one that was passed over: it makes room.
+        """
         manifest = {"format": "txl_dist checkpoint", "version": VERSION, "state": state, "data": data, "files": files}
-        (self.partial / "checkpoint.json").write_text(json.dumps(manifest | {"config": config}, indent=2) + "\n")
-        for path in self.partial.iterdir():
-            flush(path)
-        os.replace(self.partial, self.target)
+        write_manifest(self.partial, manifest | {"config": config})
+        if self.target.exists():
+            os.replace(self.target, beside := self.target.with_name(f".{self.target.name}.replaced"))
+            os.replace(self.partial, self.target)
+            discard(beside)
+        else:
+            os.replace(self.partial, self.target)
         flush(self.target.parent)
-        for old in steps(self.target.parents[1])[:-keep]:
-            shutil.rmtree(directory(self.target.parents[1], old))
+
+    def give_up(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write checkpoint.json, with a sha256 of all else that is in it."""
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps(manifest | {"sha256": sha256_of_json(manifest)}, indent=2) + "\n")
+    flush(path)
+    flush(folder)
 
 
 def directory(run_dir: str | Path, step: int) -> Path:
@@ -164,14 +199,60 @@ def directory(run_dir: str | Path, step: int) -> Path:
 
 
 def steps(run_dir: str | Path) -> list[int]:
-    """The steps of which a run directory holds whole checkpoints, in order."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in (Path(run_dir) / "checkpoints").glob("step-*"))
+    """The steps of which a run directory holds checkpoints, damaged or not, in order."""
+    found = (re.fullmatch(r"step-(\d{9,})", path.name) for path in (Path(run_dir) / "checkpoints").glob("step-*"))
     return sorted(int(match[1]) for match in found if match)
 
 
-def newest(run_dir: str | Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None where it has none."""
-    return open_checkpoint(directory(run_dir, found[-1])) if (found := steps(run_dir)) else None
+def whole(
+    run_dir: str | Path, found: Iterable[int], contents: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[Checkpoint]:
+    """Of the checkpoints of some steps those that are whole, in the same order; each damage of the others is told.
+
+    Without `contents` only manifests and sizes are looked at.
+    """
+    for step in found:
+        try:
+            checkpoint = open_checkpoint(directory(run_dir, step))
+            damages = checkpoint.damages(contents)
+        except UserError as error:
+            damages = [str(error)]
+        if not damages:
+            yield checkpoint
+        for damage in damages:
+            tell(f"step {step:,} passed over: {damage}")
+
+
+def newest(
+    run_dir: str | Path, contents: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None where it has none at all. `contents` and `tell`: as for `whole`.
+
+    Raises:
+        UserError: where all that it has are damaged; nothing is begun anew then.
+    """
+    damages: list[str] = []
+
+    def note(damage: str) -> None:
+        damages.append(damage)
+        tell(damage)
+
+    found, place = steps(run_dir), Path(run_dir) / "checkpoints"
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place}: is no folder; bring back the checkpoints, or remove it to begin anew")
+    checkpoint = next(whole(run_dir, reversed(found), contents, note), None)
+    if found and not checkpoint:
+        remedy = f"{place}: no checkpoint here is whole; bring one back, or remove {place} to begin anew"
+        raise UserError("\n".join([*damages, remedy]))
+    return checkpoint
+
+
+def best(
+    run_dir: str | Path, contents: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> Checkpoint | None:
+    """The whole checkpoint of a run with the least valid/loss; None where no checkpoint was evaluated."""
+    evaluated = [each for each in whole(run_dir, steps(run_dir), contents, tell) if each.valid_loss is not None]
+    return min(evaluated, key=lambda each: (each.valid_loss, each.step), default=None)
 
 
 def run_dirs(patterns: Iterable[str]) -> list[str]:
@@ -183,26 +264,57 @@ def run_dirs(patterns: Iterable[str]) -> list[str]:
     return found
 
 
-def find_checkpoint(run_dir: str, step: int | None) -> Checkpoint:
-    """A run's checkpoint of a step, or its newest. The checks have seen to it that it is there."""
-    checkpoint = newest(run_dir) if step is None else open_checkpoint(directory(run_dir, step))
-    assert checkpoint, run_dir
-    return checkpoint
+def find_checkpoint(run_dir: str, which: Which, contents: bool = False) -> Checkpoint:
+    """The checkpoint of a run that is asked for; the checks have seen to it that it is there.
+
+    Raises:
+        UserError: where the step that is asked for is damaged. Otherwise damaged ones are named, on standard error, and
+            passed over.
+    """
+
+    def tell(damage: str) -> None:
+        print(damage, file=sys.stderr)
+
+    if isinstance(which, int):
+        checkpoint = open_checkpoint(directory(run_dir, which))
+        if damages := checkpoint.damages(contents):
+            raise UserError("\n".join(damages))
+        return checkpoint
+    found = newest(run_dir, contents, tell) if which is None else best(run_dir, contents, tell)
+    assert found, run_dir
+    return found
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's manifest.
 
     Raises:
-        UserError: where there is none that this version can read.
+        UserError: where there is none that this version can read, or it is damaged.
     """
+    file = path / "checkpoint.json"
     try:
-        told = json.loads((path / "checkpoint.json").read_text())
-        if told["format"] != "txl_dist checkpoint" or told["version"] != VERSION:
-            raise UserError(f"{path}: is of version {told['version']}; this txl_dist reads version {VERSION}")
-        return Checkpoint(path, told["state"], told["config"], told["data"], told["files"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: holds no readable checkpoint.json ({error})") from error
+        told = json.loads(file.read_text())
+        sha256 = told.pop("sha256", None)
+        if told["format"] != "txl_dist checkpoint" or told["version"] not in (1, VERSION):
+            raise UserError(f"{file}: is of version {told['version']}; this txl_dist reads version {VERSION}")
+        if sha256 != sha256_of_json(told) and (sha256 or told["version"] != 1):
+            raise UserError(f"{file}: its content is not what its own sha256 tells")
+        checkpoint = Checkpoint(path, told["state"], told["config"], told["data"], told["files"])
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: is no checkpoint's manifest ({type(error).__name__}: {error})") from error
+    if checkpoint.path.name != directory("", checkpoint.step).name:
+        raise UserError(f"{file}: is of step {checkpoint.step:,}, and does not belong here")
+    return checkpoint
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, or what stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def flush(path: Path) -> None:

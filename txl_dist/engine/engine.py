@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from txl_dist.config import LANE_KEYS, EngineConfig, ModelConfig, TrainJob
 from txl_dist.data.lanes import BEGINNING, LaneSplit, Origin
-from txl_dist.data.segments import Segment
-from txl_dist.engine.checkpoint import Checkpoint, CheckpointWriter
+from txl_dist.data.segments import NOT_SCORED, Segment
+from txl_dist.engine.checkpoint import Checkpoint
 from txl_dist.engine.evaluation import Score
 from txl_dist.engine.launch import World
 from txl_dist.engine.optimization import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.peak import peak_tflops
+from txl_dist.engine.saving import Saver
 from txl_dist.engine.sharded import ShardedState
 from txl_dist.models.attend import fastest
 from txl_dist.models.memory import Memory
@@ -41,7 +42,10 @@ class Engine(ABC):
         lanes: the lanes whose text this rank reads; the rows of each Segment given to it, in this order.
         origin: where these lanes began.
         step: optimizer steps done.
+        skipped: tokens of the last step's global batch that are lost (data.on_error=skip_sample).
+        weight: of a loss that is the mean over all positions; it makes a mean over the scored ones of the global batch.
         size: parameters of the whole model.
+        saver: writes what `save` has copied.
     """
 
     def __init__(self, job: TrainJob, vocab_size: int, world: World, checkpoint: Checkpoint | None):
@@ -51,6 +55,7 @@ class Engine(ABC):
         )
         self.lanes, self.origin, self.step = self.split.lanes(world.rank), BEGINNING, 0
         self.precision = precision(job.engine)
+        self.skipped, self.weight = 0, 1.0
 
         torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
         model = TransformerXL(job.model, vocab_size)
@@ -85,6 +90,7 @@ class Engine(ABC):
         self.memory = self.empty_memory(job.model)
         if checkpoint:
             self._restore(checkpoint)
+        self.saver = Saver(job.run.dir, job.checkpoint, self.step, world)
 
     @abstractmethod
     def part(self, model: TransformerXL) -> tuple[TransformerXL, range, nn.Module]:
@@ -135,10 +141,26 @@ class Engine(ABC):
         )
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_scale"]
+        if self.job.data.on_error == "skip_sample":
+            self.count_skipped(segment)
         loss = self.forward_backward_step(segment)
         self.memory.commit()
         self.step += 1
         return loss
+
+    def count_skipped(self, segment: Segment) -> None:
+        """Find `skipped` and `weight`; every rank must call it, with its rows.
+
+        The ranks add up their counts, on the CPU: so every scored token weighs the same, whoever reads it, and the loss
+        is the same under every split. It is 0 where a whole step is lost.
+        """
+        scored = torch.from_numpy(segment.targets != NOT_SCORED)
+        counted = scored[:, self.job.first_scored :]
+        counts = torch.tensor([scored.numel(), scored.sum(), counted.numel(), counted.sum()])
+        torch.distributed.all_reduce(counts)  # with pipeline stages the first and the last count each token: all twice
+        tokens, kept, positions, weighed = counts.tolist()
+        self.skipped = (tokens - kept) * self.job.tokens_per_step // tokens
+        self.weight = positions / max(weighed, 1)
 
     def mean(self, loss: Tensor) -> float:
         """The mean over all ranks of what `train_step` returned: that of the global batch."""
@@ -174,26 +196,34 @@ class Engine(ABC):
         self.deepspeed.train()
         return Score(nats, int(tokens))
 
-    def save(self, data: dict[str, Any]) -> None:
-        """Write the checkpoint of the current step; `data` says what the run is trained on. Every rank must call it."""
-        writer = CheckpointWriter(self.job.run.dir, self.step, self.world.rank)
-        if self.world.first:
-            writer.begin()
-        torch.distributed.barrier()
-        writer.add("weights", self.state.weights())
-        writer.add("optimizer", self.state.optimizer_states())
-        writer.add("memory", self.memory.by_name())
-        torch.distributed.barrier()
-        if self.world.first:
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "origin": asdict(self.origin),
-                "optimizer": self.state.numbers(),
-                "written_by": {"ranks": self.world.size, "precision": self.precision},
-            }
-            writer.finish(state, asdict(self.job), data, self.job.train.keep_checkpoints)
-        torch.distributed.barrier()
+    def save(self, data: dict[str, Any], valid_loss: float | None) -> None:
+        """Copy what the checkpoint of the current step holds; it is written in the background, until `saver.wait`.
+
+        Every rank must call it, and may train on as soon as it returns. Only a save that is still being written when
+        the next is due is waited for.
+
+        Args:
+            data: what the run is trained on.
+            valid_loss: of this very step, where it was evaluated.
+
+        Raises:
+            RunError: on every rank, where the save before this one has failed.
+        """
+        self.saver.wait()  # before the copy: there is room for one
+        tensors = {
+            "weights": self.state.weights(),
+            "optimizer": self.state.optimizer_states(),
+            "memory": {name: states.to("cpu", copy=True) for name, states in self.memory.by_name().items()},
+        }
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "origin": asdict(self.origin),
+            "optimizer": self.state.numbers(),
+            "written_by": {"ranks": self.world.size, "precision": self.precision},
+            "valid_loss": valid_loss,
+        }
+        self.saver.save(self.step, tensors, state, asdict(self.job), data)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step

@@ -5,10 +5,14 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from txl_dist.errors import RunError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,21 @@ class World:
         gathered: list[list[str]] = [[] for _ in range(self.size)]
         dist.all_gather_object(gathered, problems)
         return list(dict.fromkeys(problem for each in gathered for problem in each))
+
+    def broadcast(self, value: Value) -> Value:
+        """The first rank's value, on every rank; every rank must call it."""
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def end_on(self, problems: list[str]) -> None:
+        """Go on only where no rank has problems; every rank must call it.
+
+        Raises:
+            RunError: on every rank, with the problems of all.
+        """
+        if any(self.sum(len(problems))):
+            raise RunError(self.gather(problems))
 
 
 def world() -> World:

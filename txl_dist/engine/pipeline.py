@@ -38,9 +38,11 @@ class Stage(nn.Module):
     Attributes:
         memory: what these layers read and write. Rows are computed again by activation checkpointing only within the
             layers, so `forward` runs once for each micro-batch.
+        weight: the engine's.
     """
 
     memory: Memory
+    weight: float
 
     def __init__(self, model: TransformerXL, layers: range, first: bool, last: bool, first_scored: int):
         super().__init__()
@@ -61,9 +63,9 @@ class Stage(nn.Module):
         return hidden if self.last else (hidden, reach, rows)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """In training the mean of a micro-batch's scored positions; in evaluation the sum of all."""
+        """In training the weighted mean of a micro-batch's counted positions; in evaluation the sum of all."""
         nats = self.model.predict(hidden, targets)
-        return nats[:, self.first_scored :].mean() if self.training else nats.double().sum()
+        return nats[:, self.first_scored :].mean() * self.weight if self.training else nats.double().sum()
 
 
 class Pipeline(PipelineModule):
@@ -115,7 +117,7 @@ class PipelineEngine(Engine):
         return model, layers, pipeline
 
     def forward_backward_step(self, segment: Segment) -> Tensor:
-        self.stage.memory = self.memory
+        self.stage.memory, self.stage.weight = self.memory, self.weight
         return self.deepspeed.train_batch(self.micro_batches(segment))
 
     def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:

@@ -39,11 +39,11 @@ class ShardedState:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's share of the engine's own parameters. All its data-parallel ranks must call it."""
+        """A copy, on the CPU, of this rank's share of the own parameters. All its data-parallel ranks must call it."""
         return dict(self._share(None))
 
     def optimizer_states(self) -> dict[str, Tensor]:
-        """The optimizer's tensors of the same parameters, as `exp_avg/NAME`. All data-parallel ranks must call it."""
+        """A copy of the optimizer's tensors of the same, as `exp_avg/NAME`. All data-parallel ranks must call it."""
         self._link()
         return {f"{key}/{name}": value for key in self._keys() for name, value in self._share(key)}
 

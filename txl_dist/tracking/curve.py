@@ -4,17 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from txl_dist.tracking.metrics import read_metrics
 
-
-def draw_curve(run_dir: str) -> Path:
-    """Draw training and validation loss over tokens into RUN_DIR/curve.png and return its path."""
+def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
+    """Draw training and validation loss of a run's metrics over tokens into RUN_DIR/curve.png and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(run_dir)
     styles: dict[str, dict[str, Any]] = {
         "train/loss": {"color": "#9bb8d3", "linewidth": 1.2, "label": "training"},
         "valid/loss": {"color": "#d1495b", "linewidth": 2, "marker": "o", "markersize": 4, "label": "validation"},

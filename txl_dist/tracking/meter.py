@@ -22,9 +22,11 @@ class Meter:
 
     def _restart(self, step: int) -> None:
         self.step, self.waited, self.began = step, self.segments.waited, time.perf_counter()
+        self.saved = 0.0
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens a second of all ranks, and the share of the time spent waiting for data, since the last reading.
+        """Since the last reading: tokens a second of all ranks, the share of the time spent waiting for data, and the
+        seconds that training has waited for checkpoints.
 
         And, where the peak is known, model FLOPs utilisation (Chowdhery et al. 2022, appendix B): the share of it that
         the model makes use of.
@@ -34,6 +36,7 @@ class Meter:
         told = {
             "train/tokens_per_second": steps_per_second * self.tokens_per_step,
             "train/data_wait": (self.segments.waited - self.waited) / seconds,
+            "train/checkpoint_wait": self.saved,
         }
         if self.peak:
             told["train/mfu"] = steps_per_second * self.flops_per_step / self.peak
@@ -45,3 +48,10 @@ class Meter:
         since = time.perf_counter()
         yield
         self.began += time.perf_counter() - since
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what waits for a checkpoint, within `paused`."""
+        since = time.perf_counter()
+        yield
+        self.saved += time.perf_counter() - since

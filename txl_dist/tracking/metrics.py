@@ -1,29 +1,71 @@
 """metrics.jsonl: one JSON object a logged step, with flat keys: step, tokens, train/loss, valid/bits_per_byte, ..."""
 
 import json
-import os
+import sys
+from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
+from txl_dist.errors import UserError
+
 
 class MetricsFile:
-    """Appends to RUN_DIR/metrics.jsonl. What was logged after `step` is dropped first: a run that goes on from a
-    checkpoint does those steps again."""
+    """Appends to RUN_DIR/metrics.jsonl. What was logged after `step` is cut off first: a run that goes on from a
+    checkpoint does those steps again. What comes before is neither read nor written again, however much it is."""
 
     def __init__(self, run_dir: str, step: int):
         self.path = Path(run_dir) / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        kept = (end for end, line in backwards(self.path) if line and line["step"] <= step)
+        with self.path.open("ab") as file:
+            file.truncate(next(kept, 0))
 
     def append(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error  # a full disk comes without a name
+
+
+def backwards(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The lines from the last one on: the byte where each ends, and what it tells, None where it cannot be read.
+
+    A last line that was cut short when the machine stopped is none.
+
+    Raises:
+        UserError: where something else stands in the file's place.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file; move it away")
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        while end:
+            begin = content.rfind(b"\n", 0, end - 1) + 1
+            yield end, read_line(content[begin:end])
+            end = begin
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """What a line tells; None where it is damaged."""
+    try:
+        told = json.loads(line)
+        return told if type(told["step"]) is type(told["tokens"]) is int else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def last_line(run_dir: str) -> dict[str, Any] | None:
+    return next((line for _, line in backwards(Path(run_dir) / "metrics.jsonl")), None)
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
-    """All logged steps of a run; a last line that was cut short when the machine stopped is none."""
+    """All logged steps of a run. Lines that cannot be read are named, on standard error, and left out."""
     path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = [line for _, line in backwards(path)][::-1]
+    for number, line in enumerate(lines, 1):
+        if line is None:
+            print(f"{path}: line {number} cannot be read, and is left out", file=sys.stderr)
+    return [line for line in lines if line]

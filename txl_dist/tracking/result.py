@@ -8,13 +8,13 @@ from rich.console import Console
 
 from txl_dist.config import TrainJob
 from txl_dist.tracking.curve import draw_curve
-from txl_dist.tracking.metrics import read_metrics
+from txl_dist.tracking.metrics import last_line, read_metrics
 
 
 def is_tested(job: TrainJob) -> bool:
     """Whether a run is over: its last step is done and the test split evaluated."""
-    lines = read_metrics(job.run.dir)
-    return bool(lines) and "test/loss" in lines[-1] and lines[-1]["step"] == job.train.max_steps
+    last = last_line(job.run.dir)
+    return last is not None and "test/loss" in last and last["step"] == job.train.max_steps
 
 
 def show_result(job: TrainJob) -> None:
@@ -30,7 +30,10 @@ def show_result(job: TrainJob) -> None:
         rows.append(("tokens per second", f"[bold]{median(speeds):,.0f}[/]  (median of training)"))
     rows.append(("steps", f"{step:,} of {job.train.max_steps:,}, {lines[-1]['tokens']:,} tokens"))
     rows.append(("run directory", run_dir))
-    rows.append(("learning curve", str(draw_curve(run_dir))))
+    try:
+        rows.append(("learning curve", str(draw_curve(run_dir, lines))))
+    except OSError as error:
+        rows.append(("learning curve", f"could not be drawn: {error.filename or run_dir}: {error.strerror}"))
     wandb_runs = sorted((Path(run_dir) / "wandb").glob("*run-*"), key=os.path.getmtime)
     rows += [("W&B run", str(each)) for each in wandb_runs[-1:]]
     if step < job.train.max_steps:

@@ -1,5 +1,7 @@
 """The tracker: what is logged goes to metrics.jsonl, the console and W&B."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -11,11 +13,19 @@ from txl_dist.tracking.weights_and_biases import WandbRun
 
 
 class Tracker:
-    """Tells one start of a run, from step `start` to `stop`. Only the first rank's tracker tells anything."""
+    """Tells one start of a run, from step `start` to `stop`. Only the first rank's tracker tells anything.
+
+    Attributes:
+        problems: why metrics could not be kept; the run is to end where there are some.
+    """
 
     def __init__(self, job: TrainJob, start: int, stop: int, speaks: bool):
+        self.problems: list[str] = []
         self.screen = Screen(start, stop, speaks)
-        self.file = MetricsFile(job.run.dir, start) if speaks else None
+        self.file: MetricsFile | None = None
+        if speaks:
+            with self.noted():
+                self.file = MetricsFile(job.run.dir, start)
         self.wandb: WandbRun | None = None
         if speaks and job.tracking.mode != "disabled":
             self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking)
@@ -27,10 +37,18 @@ class Tracker:
         """Tell the metrics of a step: `step`, `tokens`, and any of train/*, valid/*, test/*."""
         self.last |= metrics
         if self.file:
-            self.file.append(metrics)
+            with self.noted():
+                self.file.append(metrics)
         if self.wandb:
             self.wandb.log(metrics)
         self.screen.log(metrics)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problems.append(f"{error.filename}: cannot be written: {error.strerror}")
 
     def __enter__(self) -> "Tracker":
         return self

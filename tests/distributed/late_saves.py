@@ -1,0 +1,32 @@
+"""Run several trainings in one process group, as many_runs does, with a slow disk: a checkpoint is written only when
+training has gone on for five steps more."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from txl_dist.check import read
+from txl_dist.cli import CONF
+from txl_dist.config import TrainJob
+from txl_dist.data.shards import Index
+from txl_dist.engine.launch import leave, world
+from txl_dist.train import Training
+
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    for overrides in json.loads(Path(sys.argv[1]).read_text()):
+        job = read(TrainJob, OmegaConf.to_container(compose("train", overrides), resolve=True))
+        training = Training(job, Index.open(job.data.dir), None, world())
+        engine, write = training.engine, training.engine.saver._write
+
+        def late(writer, step, *more, engine=engine, write=write, stop=training.stop):
+            while engine.step < min(step + 5, stop):
+                time.sleep(0.001)
+            return write(writer, step, *more)
+
+        engine.saver._write = late
+        training.run()
+leave()
