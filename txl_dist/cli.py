@@ -66,7 +66,8 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
 def mistakes_told() -> Iterator[None]:
     """Turn a user's mistake into words on standard error and exit code 2, and what else ends a run into exit code 1.
 
-    A mistake in the config is every rank's: they agree on what is wrong, the first tells it, and all end together.
+    A mistake in the config is every rank's: they agree on what is wrong, the first tells it, and all end together. What
+    all ranks know alike is told in the same way.
     """
     try:
         try:

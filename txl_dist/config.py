@@ -260,6 +260,23 @@ class EngineConfig:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class GuardConfig:
+    """What training does when something goes wrong: engine/guard.py and engine/watchdog.py tell how.
+
+    on_bad_step: of a step whose loss or gradient is not finite, or whose loss is a spike: end the run, pass it without
+    its update, or go back to the last checkpoint and then past it. spike: how far above the median of the last `window`
+    steps' losses, in their scaled median absolute deviations; null: no loss is too high. max_bad_steps: more among the
+    last `window` steps end the run. stall_timeout: in seconds; null: none.
+    """
+
+    on_bad_step: Literal["stop", "skip", "rollback"]
+    spike: Positive | None
+    window: Annotated[int, Strict(), Field(ge=2)]
+    max_bad_steps: Count
+    stall_timeout: Positive | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class TrackingConfig:
     """metrics.jsonl and the console always; W&B by `mode` (auto: online where there is a key, else offline)."""
 
@@ -280,6 +297,7 @@ class TrainJob:
     checkpoint: CheckpointConfig
     evaluation: LengthsConfig
     engine: EngineConfig
+    guard: GuardConfig
     tracking: TrackingConfig
 
     @property

@@ -2,8 +2,12 @@
 
 import secrets
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 from wandb.proto.wandb_internal_pb2 import Record
 
 
@@ -95,3 +99,23 @@ def test_a_url_with_a_secret_is_refused_before_anything_is_written(run, small, t
         assert "data.dir=https://host/data: the URL" in done.stderr and "Traceback" not in done.stderr
         assert secret not in done.stdout + done.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+def test_training_goes_on_where_the_service_is_killed(small, metrics, tmp_path):
+    keys = ["tracking.mode=offline", "train.max_steps=300", "train.eval_every=1000", "checkpoint.every=1000"]
+    command = [sys.executable, "-m", "txl_dist.train", *small, f"run.dir={tmp_path}", *keys]
+    with (tmp_path / "said").open("w") as said:
+        training = subprocess.Popen(command, stdout=said, stderr=said)
+    while not (tmp_path / "metrics.jsonl").is_file() or not (tmp_path / "metrics.jsonl").stat().st_size:
+        assert training.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    (service,) = psutil.Process(training.pid).children()
+    assert "wandb-core" in service.name()
+    service.kill()
+    assert training.wait(timeout=300) == 0, (tmp_path / "said").read_text()
+    words = (tmp_path / "said").read_text()
+    assert words.count("W&B has broken down") == 1 and "Traceback" not in words
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 301))
+    assert "test/loss" in lines[-1]
+    assert len(told(tmp_path)[0]["history"]) < len(lines)  # it was killed while there was something to tell

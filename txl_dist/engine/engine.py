@@ -19,6 +19,7 @@ from txl_dist.data.lanes import BEGINNING, LaneSplit, Origin
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.engine.checkpoint import Checkpoint
 from txl_dist.engine.evaluation import Score
+from txl_dist.engine.guard import Guard
 from txl_dist.engine.launch import World
 from txl_dist.engine.optimization import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.peak import peak_tflops
@@ -46,6 +47,7 @@ class Engine(ABC):
         weight: of a loss that is the mean over all positions; it makes a mean over the scored ones of the global batch.
         size: parameters of the whole model.
         saver: writes what `save` has copied.
+        guard: judges the steps.
     """
 
     def __init__(self, job: TrainJob, vocab_size: int, world: World, checkpoint: Checkpoint | None):
@@ -56,6 +58,8 @@ class Engine(ABC):
         self.lanes, self.origin, self.step = self.split.lanes(world.rank), BEGINNING, 0
         self.precision = precision(job.engine)
         self.skipped, self.weight = 0, 1.0
+        lanes, fp16 = self.lanes, self.precision == "fp16"
+        self.guard = Guard(job.guard, job.run.dir, world, lanes, job.data.num_lanes, fp16)
 
         torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
         model = TransformerXL(job.model, vocab_size)
@@ -83,9 +87,9 @@ class Engine(ABC):
             dist_init_required=False,
         )
         if job.engine.zero_stage == 0:
-            optimizer.register_step_pre_hook(self._clip)
             # Its reduction copies every gradient, also where there is no other rank.
             self.deepspeed.enable_backward_allreduce = world.size > 1
+        self._update, optimizer.step = optimizer.step, self._update_unless_bad  # type: ignore
         self.state = ShardedState(self.deepspeed, parameters)
         self.memory = self.empty_memory(job.model)
         if checkpoint:
@@ -143,7 +147,11 @@ class Engine(ABC):
             group["lr"] = self.learning_rate * group["lr_scale"]
         if self.job.data.on_error == "skip_sample":
             self.count_skipped(segment)
+        self.guard.begin(self.step + 1)
         loss = self.forward_backward_step(segment)
+        self.guard.end(self._norm)
+        if self.guard.refused:
+            self._keep_sound_memory()
         self.memory.commit()
         self.step += 1
         return loss
@@ -162,6 +170,28 @@ class Engine(ABC):
         self.skipped = (tokens - kept) * self.job.tokens_per_step // tokens
         self.weight = positions / max(weighed, 1)
 
+    def _update_unless_bad(self) -> None:
+        """The optimizer's step, which DeepSpeed asks for once or, under ZeRO, once for each group of parameters.
+
+        It has told the gradient's norm before, and what it does after is right with weights that have stayed.
+        """
+        if self.job.engine.zero_stage == 0:
+            self._clip()
+        if not self.guard.refuses(self._norm):
+            self._update()
+
+    def _keep_sound_memory(self) -> None:
+        """A lane whose new memory is not finite keeps the one before on all layers; every rank must call it.
+
+        That one is a segment too old. It is the text of the lane all the same, and gone after mem_len tokens.
+        """
+        lanes, new = self.memory.lanes, self.memory.next
+        spoilt = torch.zeros(self.job.data.num_lanes, dtype=torch.int32, device=new.device)
+        spoilt[lanes.start : lanes.stop] = ~new.isfinite().all(dim=0).flatten(1).all(dim=1)
+        torch.distributed.all_reduce(spoilt)  # a lane's layers may be on several ranks
+        rows = spoilt[lanes.start : lanes.stop] > 0
+        new[:, rows] = self.memory.current[:, rows]
+
     def mean(self, loss: Tensor) -> float:
         """The mean over all ranks of what `train_step` returned: that of the global batch."""
         return self.world.sum(loss)[0] / self.world.size
@@ -169,9 +199,13 @@ class Engine(ABC):
     @property
     def grad_norm(self) -> float:
         """The norm of the last step's whole gradient, before clipping."""
-        return float(self._grad_norm if self.job.engine.zero_stage == 0 else self.deepspeed.get_global_grad_norm())
+        return float(self._norm)
 
-    def _clip(self, *_: Any) -> None:
+    @property
+    def _norm(self) -> float | Tensor:
+        return self._grad_norm if self.job.engine.zero_stage == 0 else self.deepspeed.optimizer._global_grad_norm
+
+    def _clip(self) -> None:
         """What DeepSpeed does itself at the other ZeRO stages; at 0 it tells no norm, and a pipeline's is not right."""
         gradients = [parameter.grad for parameter in self.state.own.values() if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
@@ -207,8 +241,10 @@ class Engine(ABC):
             valid_loss: of this very step, where it was evaluated.
 
         Raises:
+            BadStep: where a step before was bad; then nothing is written.
             RunError: on every rank, where the save before this one has failed.
         """
+        self.guard.check()
         self.saver.wait()  # before the copy: there is room for one
         tensors = {
             "weights": self.state.weights(),
@@ -220,13 +256,24 @@ class Engine(ABC):
             "tokens": self.tokens,
             "origin": asdict(self.origin),
             "optimizer": self.state.numbers(),
+            "losses": list(self.guard.losses),
             "written_by": {"ranks": self.world.size, "precision": self.precision},
             "valid_loss": valid_loss,
         }
         self.saver.save(self.step, tensors, state, asdict(self.job), data)
 
+    def close(self) -> None:
+        """Give back the memory. DeepSpeed's hooks keep themselves alive, and under ZeRO 3 it does not take all away."""
+        self.deepspeed.destroy()
+        for parameter in self.state.parameters.values():
+            vars(parameter).clear()
+            parameter.data = torch.empty(0)
+        for each in (self.deepspeed.optimizer, self.deepspeed):
+            vars(each).clear()
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
+        self.guard.losses.extend(checkpoint.state.get("losses", []))
         self.state.restore(checkpoint)
         now = asdict(self.job)
         if any(checkpoint.config[section][key] != now[section][key] for section, key in LANE_KEYS):

@@ -5,10 +5,12 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from txl_dist.errors import RunError
 
@@ -56,8 +58,12 @@ class World:
             raise RunError(self.gather(problems))
 
 
-def world() -> World:
-    """Join the other processes that torchrun has started, or form a group of one; once in the life of a process."""
+def world(patience: float | None = None) -> World:
+    """Join the other processes that torchrun has started, or form a group of one; once in the life of a process.
+
+    Args:
+        patience: seconds for which a rank waits for others, at the least; None: as torch does, 10 minutes with NCCL.
+    """
     gpu = torch.cuda.is_available()
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in alone.items():
@@ -66,6 +72,9 @@ def world() -> World:
     if not dist.is_initialized():
         if gpu:
             torch.cuda.set_device(device)
+        if patience is not None:  # of the groups that DeepSpeed will make, too
+            for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+                setattr(distributed_c10d, name, timedelta(seconds=patience))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.engine.engine import Engine
 from txl_dist.engine.evaluation import row_slices
+from txl_dist.engine.guard import Guard
 from txl_dist.models.flops import flops
 from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
@@ -39,10 +40,12 @@ class Stage(nn.Module):
         memory: what these layers read and write. Rows are computed again by activation checkpointing only within the
             layers, so `forward` runs once for each micro-batch.
         weight: the engine's.
+        guard: is told the losses of the lanes.
     """
 
     memory: Memory
     weight: float
+    guard: Guard
 
     def __init__(self, model: TransformerXL, layers: range, first: bool, last: bool, first_scored: int):
         super().__init__()
@@ -65,7 +68,11 @@ class Stage(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """In training the weighted mean of a micro-batch's counted positions; in evaluation the sum of all."""
         nats = self.model.predict(hidden, targets)
-        return nats[:, self.first_scored :].mean() * self.weight if self.training else nats.double().sum()
+        if not self.training:
+            return nats.double().sum()
+        counted = nats[:, self.first_scored :] * self.weight
+        self.guard.lane_losses.append(counted.detach().mean(dim=1))
+        return counted.mean()
 
 
 class Pipeline(PipelineModule):
@@ -109,6 +116,7 @@ class PipelineEngine(Engine):
         embedding = set(model.embedding.parameters())
         tied = [parameter for parameter in model.softmax.parameters() if parameter in embedding]
         self.stage = Stage(model, layers, number == 0, number == stages - 1, self.job.first_scored)
+        self.stage.guard = self.guard
         if not (self.stage.first or self.stage.last):
             self.lanes = range(0)  # what a middle stage reads comes from the stage before
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group

@@ -22,7 +22,9 @@ class ZeroEngine(Engine):
         for rows in row_slices(len(self.lanes), self.split.accumulation):
             nats, remembered = self.deepspeed(*to_device(segment, rows, self.world.device), self.memory.read(rows))
             self.memory.write(rows, remembered)
-            losses.append(nats[:, self.job.first_scored :].mean() * self.weight)
+            counted = nats[:, self.job.first_scored :] * self.weight
+            losses.append(counted.mean())
+            self.guard.lane_losses.append(counted.detach().mean(dim=1))
             self.deepspeed.backward(losses[-1])
             self.deepspeed.step()
         return torch.stack(losses).detach().mean()

@@ -21,6 +21,11 @@ class MetricsFile:
             file.truncate(next(kept, 0))
 
     def append(self, metrics: dict[str, Any]) -> None:
+        """Add a logged step.
+
+        Raises:
+            OSError: with the file's name, where it cannot be written.
+        """
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")

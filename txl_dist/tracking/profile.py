@@ -13,8 +13,10 @@ from torch.profiler import record_function
 
 from txl_dist.config import TrainJob
 from txl_dist.engine.launch import World
+from txl_dist.errors import UserError
 from txl_dist.tracking.console import Screen
 from txl_dist.tracking.meter import Meter
+from txl_dist.tracking.weights_and_biases import first_line
 
 
 class Profile:
@@ -61,11 +63,36 @@ class Profile:
         name = f"steps-{self.first}-{self.last}-rank-{self.world.rank}"
         write(self.folder / f"{name}.json.gz", self.profiler.export_chrome_trace)
         if self.gpu:
-            write(self.folder / f"{name}-memory.pickle", torch.cuda.memory._dump_snapshot)
+            write_memory(self.folder, name)
             torch.cuda.memory._record_memory_history(enabled=None)
         if self.world.first:
             self.screen.say(f"steps {self.first} to {self.last}: traces in {self.folder}; the costliest operators are")
             self.screen.say(costliest(self.profiler, self.gpu))
+
+
+@contextlib.contextmanager
+def out_of_memory_told(job: TrainJob, ranks: World) -> Iterator[None]:
+    """Tell what to do about it and, on a GPU, write what its memory holds beside the profile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        engine = job.engine
+        lines = [
+            f"rank {ranks.rank} has no memory left on {ranks.device}: {first_line(error)}",
+            f"Less is taken by a larger engine.gradient_accumulation than {engine.gradient_accumulation}, a higher "
+            f"engine.zero_stage than {engine.zero_stage} with several processes, engine.activation_checkpointing=true, "
+            "engine.offload=optimizer and more engine.pipeline_stages; the run stays the same.",
+        ]
+        if ranks.device.type == "cuda":
+            path = write_memory(Path(job.run.dir) / "profile", f"out-of-memory-rank-{ranks.rank}")
+            lines.append(f"What the memory held is in {path}, for pytorch.org/memory_viz.")
+        raise UserError("\n".join(lines)) from error
+
+
+def write_memory(folder: Path, name: str) -> Path:
+    """Write a snapshot of this GPU's memory, for pytorch.org/memory_viz, and return its path."""
+    write(path := folder / f"{name}-memory.pickle", torch.cuda.memory._dump_snapshot)
+    return path
 
 
 def write(path: Path, export: Callable[[str], None]) -> None:

@@ -28,9 +28,7 @@ class Tracker:
                 self.file = MetricsFile(job.run.dir, start)
         self.wandb: WandbRun | None = None
         if speaks and job.tracking.mode != "disabled":
-            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking)
-            if self.wandb.note:
-                self.screen.say(self.wandb.note)
+            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking, self.screen.say)
         self.last: dict[str, Any] = {}
 
     def log(self, metrics: dict[str, Any]) -> None:
