@@ -28,6 +28,18 @@ def one(name, *overrides):
     return problem
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Be the first of some processes, as torchrun would tell."""
+
+    def be_one_of(size):
+        told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+
+    return be_one_of
+
+
 def test_a_sound_config_has_no_problems(small):
     assert problems("train", *small) == []
     assert problems("prepare") == []
@@ -62,9 +74,9 @@ def dataset_in_environment(dataset, monkeypatch):
     monkeypatch.setenv("DATASET", str(dataset))
 
 
-@pytest.mark.parametrize("lanes, processes, accumulation, works", [(7, 2, 1, "4, 6, 8, 10"), (8, 3, 2, "6, 12, 18")])
-def test_lanes_that_cannot_be_split_list_those_that_can(small, monkeypatch, lanes, processes, accumulation, works):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+@pytest.mark.parametrize("lanes, size, accumulation, works", [(7, 2, 1, "4, 6, 8, 10"), (8, 3, 2, "6, 12, 18")])
+def test_lanes_that_cannot_be_split_list_those_that_can(small, processes, lanes, size, accumulation, works):
+    processes(size)
     told = one("train", *small, f"data.num_lanes={lanes}", f"engine.gradient_accumulation={accumulation}")
     assert told.startswith(f"data.num_lanes={lanes}") and works in told
 
@@ -146,13 +158,13 @@ def test_a_profile_may_touch_an_evaluation(small):
         (["engine.pipeline_stages=2", "engine.gradient_accumulation=3"], "data.num_lanes=8"),
     ],
 )
-def test_stages_that_cannot_be_are_refused(small, monkeypatch, overrides, told):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+def test_stages_that_cannot_be_are_refused(small, processes, overrides, told):
+    processes(4)
     assert one("train", *small, *overrides).startswith(told)
 
 
-def test_lanes_are_split_among_pipelines_not_processes(small, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+def test_lanes_are_split_among_pipelines_not_processes(small, processes):
+    processes(4)
     assert problems("train", *small, "engine.pipeline_stages=4", "engine.gradient_accumulation=8") == []
 
 

@@ -42,6 +42,7 @@ from txl_dist.config import (
 )
 from txl_dist.data.shards import Index
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.placement import placement
 
 Job = TypeVar("Job")
 
@@ -125,15 +126,12 @@ def failed_checks(schema: type, found: dict[str, Any]) -> Iterator[str]:
             yield from function(**{name: found[name] for name in wanted})
 
 
-def processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @check(TrainJob)
 def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
-    if processes() % engine.pipeline_stages:
+    processes = placement().size
+    if processes % engine.pipeline_stages:
         return  # told by stages_can_be_cut
-    data_parallel = processes() // engine.pipeline_stages
+    data_parallel = processes // engine.pipeline_stages
     parts = data_parallel * engine.gradient_accumulation
     if data.num_lanes % parts:
         below = data.num_lanes // parts * parts
@@ -147,10 +145,10 @@ def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
 
 @check(TrainJob)
 def stages_can_be_cut(engine: EngineConfig, model: ModelConfig) -> Iterator[str]:
-    stages, layers = engine.pipeline_stages, engine.stage_layers
-    if processes() % stages:
+    processes, stages, layers = placement().size, engine.pipeline_stages, engine.stage_layers
+    if processes % stages:
         yield (
-            f"engine.pipeline_stages={stages}: needs a multiple of as many processes, not {processes()}; "
+            f"engine.pipeline_stages={stages}: needs a multiple of as many processes, not {processes}; "
             f"start with torchrun --nproc_per_node={stages}"
         )
     if stages > model.n_layer + 2:

@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from txl_dist.check import read
 from txl_dist.errors import ConfigError, RunError, UserError
+from txl_dist.placement import placement
+from txl_dist.preemption import release_signals
 
 Job = TypeVar("Job")
 
@@ -34,7 +36,7 @@ TEXTS = {
 }
 
 # Seconds that a rank waits before it tells an error. Where another has stopped, and said why, the connections to it
-# break; torchrun ends this rank in the meantime.
+# break; the launcher ends this rank in the meantime.
 FAREWELL = 10
 
 # What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
@@ -49,7 +51,8 @@ OURS = [
 
 def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
     """Run one entry point: compose conf/`name`.yaml with the command line's overrides, check it, call `run`."""
-    sys.argv[1:] = [*map(spell_out, sys.argv[1:]), *OURS]
+    given = [each for each in sys.argv[1:] if not each.startswith("--local_rank=")]  # deepspeed adds it, and LOCAL_RANK
+    sys.argv[1:] = [*map(spell_out, given), *OURS]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors whole, and they are told here like all others
 
     @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
@@ -59,6 +62,7 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
 
     keep_freed_memory()
     with mistakes_told():
+        placement()  # a wrong one is told before all else
         job()
 
 
@@ -76,7 +80,8 @@ def mistakes_told() -> Iterator[None]:
             words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
             raise ConfigError([" ".join(words)]) from error
         except RuntimeError:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if placement().size > 1:
+                release_signals()
                 time.sleep(FAREWELL)
             raise
     except ConfigError as error:
@@ -92,7 +97,7 @@ def mistakes_told() -> Iterator[None]:
 
 def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
     """Tell the problems of all ranks, once, and end all ranks with an exit code."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if placement().size == 1:
         print(told(error), file=sys.stderr, flush=True)
         raise SystemExit(code) from None
     import torch.distributed as dist  # seconds to import, and only processes that are several need it

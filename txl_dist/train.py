@@ -1,8 +1,15 @@
 """Train, or continue, a run: `torchrun --nproc_per_node=N -m txl_dist.train +experiment=quickstart`."""
 
+# ruff: noqa: E402
+from txl_dist.preemption import REQUEUE, Preempted, Preemption, hold_signals, pending
+
+if __name__ == "__main__":
+    hold_signals()  # before the imports that take seconds
+
 import gc
-from collections.abc import Iterable, Iterator
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from txl_dist.cli import command
 from txl_dist.config import TrainJob
@@ -26,37 +33,54 @@ from txl_dist.tracking.tracker import Tracker
 
 
 def train(job: TrainJob) -> None:
-    """Train from the run's newest whole checkpoint, or from the beginning, to train.max_steps (or train.stop_at)."""
+    """Train from the run's newest whole checkpoint, or from the beginning, to train.max_steps (or train.stop_at).
+
+    Where a signal stops it, the process exits with the code REQUEUE, and the same command goes on.
+    """
     with Watchdog(job.guard.stall_timeout) as watchdog:
-        # The watchdog has more to say than the process group, whose patience ends later.
-        ranks, index = world(job.guard.stall_timeout and 2 * job.guard.stall_timeout + 60), Index.open(job.data.dir)
+        ranks, index = world(watchdog.patience), Index.open(job.data.dir)
         watchdog.meet(ranks)
-        over = False
-        while not over:  # it goes back to its newest checkpoint as another start would
-            gc.collect()  # the engine of the start before, which refers to itself
-            checkpoint, over = standing(job, index, ranks)
-            with out_of_memory_told(job, ranks):
-                over = over or Training(job, index, checkpoint, ranks, watchdog).run()
+        preemption, over = Preemption(ranks), False
+        try:
+            while not over:  # it goes back to its newest checkpoint as another start would
+                gc.collect()  # the engine of the start before, which refers to itself
+                checkpoint, over = standing(job, index, ranks)
+                preemption.ask("before the model was built")
+                with out_of_memory_told(job, ranks):
+                    over = over or Training(job, index, checkpoint, ranks, watchdog, preemption).run()
+            preemption.finish()
+        except Preempted as where:
+            stop(where, ranks)
     if ranks.first:
         show_result(job)
 
 
 class Training:
-    """One start of a run: from its checkpoint's step to the last one that is asked for."""
+    """One start of a run: from its checkpoint's step to the last one that is asked for.
 
-    def __init__(self, job: TrainJob, index: Index, checkpoint: Checkpoint | None, ranks: World, watchdog: Watchdog):
-        self.job, self.index, self.watchdog = job, index, watchdog
+    Attributes:
+        unlogged: where the start before was stopped in an evaluation: the other metrics of that step.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        index: Index,
+        checkpoint: Checkpoint | None,
+        ranks: World,
+        watchdog: Watchdog,
+        preemption: Preemption,
+    ):
+        self.job, self.index, self.watchdog, self.preemption = job, index, watchdog, preemption
         write_run(job, index, ranks)
         engine = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
         self.engine = engine(job, index.vocab_size, ranks, checkpoint)
         self.start = self.engine.step
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
-        self.tracker = Tracker(job, self.start, self.stop, ranks.first)
-        self.data = {
-            "fingerprint": index.fingerprint,
-            "vocab_size": index.vocab_size,
-            "tokenizer": dict(index.tokenizer_files),
-        }
+        self.unlogged = checkpoint.data.get("unlogged") if checkpoint else None
+        preemption.ask("while it was starting")
+        self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, ranks.first)
+        self.segments = self.training_segments()
 
     def run(self) -> bool:
         """Whether the run has come to its end; else it is to go back to its newest checkpoint."""
@@ -80,76 +104,107 @@ class Training:
 
     def loop(self) -> None:
         """One segment a step, in order."""
-        job, engine, segments = self.job, self.engine, self.segments()
+        job, engine, screen = self.job, self.engine, self.tracker.screen
         flops = training_flops(job.model, self.index.vocab_size, job.data.num_lanes)
-        meter = Meter(segments, self.start, job.tokens_per_step, flops, engine.peak())
-        profile = Profile(job, self.start, engine.world, self.tracker.screen, meter)
-        skipped = Skipped(segments.reader, engine.world, self.tracker.screen)
-        for segment in segments:
+        self.meter = Meter(self.segments, self.start, job.tokens_per_step, flops, engine.peak())
+        profile = Profile(job, self.start, engine.world, screen, self.meter)
+        skipped = Skipped(self.segments.reader, engine.world, screen)
+        if self.unlogged is not None:
+            self.round_off(self.unlogged)
+        for segment in self.segments:
             with profile.step(engine.step + 1):
                 loss = engine.train_step(segment)
             skipped.tokens += engine.skipped
             self.watchdog.beat(f"step {engine.step}")
-            metrics: dict[str, Any] = {}
+            self.preemption.poll()
             if engine.guard.bad:
-                self.tracker.screen.say(self.told(engine.guard.bad))
+                screen.say(self.told(engine.guard.bad))
+            metrics: dict[str, Any] = {}
             if self.due(job.tracking.log_every, also=self.stop):
                 engine.guard.check()
-                metrics |= engine.guard.metrics()
                 metrics |= {"train/loss": engine.mean(loss)}
                 metrics |= {"train/lr": engine.learning_rate, "train/grad_norm": engine.grad_norm}
-                metrics |= meter.read(engine.step) | skipped.read()
-            with meter.paused():
-                if self.due(job.train.eval_every, also=job.train.max_steps) and "valid" in self.index.splits:
+                metrics |= self.meter.read(engine.step) | skipped.read() | engine.guard.metrics()
+            self.round_off(metrics)
+            screen.advance(engine.step)
+            if self.preemption.agreed and engine.step < self.stop:
+                raise Preempted(f"after step {engine.step}")
+
+    def round_off(self, metrics: dict[str, Any]) -> None:
+        """What is due after a step: an evaluation, a line of the log, a checkpoint."""
+        with self.meter.paused():
+            if self.due(self.job.train.eval_every, also=self.job.train.max_steps) and "valid" in self.index.splits:
+                try:
                     metrics |= self.evaluate("valid")
-                if metrics:
-                    self.log(metrics)
-                if self.due(job.checkpoint.every, also=self.stop):
-                    with meter.saving():
-                        engine.save(self.data, metrics.get("valid/loss"))
-                    self.watchdog.beat(f"the checkpoint of step {engine.step}")
-            self.tracker.screen.advance(engine.step)
+                except Preempted:
+                    self.save(None, unlogged=metrics)
+                    raise
+            if metrics:
+                self.log(metrics)
+            if self.due(self.job.checkpoint.every, also=self.stop) or self.preemption.agreed:
+                self.save(metrics.get("valid/loss"))
 
     def due(self, every: int, also: int = 0) -> bool:
         return self.engine.step % every == 0 or self.engine.step == also
+
+    def save(self, valid_loss: float | None, **more: Any) -> None:
+        index = self.index
+        data = {"fingerprint": index.fingerprint, "vocab_size": index.vocab_size, "tokenizer": index.tokenizer_files}
+        with self.meter.saving():
+            self.engine.save(data | more, valid_loss)
+        self.watchdog.beat(f"the checkpoint of step {self.engine.step}")
 
     def log(self, metrics: dict[str, Any]) -> None:
         self.tracker.log({"step": self.engine.step, "tokens": self.engine.tokens} | metrics)
         self.engine.world.end_on(self.tracker.problems + self.engine.saver.problems)
 
     def told(self, bad: BadStep) -> str:
-        return in_words(bad, self.plan(), self.job.guard, newest(self.job.run.dir))
+        return in_words(bad, self.segments.plan, self.job.guard, newest(self.job.run.dir))
 
-    def segments(self) -> Segments:
-        data, lanes, mem_len = self.job.data, self.engine.lanes, self.job.model.mem_len
-        reader = SampleReader(self.index, "train", lost=NOT_SCORED if data.on_error == "skip_sample" else None)
-        return Segments(self.plan(), reader, lanes, self.index.eos, self.start, self.stop, data.workers, mem_len)
-
-    def plan(self) -> LanePlan:
-        data, split = self.job.data, self.index.splits["train"]
-        return LanePlan(
+    def training_segments(self) -> Segments:
+        data, model, split = self.job.data, self.job.model, self.index.splits["train"]
+        plan = LanePlan(
             split.document_starts,
             data.num_lanes,
-            self.job.model.tgt_len,
+            model.tgt_len,
             seed=self.job.run.seed,
             order=data.order,
             reset_memory=data.reset_memory,
             origin=self.engine.origin,
         )
+        reader = SampleReader(self.index, "train", lost=NOT_SCORED if data.on_error == "skip_sample" else None)
+        lanes, eos = self.engine.lanes, self.index.eos
+        return Segments(plan, reader, lanes, eos, self.start, self.stop, data.workers, model.mem_len)
 
     def evaluate(self, name: str) -> dict[str, float]:
-        """Metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte."""
+        """Metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte.
+
+        Raises:
+            Preempted: on every rank, after the same segment.
+        """
         data, tgt_len = self.job.data, self.job.evaluation.of(self.job.model).tgt_len
         lanes = data.num_lanes, tgt_len, data.reset_memory, self.engine.lanes
-        segments = whole_split(self.index, name, *lanes, data.workers)
-        watched = self.tracker.screen.watch(segments, f"evaluating {name}", len(segments))
-        score = self.engine.evaluate(self.beating(watched, f"a segment of {name}"))
+        score = self.engine.evaluate(self.until_stopped(whole_split(self.index, name, *lanes, data.workers), name))
+        if self.preemption.agreed:
+            raise Preempted(f"in the evaluation of {name} after step {self.engine.step}")
         return {f"{name}/{key}": value for key, value in score.metrics(self.index.splits[name].bytes).items()}
 
-    def beating(self, segments: Iterable[Segment], each: str) -> Iterator[Segment]:
-        for segment in segments:
+    def until_stopped(self, segments: Segments, name: str) -> Iterator[Segment]:
+        for segment in self.tracker.screen.watch(segments, f"evaluating {name}", len(segments)):
             yield segment
-            self.watchdog.beat(each)
+            self.watchdog.beat(f"a segment of {name}")
+            if self.preemption.poll():
+                return
+
+
+def stop(where: Preempted, ranks: World) -> NoReturn:
+    """Tell by which signals and where the run was stopped, and end all ranks."""
+    signals = " and ".join(ranks.gather(pending()))
+    if ranks.first:
+        told = f"Stopped by {signals} {where}; the same command goes on from there (exit code {REQUEUE})."
+        print(told, file=sys.stderr, flush=True)
+    ranks.gather([])  # launchers end all ranks as soon as one has ended: none may before it is told
+    leave(REQUEUE)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """W&B's own offline files, read back."""
 
+import os
 import secrets
+import signal
 import struct
 import subprocess
 import sys
@@ -8,7 +10,12 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from wandb.proto.wandb_internal_pb2 import Record
+
+from txl_dist.preemption import REQUEUE
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def records(path):
@@ -119,3 +126,35 @@ def test_training_goes_on_where_the_service_is_killed(small, metrics, tmp_path):
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 301))
     assert "test/loss" in lines[-1]
     assert len(told(tmp_path)[0]["history"]) < len(lines)  # it was killed while there was something to tell
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stopped_run_is_finished_well_and_goes_on(small, metrics, tmp_path, number):
+    """Signalled as Slurm does it: all processes, also W&B's, which SIGTERM ends with what it has not written yet."""
+    command = [sys.executable, "-m", "txl_dist.train", *small, f"run.dir={tmp_path}", "tracking.mode=offline"]
+    command += ["train.max_steps=3000", "train.eval_every=3000"]
+    metrics_file = tmp_path / "metrics.jsonl"
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    start = subprocess.Popen(command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (metrics_file.exists() and metrics_file.read_text().count("\n") >= 5):
+        assert start.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(start.pid)], capture_output=True, text=True).stdout
+    assert children  # W&B's
+    for process in (*map(int, children.split()), start.pid):
+        os.kill(process, number)
+    assert start.wait(600) == REQUEUE
+    assert "Traceback" not in start.stderr.read()
+    step = metrics(tmp_path)[-1]["step"]
+    subprocess.run([*command, f"train.stop_at={step + 2}"], cwd=REPO, env=environment, check=True)
+
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, step + 3))
+    first, second = told(tmp_path)
+    assert [float(each["step"]) for each in second["history"]] == [step + 1, step + 2]
+    if number == signal.SIGUSR1:
+        assert first["id"] == second["id"]
+        assert [float(each["step"]) for each in first["history"]] == list(range(1, step + 1))
+        one, two = (list(records(each)) for each in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+        assert [each.exit.exit_code for each in one if each.WhichOneof("record_type") == "exit"] == [REQUEUE]
+        preempting = [[each.WhichOneof("record_type") for each in start].count("preempting") for start in (one, two)]
+        assert preempting == [1, 0]

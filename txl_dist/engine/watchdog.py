@@ -35,6 +35,11 @@ class Watchdog:
         self.mates = {int(os.environ.get("RANK", "0")): os.getpid()}
         self.ended = threading.Event()
 
+    @property
+    def patience(self) -> float | None:
+        """Seconds for which process groups are to wait: longer, for the watchdog has more to say."""
+        return None if self.timeout is None else 2 * self.timeout + 60
+
     def meet(self, world: World) -> None:
         """Know the processes of this host; every rank must call it."""
         told: list[tuple[str, int]] = [("", 0)] * world.size

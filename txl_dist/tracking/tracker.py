@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from txl_dist.config import TrainJob
+from txl_dist.preemption import Preempted
 from txl_dist.tracking.console import Screen
 from txl_dist.tracking.metrics import MetricsFile
 from txl_dist.tracking.weights_and_biases import WandbRun
@@ -54,4 +55,4 @@ class Tracker:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.screen.close()
         if self.wandb:
-            self.wandb.finish(self.last)
+            self.wandb.finish(self.last, preempted=kind is Preempted)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from txl_dist.config import TrackingConfig
+from txl_dist.preemption import REQUEUE
 
 ID_FILE = "wandb_id"
 
@@ -55,9 +56,11 @@ class WandbRun:
     def log(self, metrics: dict[str, Any]) -> None:
         self._tell(lambda: self.run.log(metrics))
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: dict[str, Any], preempted: bool) -> None:
         self._tell(lambda: self.run.summary.update(summary))
-        self._tell(self.run.finish)
+        if preempted:
+            self._tell(self.run.mark_preempting)  # with an exit code it is shown as preempted, not as finished
+        self._tell(lambda: self.run.finish(exit_code=REQUEUE if preempted else None))
         with contextlib.suppress(Exception):  # of a broken one, so that a run after this one has another
             self.wandb.teardown()
 

@@ -1,0 +1,216 @@
+"""slurm/ on a real Slurm of two nodes: runs that are stopped at any moment end as one that never was."""
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from slurm_cluster import MISSING, Cluster
+
+from txl_dist.engine.checkpoint import newest, steps
+
+REPO = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here ({', '.join(MISSING)}: not found)")
+
+# Evaluated token by token: that takes long enough to be met.
+LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20", "evaluation.tgt_len=2"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as cluster:
+        cluster.environment |= {"TXL_DIST_PYTHON": sys.executable, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        yield cluster
+
+
+class Job:
+    """A job of slurm/train.sh on two nodes with a task each."""
+
+    def __init__(self, cluster, run_dir, *overrides):
+        self.cluster, self.run_dir, self.log = cluster, run_dir, run_dir.with_suffix(".log")
+        options = ["--parsable", "--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1", f"--output={self.log}"]
+        self.id = sbatch(cluster, *options, "slurm/train.sh", *overrides, f"run.dir={run_dir}")
+
+    def state(self):
+        shown = self.cluster.call("scontrol", "--oneliner", "show", "job", self.id)
+        return re.search(r"JobState=(\S+)", shown)[1]
+
+    def until(self, condition, every=0.05):
+        self.cluster.wait_until(condition, lambda: f"{self.state()}\n{self.told()}", every)
+
+    def told(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def lines(self):
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def tasks(self):
+        """The processes that train."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().split(b"\0")
+            except OSError:  # it has ended
+                continue
+            if words[0] == sys.executable.encode() and f"run.dir={self.run_dir}".encode() in words:
+                found.append(int(path.name))
+        return found
+
+    def signal(self):
+        self.cluster.call("scancel", "--signal=USR1", self.id)
+
+    def finish(self):
+        """Wait for its end, however often it is started again."""
+        self.until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), every=0.5)
+        assert self.state() == "COMPLETED", self.told()
+
+
+def sbatch(cluster, *words):
+    return cluster.call("sbatch", *words, cwd=REPO)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, small, tmp_path_factory):
+    job = Job(cluster, tmp_path_factory.mktemp("undisturbed") / "run", *small, *LONG)
+    job.finish()
+    assert "2 x cpu" in job.told()
+    return job
+
+
+def while_starting(job):
+    job.until(lambda: len(job.tasks()) == 2, every=0.01)
+    job.signal()
+
+
+def while_training(job):
+    job.until(lambda: job.lines() >= 10, every=0.001)
+    job.signal()
+
+
+def while_training_by_a_requeue(job):
+    """As an administrator does it, or a job of a higher priority: Slurm sends SIGTERM."""
+    job.until(lambda: job.lines() >= 10, every=0.001)
+    job.cluster.call("scontrol", "requeue", job.id)
+
+
+def while_evaluating(job):
+    job.until(lambda: job.lines() >= 29, every=0.001)
+    job.signal()
+
+
+def while_testing(job):
+    job.until(lambda: job.lines() >= 60, every=0.001)
+    job.signal()
+
+
+def while_saving(job):
+    """Held still while it is signalled, so that it is in the middle of that for sure."""
+    partial = job.run_dir / "checkpoints"
+
+    def held():
+        if not list(partial.glob(".*.partial")):
+            return False
+        for task in job.tasks():
+            os.kill(task, signal.SIGSTOP)
+        if list(partial.glob(".*.partial")):
+            return True
+        for task in job.tasks():
+            os.kill(task, signal.SIGCONT)
+
+    job.until(held, every=0)
+    job.signal()
+    for task in job.tasks():
+        os.kill(task, signal.SIGCONT)
+
+
+# And what the log tells then.
+MOMENTS = {
+    while_starting: "Stopped by SIGUSR1 before the model was built",
+    while_training: "Stopped by SIGUSR1 after step",
+    while_training_by_a_requeue: "Stopped by SIGTERM after step",
+    while_evaluating: "Stopped by SIGUSR1 in the evaluation of valid after step 30",
+    while_saving: "Stopped by SIGUSR1 after step",
+    while_testing: "Stopped by SIGUSR1 in the evaluation of test after step 60",
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(cluster, small, tmp_path_factory):
+    """A job for each moment. While one waits for its second start, the next has its first."""
+    jobs = {}
+    for moment in MOMENTS:
+        job = jobs[moment] = Job(cluster, tmp_path_factory.mktemp(moment.__name__) / "run", *small, *LONG)
+        moment(job)
+        job.until(lambda job=job: "Stopped by" in job.told())
+    return jobs
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(undisturbed, stopped, metrics, moment):
+    """To the bit: all that is logged but how fast it was, weights, optimizer and memories."""
+    job = stopped[moment]
+    job.finish()
+    assert job.told().count(MOMENTS[moment]) == job.told().count("Stopped by") == 1, job.told()
+    one, two = (
+        [{key: value for key, value in line.items() if key not in SPEED} for line in metrics(each.run_dir)]
+        for each in (undisturbed, job)
+    )
+    assert one == two and len(one) == 61
+    one, two = newest(undisturbed.run_dir), newest(job.run_dir)
+    assert one.state == two.state and steps(undisturbed.run_dir) == steps(job.run_dir)
+    for kind in ("weights", "optimizer", "memory"):
+        assert one.names(kind) == two.names(kind)
+        theirs = two.tensors(kind)
+        assert all(torch.equal(value, theirs[name]) for name, value in one.tensors(kind).items()), kind
+
+
+SPEED = ("train/tokens_per_second", "train/data_wait")
+
+
+def test_a_cancelled_run_is_saved_and_not_requeued(cluster, small, tmp_path):
+    job = Job(cluster, tmp_path / "run", *small, *LONG)
+    job.until(lambda: job.lines() >= 10)
+    cluster.call("scancel", job.id)
+    job.until(lambda: job.state() == "CANCELLED" and not cluster.call("squeue", "--noheader"))
+    step = int(re.search(r"after step (\d+)", job.told())[1])
+    assert steps(job.run_dir)[-1] == step
+
+
+def test_a_mistake_is_told_once_and_not_requeued(cluster, small, tmp_path):
+    job = Job(cluster, tmp_path / "run", *small, "model.n_layers=3", "data.num_lanes=7")
+    job.until(lambda: job.state() == "FAILED")
+    assert job.told().count("did you mean model.n_layer") == 1 and "over 2 processes" in job.told()
+    assert "Traceback" not in job.told()
+
+
+def test_srun_by_hand_and_a_process_alone_in_a_job(cluster, small, metrics, tmp_path):
+    """In a shell of salloc SLURM_NTASKS tells of two tasks as well, but the process is none of them."""
+    train = [sys.executable, "-m", "txl_dist.train", *small, "train.stop_at=1"]
+    together = cluster.call("srun", "--nodes=2", *train, f"run.dir={tmp_path}/together", cwd=REPO)
+    alone = cluster.call("salloc", "--nodes=2", *train, f"run.dir={tmp_path}/alone", cwd=REPO)
+    assert "2 x cpu" in together and "1 x cpu" in alone
+    one, two = (metrics(tmp_path / each)[0]["train/loss"] for each in ("together", "alone"))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_prepare_sweep_and_evaluate(cluster, small, corpus, metrics, tmp_path):
+    """From text to a table, with no other command than sbatch."""
+    data = tmp_path / "data"
+    cpus, log = "--gpus-per-node=0", f"--output={tmp_path}/%x-%A-%a.log"
+    cut = ["corpus=text", "tokenizer=bytes", "data.sample_tokens=256", f"data.dir={data}", f"corpus.path={corpus}"]
+    shares = ["corpus.valid_share=0.1", "corpus.test_share=0.1"]
+    sbatch(cluster, "--wait", "--mem=0", "--cpus-per-task=2", log, "slurm/prepare.sh", *cut, *shares)
+    grid = tmp_path / "grid"
+    grid.write_text("".join(f"run.seed={seed} run.dir={tmp_path}/seed{seed}\n" for seed in (1, 2)))
+    options = [cpus, "--ntasks-per-node=2", "--array=1-2%1", log]
+    more = [*small, f"data.dir={data}", "train.stop_at=1", "engine.pipeline_stages=2"]
+    sbatch(cluster, "--wait", *options, "slurm/sweep.sh", str(grid), *more)
+    one, two = (metrics(tmp_path / f"seed{seed}") for seed in (1, 2))
+    assert len(one) == len(two) == 1 and one[0]["train/loss"] != two[0]["train/loss"]
+    told = ["--gpus=0", f"--output={tmp_path}/table", "slurm/evaluate.sh", f"run={tmp_path}/seed*", "split=test"]
+    sbatch(cluster, "--wait", *told)
+    assert "seed1" in (tmp_path / "table").read_text() and "seed2" in (tmp_path / "table").read_text()

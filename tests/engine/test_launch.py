@@ -1,0 +1,207 @@
+"""Real processes: that do not find each other, that are killed, and that are stopped by signals."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from txl_dist.engine.checkpoint import newest
+from txl_dist.placement import SRUN, TORCHRUN
+from txl_dist.preemption import REQUEUE, SIGNALS
+
+REPO = Path(__file__).resolve().parents[2]
+
+# Evaluated two tokens at a time: that takes long enough to be met.
+LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20", "evaluation.tgt_len=2"]
+ENGINES = {
+    "zero3": ["engine.zero_stage=3", "engine.gradient_accumulation=2"],
+    "pipeline": ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"],
+}
+
+
+class Start:
+    """One start of a training, under torchrun where it is for several processes."""
+
+    def __init__(self, run_dir, overrides, processes=1, options=(), **environment):
+        self.run_dir = Path(run_dir)
+        self.log = self.run_dir.with_suffix(".log")
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *options]
+        command = [*(torchrun if processes > 1 else []), "-m", "txl_dist.train", *overrides, f"run.dir={run_dir}"]
+        clean = {key: value for key, value in os.environ.items() if key not in (*TORCHRUN, *SRUN)}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=REPO,
+                stdout=log,
+                stderr=log,
+                env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | environment,
+                start_new_session=True,
+            )
+
+    def worker(self, rank):
+        """The process of one rank under torchrun, 0 where there is none yet."""
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                if f"run.dir={self.run_dir}".encode() not in words:
+                    continue
+                if f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                    return int(path.name)
+            except OSError:  # it has ended
+                continue
+        return 0
+
+    def lines(self):
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def until(self, condition):
+        while not condition():
+            assert self.process.poll() is None, self.told()
+            time.sleep(0.002)
+
+    def told(self):
+        return self.log.read_text()
+
+    def end(self):
+        """Its exit code."""
+        return self.process.wait(600)
+
+
+def holds_signals(pid):
+    mask = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+    return all(mask >> (each - 1) & 1 for each in SIGNALS)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def undisturbed(request, small, tmp_path_factory):
+    """A run in one go: where it is, and its overrides."""
+    overrides = [*small, *LONG, *ENGINES[request.param]]
+    start = Start(tmp_path_factory.mktemp(request.param) / "run", overrides, processes=2)
+    assert start.end() == 0, start.told()
+    return start.run_dir, overrides
+
+
+def check_same(one, two, metrics):
+    """To the bit: all that is logged but how fast it was, weights, optimizer and memories."""
+    speed = ("train/tokens_per_second", "train/data_wait")
+    lines = [[{key: line[key] for key in line if key not in speed} for line in metrics(each)] for each in (one, two)]
+    assert lines[0] == lines[1] and len(lines[0]) == 61
+    assert newest(one).state == newest(two).state
+    for kind in ("weights", "optimizer", "memory"):
+        mine, theirs = newest(one).tensors(kind), newest(two).tensors(kind)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), kind
+
+
+def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, metrics, tmp_path):
+    """Twice in the same one: what is left in it is done in the third start."""
+    whole, overrides = undisturbed
+    start = Start(tmp_path / "run", overrides, processes=2)
+    start.until(lambda: start.lines() == 29)
+    os.kill(start.worker(1), signal.SIGUSR2)
+    assert start.end() == 1 and re.search(rf"exitcode *: {REQUEUE}", start.told())
+    assert "Stopped by SIGUSR2 in the evaluation of valid after step 30" in start.told()
+    assert start.lines() == 29 and newest(start.run_dir).step == 30
+
+    again = Start(tmp_path / "run", overrides, processes=2)
+    again.until(lambda: again.told().count("going on from step 30") == 1)
+    os.kill(again.worker(0), signal.SIGTERM)
+    again.end()
+    assert "Stopped by SIGTERM in the evaluation of valid after step 30" in again.told()
+    assert again.lines() == 29
+
+    assert Start(tmp_path / "run", overrides, processes=2).end() == 0
+    check_same(whole, start.run_dir, metrics)
+
+
+@pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
+def test_torchrun_that_is_stopped_goes_on(undisturbed, metrics, tmp_path):
+    whole, overrides = undisturbed
+    start = Start(tmp_path / "run", overrides, processes=2)
+    start.until(lambda: start.lines() >= 10)
+    start.process.terminate()
+    start.end()
+    (step,) = re.findall(r"Stopped by SIGTERM after step (\d+)", start.told())
+    assert newest(start.run_dir).step == int(step) < 60
+    assert Start(tmp_path / "run", overrides, processes=2).end() == 0
+    check_same(whole, start.run_dir, metrics)
+
+
+@pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
+def test_torchrun_replaces_a_killed_worker(undisturbed, metrics, tmp_path):
+    whole, overrides = undisturbed
+    start = Start(tmp_path / "run", overrides, processes=2, options=["--max-restarts=1"])
+    start.until(lambda: start.lines() >= 21)
+    os.kill(start.worker(1), signal.SIGKILL)
+    assert start.end() == 0, start.told()
+    assert re.search("going on from step [24]0", start.told())
+    check_same(whole, start.run_dir, metrics)
+
+
+def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):
+    """However many; nothing is written before the ranks have agreed."""
+    start = Start(tmp_path / "run", small)
+    start.until(lambda: holds_signals(start.process.pid))
+    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        start.process.send_signal(each)
+    assert start.end() == REQUEUE
+    assert "Stopped by SIGTERM and SIGUSR1 before the model was built" in start.told()
+    assert not start.run_dir.exists()
+
+
+def test_a_start_that_has_nothing_left_to_do_is_not_to_be_requeued(small, tmp_path):
+    """The signal arrives while the last step of train.stop_at is saved."""
+    start = Start(tmp_path / "run", [*small, "train.stop_at=9"])
+    start.until(lambda: start.lines() == 9)
+    start.process.terminate()
+    assert start.end() == 0 and "9 of 20" in start.told()
+
+
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE and LOCAL_RANK: not set, but RANK=0"),
+        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1: must be less than WORLD_SIZE=1"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR and MASTER_PORT: not set"),
+        # These begin to wait for the others. The config has a mistake as well: so the ranks would meet to tell it.
+        *(
+            ({"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address}, told)
+            for rank, address, told in [
+                ("0", "127.0.0.1", "RANK=0: the WORLD_SIZE=2 processes did not all come to MASTER_ADDR=127.0.0.1"),
+                ("1", "127.0.0.1", "Connection refused"),
+                ("1", "no.such.host.invalid", "MASTER_ADDR=no.such.host.invalid"),
+            ]
+        ),
+    ],
+)
+def test_processes_that_do_not_find_each_other_are_told_so(small, tmp_path, environment, told):
+    """Without a trace, by exit code 2 and soon."""
+    if "MASTER_ADDR" in environment:
+        environment |= {"MASTER_PORT": "1" if environment["RANK"] == "1" else "29417", "TXL_DIST_PATIENCE": "1"}
+    start = Start(tmp_path / "run", [*small, "model.d_modell=1"], **environment)
+    assert start.end() == 2
+    assert told in start.told() and start.told().count("Stopped:") == 1
+    assert "Traceback" not in start.told() and "frame #" not in start.told() and not start.run_dir.exists()
+
+
+def test_deepspeed_launches(small, tmp_path):
+    """It adds --local_rank=N to each process's command line."""
+    launcher = ["-m", "deepspeed.launcher.launch", "--module", f"--world_info={WORLD_INFO}", "--master_port=29418"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "txl_dist.train", *small, "train.stop_at=1", f"run.dir={tmp_path}"],
+        cwd=REPO,
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and "2 x cpu" in done.stdout, done.stdout + done.stderr
+
+
+WORLD_INFO = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as deepspeed gives it to its second half
