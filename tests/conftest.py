@@ -8,18 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from omegaconf import OmegaConf
 
 from txl_dist.cli import CONF
 from txl_dist.config import ModelConfig
 from txl_dist.data.shards import Index
+from txl_dist.engine.checkpoint import newest
 
 REPO = Path(__file__).resolve().parents[1]
 
 # A shared machine is slow at times; what counts is what is found.
 settings.register_profile("patient", deadline=None, max_examples=60)
 settings.load_profile("patient")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how often tests/distributed/test_chaos.py kills its run")
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +121,29 @@ def small(dataset):
 def metrics():
     """The lines of a run's metrics.jsonl."""
     return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+# Metrics that differ at every start.
+SPEEDS = ("train/tokens_per_second", "train/data_wait", "train/checkpoint_wait", "train/mfu")
+
+
+@pytest.fixture(scope="session")
+def check_identical(metrics):
+    """Two runs are the same to the bit: all that they logged but how fast they were, and their newest checkpoints."""
+
+    def check_identical(one, other):
+        mine, theirs = (
+            [{key: value for key, value in line.items() if key not in SPEEDS} for line in metrics(run_dir)]
+            for run_dir in (one, other)
+        )
+        assert mine == theirs
+        assert newest(one).state == newest(other).state
+        for kind in ("weights", "optimizer", "memory"):
+            found, wanted = newest(one).tensors(kind), newest(other).tensors(kind)
+            assert found.keys() == wanted.keys()
+            assert not [name for name in found if not torch.equal(found[name], wanted[name])], kind
+
+    return check_identical
 
 
 SIZES = {"n_layer": 2, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 7, "mem_len": 11}

@@ -207,17 +207,11 @@ def test_losses_are_those_of_old(runs, metrics):
 
 
 @pytest.mark.parametrize("split", IN_TWO_STARTS, ids=str)
-def test_a_run_in_two_starts_is_the_run_in_one(runs, metrics, split):
+def test_a_run_in_two_starts_is_the_run_in_one(runs, metrics, check_identical, split):
     """To the bit, with dropout."""
     whole, parts = runs / name("whole", split), runs / name("parts", split)
-    for key in ("train/loss", "train/lr", "train/grad_norm", "valid/loss", "test/loss"):
-        assert losses(metrics, whole, key) == losses(metrics, parts, key), key
+    check_identical(whole, parts)
     assert [line["step"] for line in metrics(parts) if "train/loss" in line] == list(range(1, 21))
-    for kind in ("weights", "optimizer", "memory"):
-        one, two = newest(whole).tensors(kind), newest(parts).tensors(kind)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one), kind
-    assert newest(whole).state["optimizer"] == newest(parts).state["optimizer"]
 
 
 def test_what_is_compiled_is_compiled(runs, metrics):

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from txl_dist.engine.checkpoint import newest
 from txl_dist.placement import SRUN, TORCHRUN
@@ -88,18 +87,7 @@ def undisturbed(request, small, tmp_path_factory):
     return start.run_dir, overrides
 
 
-def check_same(one, two, metrics):
-    """To the bit: all that is logged but how fast it was, weights, optimizer and memories."""
-    speed = ("train/tokens_per_second", "train/data_wait")
-    lines = [[{key: line[key] for key in line if key not in speed} for line in metrics(each)] for each in (one, two)]
-    assert lines[0] == lines[1] and len(lines[0]) == 61
-    assert newest(one).state == newest(two).state
-    for kind in ("weights", "optimizer", "memory"):
-        mine, theirs = newest(one).tensors(kind), newest(two).tensors(kind)
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), kind
-
-
-def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, metrics, tmp_path):
+def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, check_identical, tmp_path):
     """Twice in the same one: what is left in it is done in the third start."""
     whole, overrides = undisturbed
     start = Start(tmp_path / "run", overrides, processes=2)
@@ -117,11 +105,11 @@ def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, metrics, 
     assert again.lines() == 29
 
     assert Start(tmp_path / "run", overrides, processes=2).end() == 0
-    check_same(whole, start.run_dir, metrics)
+    check_identical(whole, start.run_dir)
 
 
 @pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
-def test_torchrun_that_is_stopped_goes_on(undisturbed, metrics, tmp_path):
+def test_torchrun_that_is_stopped_goes_on(undisturbed, check_identical, tmp_path):
     whole, overrides = undisturbed
     start = Start(tmp_path / "run", overrides, processes=2)
     start.until(lambda: start.lines() >= 10)
@@ -130,18 +118,18 @@ def test_torchrun_that_is_stopped_goes_on(undisturbed, metrics, tmp_path):
     (step,) = re.findall(r"Stopped by SIGTERM after step (\d+)", start.told())
     assert newest(start.run_dir).step == int(step) < 60
     assert Start(tmp_path / "run", overrides, processes=2).end() == 0
-    check_same(whole, start.run_dir, metrics)
+    check_identical(whole, start.run_dir)
 
 
 @pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
-def test_torchrun_replaces_a_killed_worker(undisturbed, metrics, tmp_path):
+def test_torchrun_replaces_a_killed_worker(undisturbed, check_identical, tmp_path):
     whole, overrides = undisturbed
     start = Start(tmp_path / "run", overrides, processes=2, options=["--max-restarts=1"])
     start.until(lambda: start.lines() >= 21)
     os.kill(start.worker(1), signal.SIGKILL)
     assert start.end() == 0, start.told()
     assert re.search("going on from step [24]0", start.told())
-    check_same(whole, start.run_dir, metrics)
+    check_identical(whole, start.run_dir)
 
 
 def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from txl_dist.errors import RunError, UserError
 from txl_dist.placement import Placement, placement
+from txl_dist.preemption import REQUEUE, pending
 
 Value = TypeVar("Value")
 
@@ -117,13 +118,14 @@ def device_of(here: Placement) -> torch.device:
 def meet(here: Placement, backend: str) -> None:
     """Form the process group."""
     patience = float(os.environ.get("TXL_DIST_PATIENCE", "600"))  # seconds
+    until = time.monotonic() + patience
     where = {"MASTER_ADDR": here.address, "MASTER_PORT": here.port or free_port()}
     who = {"RANK": here.rank, "WORLD_SIZE": here.size, "LOCAL_RANK": here.local_rank}
     os.environ.update({name: str(value) for name, value in (where | who).items()})  # DeepSpeed reads them, too
     try:
-        find_first(here, patience)
+        find_first(here, until)
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=patience)))
-        store = dist.PrefixStore(name_of_start(store, here, patience), store)
+        store = dist.PrefixStore(name_of_start(store, here, until), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -144,9 +146,8 @@ def leave(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
-def find_first(here: Placement, patience: float) -> None:
+def find_first(here: Placement, until: float) -> None:
     """Wait until the first process is there. torch would wait as well, and print a C++ trace at each try."""
-    until = time.monotonic() + patience
     while True:
         try:
             if here.rank == 0:
@@ -154,13 +155,11 @@ def find_first(here: Placement, patience: float) -> None:
             else:
                 socket.create_connection((here.address, here.port), timeout=10).close()
             return
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.5)
+        except OSError as error:
+            wait(until, first_line(error))
 
 
-def name_of_start(store: dist.Store, here: Placement, patience: float) -> str:
+def name_of_start(store: dist.Store, here: Placement, until: float) -> str:
     """A name for this start of all processes, which none before has had.
 
     torchrun's store outlives a restart, with the addresses of processes that have died, and on several machines it does
@@ -170,18 +169,28 @@ def name_of_start(store: dist.Store, here: Placement, patience: float) -> str:
     if here.rank:
         mine = uuid4().hex
         store.set(f"hello {here.rank}", mine)
+        while not store.check([f"answer {mine}"]):
+            wait(until, "the first one does not answer")
         start = store.get(f"answer {mine}").decode()
         store.add(f"came {start}", 1)
         return start
-    start, until = uuid4().hex, time.monotonic() + patience
+    start = uuid4().hex
     while (came := store.add(f"came {start}", 0)) < here.size - 1:
-        if time.monotonic() > until:
-            raise OSError(f"{came} came")
         for hello in (f"hello {rank}" for rank in range(1, here.size)):
             if store.check([hello]):
                 store.set(f"answer {store.get(hello).decode()}", start)
-        time.sleep(0.05)
+        wait(until, f"{came + 1} came")
     return start
+
+
+def wait(until: float, why: str) -> None:
+    """Wait a little for the others. Nothing has begun yet: a signal may end this process at once."""
+    if signals := pending():
+        print(f"Stopped by {' and '.join(signals)} before all processes had met.", file=sys.stderr)
+        leave(REQUEUE)
+    if time.monotonic() > until:
+        raise OSError(why)
+    time.sleep(0.05)
 
 
 def first_line(error: Exception) -> str:
