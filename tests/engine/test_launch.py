@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from txl_dist.engine.checkpoint import newest
+from txl_dist.engine.checkpoint import newest, steps
+from txl_dist.engine.launch import free_port
 from txl_dist.placement import SRUN, TORCHRUN
 from txl_dist.preemption import REQUEUE, SIGNALS
 
@@ -27,11 +28,17 @@ ENGINES = {
 class Start:
     """One start of a training, under torchrun where it is for several processes."""
 
-    def __init__(self, run_dir, overrides, processes=1, options=(), **environment):
+    def __init__(self, run_dir, overrides, processes=1, options=("--standalone",), **environment):
         self.run_dir = Path(run_dir)
         self.log = self.run_dir.with_suffix(".log")
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *options]
-        command = [*(torchrun if processes > 1 else []), "-m", "txl_dist.train", *overrides, f"run.dir={run_dir}"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *options]
+        command = [
+            *(torchrun if processes > 1 or "--nnodes=2" in options else []),
+            "-m",
+            "txl_dist.train",
+            *overrides,
+            f"run.dir={run_dir}",
+        ]
         clean = {key: value for key, value in os.environ.items() if key not in (*TORCHRUN, *SRUN)}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -124,12 +131,26 @@ def test_torchrun_that_is_stopped_goes_on(undisturbed, check_identical, tmp_path
 @pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
 def test_torchrun_replaces_a_killed_worker(undisturbed, check_identical, tmp_path):
     whole, overrides = undisturbed
-    start = Start(tmp_path / "run", overrides, processes=2, options=["--max-restarts=1"])
-    start.until(lambda: start.lines() >= 21)
+    start = Start(tmp_path / "run", overrides, processes=2, options=["--standalone", "--max-restarts=1"])
+    start.until(lambda: steps(start.run_dir))
     os.kill(start.worker(1), signal.SIGKILL)
     assert start.end() == 0, start.told()
     assert re.search("going on from step [24]0", start.told())
     check_identical(whole, start.run_dir)
+
+
+@pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
+def test_torchruns_on_two_machines_replace_killed_workers(undisturbed, check_identical, tmp_path):
+    """One on each: they count their restarts apart."""
+    whole, overrides = undisturbed
+    meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--max-restarts=2"]
+    machines = [Start(tmp_path / "run", overrides, options=meeting) for _ in range(2)]
+    for rank, step in ((1, 20), (0, 40)):
+        machines[0].until(lambda step=step: step in steps(tmp_path / "run"))
+        os.kill(machines[0].worker(rank), signal.SIGKILL)
+    assert [machine.end() for machine in machines] == [0, 0], machines[0].told()
+    assert [int(step) for step in re.findall("going on from step (.0)", machines[0].told())] == [20, 40]
+    check_identical(whole, tmp_path / "run")
 
 
 def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):
