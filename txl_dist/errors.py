@@ -19,3 +19,8 @@ class RunError(UserError):
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, as far as it helps."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

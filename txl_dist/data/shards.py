@@ -37,6 +37,10 @@ from txl_dist.errors import UserError
 FORMAT = {"format": "txl_dist dataset", "version": 1}
 SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])
 SIDE_FILES = ("samples.npy", "documents.npy")
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..{'descr': '([<>|][uif]\d)', 'fortran_order': False, 'shape': \((\d{1,18}),\), } *\n(.*)",
+    re.DOTALL,
+)
 PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
 
 
@@ -554,7 +558,7 @@ class SampleReader:
             # Without the bytes that follow, in which the tar reader would look for the next sample.
             tokens = unpack(shard.name, io.BytesIO(packed), f"{number:09d}")
             self._check(tokens, number)
-        except Exception as error:  # over damaged bytes webdataset, tarfile and numpy raise all there is
+        except (ValueError, EOFError, LookupError, OverflowError, tarfile.TarError) as error:
             reason = str(error.args[0] if error.args else type(error).__name__).partition(" @ ")[0].partition("\n")[0]
             raise DamagedSample(f"{place}: {reason}; {remedy}") from error
         tokens.flags.writeable = False
@@ -591,9 +595,7 @@ def unpack(url: str, stream: BinaryIO, key: str) -> np.ndarray:
 
     start = stream.read(tarfile.BLOCKSIZE)
     stream.seek(0)
-    if (
-        start[257:262] != b"ustar"
-    ):  # it would be taken for a compressed tar, which can become as large as its author wants
+    if start[257:262] != b"ustar":  # it would be taken for a compressed tar, which grows as large as its author wants
         raise ValueError("no sample can be read here")
     sample = next(group_by_keys(tar_file_expander([{"url": url, "stream": stream}])), None)
     if sample is None:
@@ -601,7 +603,12 @@ def unpack(url: str, stream: BinaryIO, key: str) -> np.ndarray:
     if sample["__key__"] != key or "tokens.npy" not in sample:
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         raise ValueError(f"not {key} with its tokens is here, but {sample['__key__']} with {members}")
-    try:
-        return np.load(io.BytesIO(sample["tokens.npy"]), allow_pickle=False)
-    except Exception as error:  # a damaged header is parsed as Python's text: whatever that raises
-        raise ValueError("its tokens.npy holds no array of numbers") from error
+    # Not by np.load: it has Python's compiler read the header, which fails in threads at times (CPython 106905),
+    # and an intact sample would be taken for a damaged one.
+    array = NPY.fullmatch(sample["tokens.npy"])
+    if not array:
+        raise ValueError("its tokens.npy holds no array of numbers")
+    tokens = np.frombuffer(array[3], array[1].decode())
+    if len(tokens) != int(array[2]):
+        raise ValueError(f"its tokens.npy holds {len(tokens)} numbers, not {int(array[2])}")
+    return tokens

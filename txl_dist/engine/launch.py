@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from txl_dist.errors import RunError, UserError
+from txl_dist.errors import RunError, UserError, first_line
 from txl_dist.placement import Placement, placement
 from txl_dist.preemption import REQUEUE, pending
 
@@ -191,10 +191,6 @@ def wait(until: float, why: str) -> None:
     if time.monotonic() > until:
         raise OSError(why)
     time.sleep(0.05)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def free_port() -> int:

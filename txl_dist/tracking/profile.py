@@ -13,10 +13,9 @@ from torch.profiler import record_function
 
 from txl_dist.config import TrainJob
 from txl_dist.engine.launch import World
-from txl_dist.errors import UserError
+from txl_dist.errors import UserError, first_line
 from txl_dist.tracking.console import Screen
 from txl_dist.tracking.meter import Meter
-from txl_dist.tracking.weights_and_biases import first_line
 
 
 class Profile:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from txl_dist.config import TrackingConfig
+from txl_dist.errors import first_line
 from txl_dist.preemption import REQUEUE
 
 ID_FILE = "wandb_id"
@@ -83,7 +84,3 @@ def default_mode() -> str:
     except (OSError, netrc.NetrcParseError):
         known = None
     return "online" if known else "offline"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
