@@ -34,7 +34,7 @@ from txl_dist.engine.zero import ZeroEngine
 TURNS, FAR = 5, 1_000_000
 SIZES = {
     "quickstart": ["+experiment=quickstart"],
-    "100 M": ["model.n_layer=12", "model.d_model=768", "model.n_head=12", "model.d_head=64", "model.d_inner=3456"],
+    "12 x 768": ["model.n_layer=12", "model.d_model=768", "model.n_head=12", "model.d_head=64", "model.d_inner=3456"],
 }
 
 
