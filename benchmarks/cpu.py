@@ -28,9 +28,10 @@ from rich.table import Table
 
 from txl_dist.cli import CONF, keep_freed_memory
 from txl_dist.config import ModelConfig, OptimizerConfig
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
+from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
-from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.optimization import build_optimizer
 from txl_dist.models.transformer_xl import TransformerXL
 

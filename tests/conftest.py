@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from txl_dist.cli import CONF
 from txl_dist.config import ModelConfig
-from txl_dist.data.shards import Index
+from txl_dist.data.index import Index
 from txl_dist.engine.checkpoint import newest
 
 REPO = Path(__file__).resolve().parents[1]

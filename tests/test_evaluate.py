@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from txl_dist.config import LengthsConfig
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.index import Index
+from txl_dist.data.samples import SampleReader
 from txl_dist.engine.checkpoint import directory, open_checkpoint
 from txl_dist.trained import trained_model
 

@@ -23,7 +23,8 @@ from txl_dist.config import (
     WordTokenizer,
 )
 from txl_dist.data import corpora
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.index import Index
+from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.prepare import prepare
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from txl_dist.config import LengthsConfig
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
+from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
-from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import newest
 from txl_dist.trained import trained_model
 

@@ -40,7 +40,7 @@ from txl_dist.config import (
     TrainJob,
     Which,
 )
-from txl_dist.data.shards import Index
+from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.placement import placement
 

@@ -20,7 +20,7 @@ from txl_dist.check import model_fits_together
 from txl_dist.cli import command
 from txl_dist.config import ConvertJob, ModelConfig
 from txl_dist.data import tokenizers
-from txl_dist.data.shards import Index
+from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.engine.checkpoint import CheckpointWriter, find_checkpoint
 from txl_dist.errors import ConfigError, UserError

@@ -12,9 +12,10 @@ from rich.table import Column, Table
 
 from txl_dist.cli import command
 from txl_dist.config import EvaluateJob, LengthsConfig
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import ResetMemory
+from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import whole_split
-from txl_dist.data.shards import Index, SampleReader
 from txl_dist.data.text_size import size_of_text
 from txl_dist.engine.checkpoint import run_dirs
 from txl_dist.engine.evaluation import Score, losses_in_context, score

@@ -26,6 +26,7 @@ from rich.table import Table
 from txl_dist.config import PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
 from txl_dist.data import corpora, published, shards, tokenizers
 from txl_dist.data.corpora import Piece, Plan
+from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 
 SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
@@ -71,16 +72,16 @@ def prepare(job: PrepareJob) -> None:
 # ------------------------------------------------------------------------------------------------------ folders
 
 
-def existing_dataset(folder: Path) -> shards.Index | None:
+def existing_dataset(folder: Path) -> Index | None:
     """The dataset in `folder`; None where there is nothing yet."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / "index.json").exists():
         raise UserError(f"data.dir={folder}: holds something that is no dataset; give another folder")
-    return shards.Index.open(str(folder))
+    return Index.open(str(folder))
 
 
-def check_same(folder: Path, existing: shards.Index, corpus: dict[str, Any]) -> None:
+def check_same(folder: Path, existing: Index, corpus: dict[str, Any]) -> None:
     """Refuse to go on where `folder` holds another dataset, or shards of it are missing."""
     if existing.corpus["fingerprint"] != corpus["fingerprint"]:
         old, new = existing.corpus, corpus
@@ -311,7 +312,7 @@ def batches(pieces: Iterable[Piece], advance: Callable[[int], None]) -> Iterator
 
 
 def show(folder: Path) -> None:
-    index = shards.Index.open(str(folder))
+    index = Index.open(str(folder))
     table = Table("split")
     for column in ("documents", "bytes", "tokens", "shards"):
         table.add_column(column, justify="right")

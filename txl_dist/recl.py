@@ -18,7 +18,7 @@ from rich.table import Table
 
 from txl_dist.cli import command
 from txl_dist.config import LengthsConfig, ReclJob
-from txl_dist.data.shards import SampleReader
+from txl_dist.data.samples import SampleReader
 from txl_dist.engine.checkpoint import newest, run_dirs
 from txl_dist.engine.evaluation import losses_in_context
 from txl_dist.errors import ConfigError

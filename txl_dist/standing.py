@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from txl_dist.check import continues
 from txl_dist.config import TrainJob
-from txl_dist.data.shards import Index
+from txl_dist.data.index import Index
 from txl_dist.engine.checkpoint import Checkpoint, newest
 from txl_dist.engine.launch import World
 from txl_dist.errors import ConfigError, UserError

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from txl_dist.cli import command
 from txl_dist.config import TrainJob
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
+from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segment, Segments, whole_split
-from txl_dist.data.shards import Index, SampleReader
 from txl_dist.engine.checkpoint import Checkpoint, newest
 from txl_dist.engine.guard import BadStep, in_words
 from txl_dist.engine.launch import World, leave, world

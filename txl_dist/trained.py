@@ -8,7 +8,8 @@ from pydantic import TypeAdapter
 from txl_dist.check import model_fits_together
 from txl_dist.config import LengthsConfig, ModelConfig, Which
 from txl_dist.data import tokenizers
-from txl_dist.data.shards import Index, sha256_of_file
+from txl_dist.data.index import Index
+from txl_dist.data.shards import sha256_of_file
 from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.models.transformer_xl import TransformerXL

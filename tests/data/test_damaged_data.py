@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from test_shards import STREAM, TRAIN, VALID, made_up, write
 
 from txl_dist.data import shards
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.index import Index
+from txl_dist.data.samples import SampleReader
 from txl_dist.errors import UserError
 
 SAMPLE_BYTES = 2048  # header and content of json, then of tokens.npy, 512 bytes each

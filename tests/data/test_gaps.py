@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
+from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segments, whole_split
-from txl_dist.data.shards import Index, SampleReader
 from txl_dist.errors import UserError
 from txl_dist.models.transformer_xl import TransformerXL
 

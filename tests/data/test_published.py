@@ -19,8 +19,9 @@ from txl_dist.cli import CONF, spell_out
 from txl_dist.config import BytesTokenizer, DatasetConfig, PrepareJob, PublishedCorpus, WordTokenizer
 from txl_dist.data import corpora, published
 from txl_dist.data.download import Download
+from txl_dist.data.index import Index
 from txl_dist.data.published import LM1B, PUBLISHED, VOCABULARY, Text
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.prepare import prepare
 

@@ -5,9 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import EvaluationPlan, LanePlan, LaneSplit
+from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segments
-from txl_dist.data.shards import Index, SampleReader
 from txl_dist.errors import UserError
 
 

@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from txl_dist.data import shards
-from txl_dist.data.shards import Index, SampleReader, SplitWriter
+from txl_dist.data.index import Index
+from txl_dist.data.samples import SampleReader
+from txl_dist.data.shards import SplitWriter
 from txl_dist.data.tokenizers import BytesTokenizer
 from txl_dist.errors import UserError
 
@@ -257,7 +259,7 @@ def served(copy):
 def test_a_url_is_read_through_a_cache(served, copy, tmp_path, monkeypatch):
     url, asked, _ = served
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "PAUSES", (0, 0))
+    monkeypatch.setattr("txl_dist.data.index.PAUSES", (0, 0))
     index = Index.open(url + "/")
     assert index.tokenizer().kind == "bytes"
     for _ in range(2):
@@ -286,7 +288,7 @@ def test_a_url_is_read_through_a_cache(served, copy, tmp_path, monkeypatch):
 def test_a_fetch_that_fails_is_tried_again(served, tmp_path, monkeypatch):
     url, asked, breaking = served
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "PAUSES", (0.1, 0.1))
+    monkeypatch.setattr("txl_dist.data.index.PAUSES", (0.1, 0.1))
     breaking += ["/index.json", "/index.json", "/train/documents.npy", "/train/000001.tar", "/train/000001.tar"]
     reader = SampleReader(Index.open(url), "train")
     assert reader.tokens(0, 90).tolist() == STREAM[:90].tolist()
@@ -331,7 +333,7 @@ def test_curl_can_be_told_who_we_are(copy, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "PAUSES", ())
+    monkeypatch.setattr("txl_dist.data.index.PAUSES", ())
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(copy))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from txl_dist.check import read
 from txl_dist.cli import CONF
 from txl_dist.config import TrainJob
-from txl_dist.data.shards import Index
+from txl_dist.data.index import Index
 from txl_dist.engine.launch import leave, world
 from txl_dist.engine.watchdog import Watchdog
 from txl_dist.preemption import Preemption

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from txl_dist.config import ModelConfig
-from txl_dist.data.shards import Index
+from txl_dist.data.index import Index
 from txl_dist.models.flops import training_flops
 
 STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]

@@ -4,7 +4,8 @@
    Those of the paper's corpora are known to `published`, which has them fetched by `download`.
 2. `tokenizers` turns a piece into token numbers (bytes, words or SentencePiece), and token numbers back into text.
 3. `shards` writes the tokens of a split, its documents in order, as one stream cut into samples of equal length, the
-   samples into WebDataset shards, and an index beside them. It reads any token of the stream back without scanning.
+   samples into WebDataset shards, and an index beside them; `index` opens that, and `samples` reads any token of the
+   stream back without scanning.
 4. `lanes` plans which span of the stream each lane reads at each step: a pure function of the index and the config.
 5. `segments` reads the spans of one step, ahead of time, and hands them over as arrays.
 

@@ -9,8 +9,9 @@ from itertools import islice
 
 import numpy as np
 
+from txl_dist.data.index import Index
 from txl_dist.data.lanes import EvaluationPlan, LanePlan, ResetMemory
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.samples import SampleReader
 
 NOT_SCORED = -100  # the target of a position that holds no token: torch's own mark for it
 

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from txl_dist.data.shards import Index, SampleReader
+from txl_dist.data.index import Index
+from txl_dist.data.samples import SampleReader
 
 
 class TextSize(NamedTuple):

@@ -1,6 +1,6 @@
 """What training skips, with data.on_error=skip_sample."""
 
-from txl_dist.data.shards import SampleReader
+from txl_dist.data.samples import SampleReader
 from txl_dist.engine.launch import World
 from txl_dist.tracking.console import Screen
 

@@ -1,0 +1,294 @@
+"""The index of a dataset, opened and checked: what there is, and where its files are."""
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from txl_dist.config import PublishedCorpus
+from txl_dist.data import tokenizers
+from txl_dist.data.shards import (
+    FORMAT,
+    SAMPLE_TABLE,
+    SIDE_FILES,
+    Shard,
+    content_fingerprint,
+    sha256_of,
+    sha256_of_file,
+    sha256_of_json,
+)
+from txl_dist.errors import UserError
+
+PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
+
+
+def how_to_prepare(location: str) -> str:
+    """The command that makes a dataset; prepare's own names are CORPUS-TOKENIZER, each corpus with its tokenizer."""
+    corpus = Path(location).name.rpartition("-")[0]
+    known = ("stdlib", *get_args(get_type_hints(PublishedCorpus)["name"]))
+    chosen = f"corpus={corpus} " if corpus in known else ""
+    return f"python -m txl_dist.prepare {chosen}data.dir={location}"
+
+
+class Store:
+    """Where a dataset's files are: in a local folder, or behind a URL prefix.
+
+    What is fetched from a URL is kept below $XDG_CACHE_HOME (or ~/.cache) in txl_dist/<fingerprint of the dataset>.
+
+    Raises:
+        UserError: where a URL is a command, or holds a secret.
+    """
+
+    def __init__(self, location: str):
+        self.remote = re.match(r"[A-Za-z0-9+.-]+://", location) is not None
+        if self.remote:
+            check_url(location)
+        self.location = location.rstrip("/") or "/"
+        self.folder = Path(location).expanduser()  # of a remote dataset: its cache, once the fingerprint is known
+
+    def remedy(self, path: Path) -> str:
+        return f"delete {path}, it is fetched again" if self.remote else "copy it again, or prepare it again"
+
+    def read_index(self) -> dict[str, Any]:
+        where = f"{self.location}/index.json"
+        data = io.BytesIO()
+        try:
+            if self.remote:
+                self._fetch("index.json", data)
+            else:
+                data.write((self.folder / "index.json").read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"{self.location}: no dataset can be read here ({error.strerror or error}); "
+                f"prepare one: {how_to_prepare(self.location)}"
+            ) from error
+        try:
+            index = json.loads(data.getvalue())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: is damaged ({error}); copy it again, or prepare it again") from error
+        if not isinstance(index, dict) or any(index.get(key) != value for key, value in FORMAT.items()):
+            raise UserError(f"{where}: is not the index of a {FORMAT['format']}, version {FORMAT['version']}")
+        written = index.pop("sha256", None)  # indexes of earlier versions have none
+        if written is not None and (found := sha256_of_json(index)) != written:
+            raise UserError(
+                f"{where}: is damaged (its content has the sha256 {found[:12]}, not {str(written)[:12]} as written); "
+                "copy it again, or prepare it again"
+            )
+        if self.remote:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            self.folder = cache / "txl_dist" / re.sub(r"\W", "", str(index.get("fingerprint")))
+        return index
+
+    def local(self, name: str, sha256: str) -> Path:
+        """The local path of a file of the dataset; a remote one is fetched, and checked, where it is not here yet."""
+        path = self.folder / name
+        if not self.remote or path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One process of a machine fetches, the others wait for it.
+        with open(path.with_name(path.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial = path.with_name(path.name + ".partial")
+                try:
+                    with open(partial, "w+b") as file:
+                        self._fetch(name, file, sha256)
+                except OSError as error:
+                    raise UserError(f"{self.location}/{name}: cannot be fetched: {error}") from error
+                partial.replace(path)
+        return path
+
+    def checked(self, name: str, sha256: str) -> Path:
+        """As `local`, but the sha256 is checked every time."""
+        path = self.local(name, sha256)
+        try:
+            found = sha256_of_file(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {self.remedy(path)}") from error
+        if found != sha256:
+            raise UserError(f"{path}: {not_the_one(found, sha256)}; {self.remedy(path)}")
+        return path
+
+    def _fetch(self, name: str, file: BinaryIO, sha256: str | None = None) -> None:
+        """Fetch a file, which has this sha256; what fails is tried again, for networks and servers fail at times."""
+        from webdataset import gopen
+
+        for pause in (*PAUSES, None):
+            try:
+                file.seek(0)
+                file.truncate()
+                with gopen(f"{self.location}/{name}") as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                file.seek(0)
+                if sha256 is None or (found := sha256_of(file)) == sha256:
+                    return
+                raise OSError(f"what came {not_the_one(found, sha256)}")
+            except ValueError as error:  # webdataset knows no such scheme
+                raise OSError(str(error)) from error
+            except OSError as error:
+                if pause is None:
+                    ended = re.search(r": exit (\d+) \(read\)", str(error))  # after the whole command
+                    raise OSError(f"what fetches it ended with code {ended[1]}" if ended else str(error)) from error
+                time.sleep(pause)
+
+
+def check_url(url: str) -> None:
+    """Refuse what webdataset would run in a shell, for a run's config may be anybody's; and secrets, for what names the
+    data goes into configs, checkpoints and logs."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url}: is no URL ({error})") from error
+    if parts.scheme == "pipe":
+        raise UserError(f"{url}: is a command, and none is run from a config; give a folder or a URL")
+    if parts.query or parts.fragment:
+        shown, what = parts._replace(query="", fragment=""), "holds more than a place (? or #)"
+    elif parts.password is not None or (parts.username and parts.scheme in ("http", "https")):
+        shown, what = parts, "holds a user name or a password"
+    else:
+        return
+    shown = shown._replace(netloc=parts.netloc.rpartition("@")[2])
+    raise UserError(
+        f"{shown.geturl()}: the URL that was given {what}, and would be kept in configs, checkpoints and logs; "
+        "give the folder's URL alone, and what proves who you are to curl, which fetches: a line `netrc` in ~/.curlrc "
+        'and the password in ~/.netrc, or a line `header = "Authorization: ..."` in ~/.curlrc'
+    )
+
+
+def not_the_one(found: str, sha256: str) -> str:
+    return f"is not the one in the index (its sha256 is {found[:12]}, not {sha256[:12]})"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One stream of tokens. Lengths are in tokens, but `bytes`: of the text that it was made of.
+
+    document_starts: uint64 [documents + 1], where each document starts; the last entry is `tokens`.
+    sample_table: SAMPLE_TABLE [samples]. Both are mapped into memory, not read.
+    """
+
+    tokens: int
+    documents: int
+    bytes: int
+    samples: int
+    shards: tuple[Shard, ...]
+    document_starts: np.ndarray
+    sample_table: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What there is in a dataset. `fingerprint` names its content, `corpus` tells what it was made of."""
+
+    store: Store
+    fingerprint: str
+    corpus: dict[str, Any]
+    tokenizer_files: dict[str, str]  # name -> sha256
+    vocab_size: int
+    eos: int
+    dtype: np.dtype
+    sample_tokens: int
+    shard_samples: int
+    splits: dict[str, Split]
+
+    @classmethod
+    def open(cls, location: str) -> "Index":
+        """Open a dataset in a local folder, or behind a URL prefix that webdataset can open (https://..., gs://...).
+
+        Raises:
+            UserError: where there is none, or what is there is damaged or does not fit together.
+        """
+        store = Store(location)
+        facts = store.read_index()
+        where, again = f"{store.location}/index.json", "copy it again, or prepare it again"
+        try:
+            if facts["fingerprint"] != content_fingerprint(facts["tokenizer"]["files"], facts["splits"]):
+                raise UserError(f"{where}: its fingerprint is not that of its shards; {again}")
+            if strange := [name for name in names(facts) if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name)]:
+                raise UserError(f"{where}: {strange[0]!r} is no name of a file in a dataset; {again}")
+            index = cls(
+                store=store,
+                fingerprint=facts["fingerprint"],
+                corpus=facts["corpus"],
+                tokenizer_files=facts["tokenizer"]["files"],
+                vocab_size=facts["tokenizer"]["vocab_size"],
+                eos=facts["tokenizer"]["eos"],
+                dtype=np.dtype(facts["dtype"]).newbyteorder("<"),
+                sample_tokens=facts["sample_tokens"],
+                shard_samples=facts["shard_samples"],
+                splits={name: open_split(store, name, split) for name, split in facts["splits"].items()},
+            )
+            for name, split in index.splits.items():
+                if wrong := index.contradiction(split):
+                    raise UserError(f"{where}: split {name}: {wrong}; {again}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: is damaged ({type(error).__name__}: {error}); {again}") from error
+        return index
+
+    def damages(self) -> list[str]:
+        """Shards that are missing or have another size; of those behind a URL only the fetched ones are looked at."""
+        found = []
+        for shard in (shard for split in self.splits.values() for shard in split.shards):
+            path = self.store.folder / shard.name
+            if not (path.is_file() or self.store.remote):
+                found.append(f"{path}: is missing; {self.store.remedy(path)}")
+            elif path.exists() and (size := path.stat().st_size) != shard.bytes:
+                found.append(f"{path}: has {size:,} bytes, not {shard.bytes:,}; {self.store.remedy(path)}")
+        return found
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Load the tokenizer; its files are checked."""
+        for name, sha256 in self.tokenizer_files.items():
+            self.store.checked(f"tokenizer/{name}", sha256)
+        return tokenizers.load(self.store.folder / "tokenizer")
+
+    def contradiction(self, split: Split) -> str | None:
+        """What in a split does not fit together, if anything."""
+        for key in ("samples", "tokens", "documents"):
+            if sum(getattr(shard, key) for shard in split.shards) != getattr(split, key):
+                return f"the {key} of its shards do not add up to {getattr(split, key)}"
+        if split.samples != -(-split.tokens // self.sample_tokens):
+            return f"{split.tokens} tokens do not make {split.samples} samples of {self.sample_tokens}"
+        if any(shard.samples != self.shard_samples for shard in split.shards[:-1]):
+            return f"a shard other than the last has not {self.shard_samples} samples"
+        if not split.shards or not 0 < split.shards[-1].samples <= self.shard_samples:
+            return "its last shard is missing, empty or too long"
+        if split.sample_table.shape != (split.samples,) or split.sample_table.dtype != SAMPLE_TABLE:
+            return "samples.npy is not the table of its samples"
+        if split.document_starts.shape != (split.documents + 1,) or split.document_starts[-1] != split.tokens:
+            return "documents.npy is not the table of its documents"
+        return None
+
+
+def names(facts: dict[str, Any]) -> Iterator[str]:
+    """All names of files that an index tells. They become paths, and an index may be anybody's."""
+    yield from (f"tokenizer/{name}" for name in facts["tokenizer"]["files"])
+    for split, told in facts["splits"].items():
+        yield split
+        yield from (shard["name"] for shard in told["shards"])
+
+
+def open_split(store: Store, name: str, facts: dict[str, Any]) -> Split:
+    sample_table, document_starts = (
+        np.load(store.checked(f"{name}/{file}", facts["files"][file]), mmap_mode="r", allow_pickle=False)
+        for file in SIDE_FILES
+    )
+    return Split(
+        tokens=facts["tokens"],
+        documents=facts["documents"],
+        bytes=facts["bytes"],
+        samples=facts["samples"],
+        shards=tuple(Shard(**shard) for shard in facts["shards"]),
+        document_starts=document_starts,
+        sample_table=sample_table,
+    )
