@@ -207,7 +207,7 @@ def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterato
         yield "engine.attention=triton: needs a GPU and the package triton; use engine.attention=auto"
     if engine.compile and stage == 3:
         yield "engine.compile=true: ZeRO 3 takes the weights away between uses, and each return would be compiled anew"
-    if engine.compile and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
+    elif engine.compile and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
         yield "engine.compile=true: needs a C++ compiler, and there is no g++; install one, or leave it out"
     if stage == 0 and (engine.precision in ("bf16", "fp16") or (engine.precision == "auto" and gpu)):
         yield (

@@ -1,8 +1,10 @@
 """The same run, however it is cut, and wherever it is interrupted."""
 
 import json
+import os
 from itertools import product
 from pathlib import Path
+from shutil import which
 from typing import NamedTuple
 
 import pytest
@@ -125,6 +127,17 @@ IN_TWO_STARTS += [Split(2, zero=1, compile=True)]
 WATCHED = [Split(2, zero=2), Split(pp=2, zero=1, acc=2)]
 
 
+COMPILER = which(os.environ.get("CXX", "g++")) or which("clang++")
+
+
+@pytest.fixture(autouse=True)
+def compiler(request):
+    """What is compiled needs one; nothing else here does."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not COMPILER and ("split" in params and params["split"].compile or "is_compiled" in request.node.name):
+        pytest.skip("no C++ compiler here, for engine.compile")
+
+
 def name(*parts):
     return "/".join(map(str, parts))
 
@@ -137,6 +150,8 @@ def runs(tmp_path_factory, run, small):
     first, second = [], []  # (processes, run directory, overrides)
 
     def add(starts, where, split, *more):
+        if split.compile and not COMPILER:
+            return
         starts.append((split.processes, where, [*split.overrides, *(each for part in more for each in part)]))
 
     for model, options in MODELS.items():
