@@ -172,6 +172,23 @@ def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):
     assert not start.run_dir.exists()
 
 
+@pytest.mark.parametrize("early, late", [(0, 1), (1, 0)])
+def test_a_rank_that_is_stopped_before_the_others_come_waits_for_them(small, tmp_path, early, late):
+    """Else they would wait for it in vain, and no exit code would say that the run is to be started again."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(rank):
+        return Start(tmp_path / f"run{rank}", small, RANK=str(rank), LOCAL_RANK=str(rank), **together)
+
+    starts = {early: start(early)}
+    starts[early].until(lambda: holds_signals(starts[early].process.pid))
+    starts[early].process.terminate()
+    time.sleep(6)  # until it waits
+    starts[late] = start(late)
+    assert (starts[0].end(), starts[1].end()) == (REQUEUE, REQUEUE)
+    assert "Stopped by SIGTERM before the model was built" in starts[0].told() and not starts[1].told()
+
+
 def test_a_start_that_has_nothing_left_to_do_is_not_to_be_requeued(small, tmp_path):
     """The signal arrives while the last step of train.stop_at is saved."""
     start = Start(tmp_path / "run", [*small, "train.stop_at=9"])

@@ -18,7 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from txl_dist.errors import RunError, UserError, first_line
 from txl_dist.placement import Placement, placement
-from txl_dist.preemption import REQUEUE, pending
 
 Value = TypeVar("Value")
 
@@ -184,10 +183,7 @@ def name_of_start(store: dist.Store, here: Placement, until: float) -> str:
 
 
 def wait(until: float, why: str) -> None:
-    """Wait a little for the others. Nothing has begun yet: a signal may end this process at once."""
-    if signals := pending():
-        print(f"Stopped by {' and '.join(signals)} before all processes had met.", file=sys.stderr)
-        leave(REQUEUE)
+    """Wait a little for the others, whatever signals come: they would wait in vain for a rank that has left."""
     if time.monotonic() > until:
         raise OSError(why)
     time.sleep(0.05)
