@@ -137,15 +137,15 @@ def inference(lanes: int) -> dict[str, float]:
     """Tokens a second of wt103_base_nvidia, by segments as it is evaluated, beside the peer."""
     from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
-    given = job("wt103_base_nvidia", lanes)
-    config = given.evaluation.of(given.model)
+    experiment = job("wt103_base_nvidia", lanes)
+    config = experiment.evaluation.of(experiment.model)
     ours = TransformerXL(config, 267735).to(DEVICE, torch.bfloat16).eval()
     shape: dict[str, Any] = {key: getattr(config, key) for key in ("d_model", "n_head", "d_head", "d_inner", "n_layer")}
     shape |= {key: getattr(config, key) for key in ("cutoffs", "div_val", "mem_len", "clamp_len", "same_length")}
     theirs = TransfoXLLMHeadModel(TransfoXLConfig(vocab_size=267735, d_embed=config.d_model, **shape))
     theirs = theirs.to(DEVICE, torch.bfloat16).eval()
-    tokens = text(lanes, config.tgt_len, 267735).to(DEVICE)
-    reach = torch.full_like(tokens, 10**6)
+    tokens = text(lanes, config.tgt_len, 267735)  # as evaluation does, ours sends them itself
+    given, reach = tokens.to(DEVICE), torch.full_like(tokens, 10**6, device=DEVICE)
     memory, mems = ours.empty_cache(lanes), None
 
     def our_turn() -> None:
@@ -156,7 +156,7 @@ def inference(lanes: int) -> dict[str, float]:
     def their_turn() -> None:
         nonlocal mems
         for _ in range(STEPS):
-            mems = theirs(tokens, labels=tokens, mems=mems).mems
+            mems = theirs(given, labels=given, mems=mems).mems
 
     for _ in range(config.mem_len // config.tgt_len):  # until its memory is full
         their_turn()

@@ -59,9 +59,6 @@ class Job:
                 found.append(int(path.name))
         return found
 
-    def signal(self):
-        self.cluster.call("scancel", "--signal=USR1", self.id)
-
     def finish(self):
         """Wait for its end, however often it is started again."""
         self.until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), every=0.5)
@@ -82,32 +79,22 @@ def undisturbed(cluster, small, tmp_path_factory):
 
 def while_starting(job):
     job.until(lambda: len(job.tasks()) == 2, every=0.01)
-    job.signal()
 
 
 def while_training(job):
     job.until(lambda: job.lines() >= 10, every=0.001)
-    job.signal()
-
-
-def while_training_by_a_requeue(job):
-    """As an administrator does it, or a job of a higher priority: Slurm sends SIGTERM."""
-    job.until(lambda: job.lines() >= 10, every=0.001)
-    job.cluster.call("scontrol", "requeue", job.id)
 
 
 def while_evaluating(job):
     job.until(lambda: job.lines() >= 29, every=0.001)
-    job.signal()
 
 
 def while_testing(job):
     job.until(lambda: job.lines() >= 60, every=0.001)
-    job.signal()
 
 
 def while_saving(job):
-    """Held still while it is signalled, so that it is in the middle of that for sure."""
+    """And held still, so that it is in the middle of that for sure."""
     partial = job.run_dir / "checkpoints"
 
     def held():
@@ -121,39 +108,42 @@ def while_saving(job):
             os.kill(task, signal.SIGCONT)
 
     job.until(held, every=0)
-    job.signal()
-    for task in job.tasks():
-        os.kill(task, signal.SIGCONT)
 
 
-# And what the log tells then.
+# And where the log tells that the run was stopped then.
 MOMENTS = {
-    while_starting: "Stopped by SIGUSR1 before the model was built",
-    while_training: "Stopped by SIGUSR1 after step",
-    while_training_by_a_requeue: "Stopped by SIGTERM after step",
-    while_evaluating: "Stopped by SIGUSR1 in the evaluation of valid after step 30",
-    while_saving: "Stopped by SIGUSR1 after step",
-    while_testing: "Stopped by SIGUSR1 in the evaluation of test after step 60",
+    while_starting: "before the model was built",
+    while_training: "after step",
+    while_evaluating: "in the evaluation of valid after step 30",
+    while_saving: "after step",
+    while_testing: "in the evaluation of test after step 60",
 }
+# As a user does it, or slurm/train.sh before the time is over; as an administrator, or a job of a higher priority.
+STOPS = {"SIGUSR1": ["scancel", "--signal=USR1"], "SIGTERM": ["scontrol", "requeue"]}
+STOPPED = [(moment, name) for name in STOPS for moment in MOMENTS]
 
 
 @pytest.fixture(scope="module")
 def stopped(cluster, small, tmp_path_factory):
-    """A job for each moment. While one waits for its second start, the next has its first."""
+    """A job for each of these. While one waits for its second start, the next has its first."""
     jobs = {}
-    for moment in MOMENTS:
-        job = jobs[moment] = Job(cluster, tmp_path_factory.mktemp(moment.__name__) / "run", *small, *LONG)
+    for moment, name in STOPPED:
+        folder = tmp_path_factory.mktemp(f"{moment.__name__}-{name}")
+        job = jobs[moment, name] = Job(cluster, folder / "run", *small, *LONG)
         moment(job)
+        cluster.call(*STOPS[name], job.id)
+        for task in job.tasks():
+            os.kill(task, signal.SIGCONT)
         job.until(lambda job=job: "Stopped by" in job.told())
     return jobs
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
-def test_a_run_that_is_stopped_ends_as_one_that_is_not(undisturbed, stopped, check_identical, moment):
-    job = stopped[moment]
+@pytest.mark.parametrize("moment, name", STOPPED)
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(undisturbed, stopped, check_identical, moment, name):
+    job = stopped[moment, name]
     job.finish()
     [words] = re.findall("Stopped by .*", job.told())
-    assert re.match(MOMENTS[moment], words)
+    assert words.startswith(f"Stopped by {name} {MOMENTS[moment]}")
     check_identical(undisturbed.run_dir, job.run_dir)
     assert steps(undisturbed.run_dir) == steps(job.run_dir)
 

@@ -341,6 +341,20 @@ def test_parameters_are_used_only_by_the_modules_that_own_them(case):
     torch.testing.assert_close(nll, -expected.gather(-1, tokens(LANES, 5)[..., None]).squeeze(-1))
 
 
+@pytest.mark.parametrize("case", ["full softmax", "clusters", "div_val 2"])
+def test_a_step_waits_for_nothing_that_a_gpu_has_to_do(case):
+    """Tensors on "meta" have no numbers: whatever asks for one, be it how many tokens a cluster has, fails there."""
+    drops = dict.fromkeys(["dropout", "dropatt", "dropout_words"], 0.1)
+    model = build(replace(BASE, **CASES[case], **drops)).to("meta")
+    inputs, targets, reach = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5).to("meta")
+    nll, _ = model(inputs, targets, reach, model.empty_memory(LANES))
+    nll.mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if case != "full softmax":
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            model(inputs.to("meta"), targets.to("meta"), reach, model.empty_memory(LANES))
+
+
 def test_nothing_is_dropped_in_evaluation():
     model, with_dropout = build(BASE), build(replace(BASE, dropout=0.5, dropatt=0.5))
     stream = tokens(LANES, 10)

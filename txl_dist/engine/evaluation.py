@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
+from txl_dist.models.adaptive import send
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -52,7 +53,7 @@ def score(
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for segment in segments:
         for i, rows in enumerate(row_slices(len(segment.inputs), len(memory))):
-            loss, memory[i] = (forward or model)(*to_device(segment, rows, device), memory[i])
+            loss, memory[i] = (forward or model)(*to_model(segment, rows, device), memory[i])
             nats += loss.double().sum()
         tokens += int((segment.targets != NOT_SCORED).sum())
     return Score(nats.item(), tokens)
@@ -104,11 +105,7 @@ def row_slices(rows: int, micro_batches: int) -> list[slice]:
     return [slice(i * share, (i + 1) * share) for i in range(micro_batches)]
 
 
-def to_device(segment: Segment, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """inputs, targets and reach of some rows of a segment."""
-    arrays = (segment.inputs[rows], segment.targets[rows], segment.reach[rows])
-    tensors = [torch.from_numpy(array) for array in arrays]
-    if device.type == "cuda":  # from pageable memory a copy would wait for all that the GPU has still to do
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    inputs, targets, reach = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return inputs, targets, reach
+def to_model(segment: Segment, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """inputs, targets and reach of some rows of a segment; the model itself sends the tokens to its device."""
+    inputs, targets, reach = (torch.from_numpy(x[rows]) for x in (segment.inputs, segment.targets, segment.reach))
+    return inputs, targets, send(reach, device)

@@ -6,6 +6,9 @@ have narrower embeddings, brought to d_model and back by a projection.
 
 ZeRO gathers parameters module by module, on all ranks in step. So both modules own directly every parameter they use,
 tied ones included, and run the same operations whatever the tokens: on zero rows for a cluster without any.
+
+How many tokens a cluster has decides how much is computed. Tokens may therefore stay on the CPU while the model is on a
+GPU: then that is known without asking the GPU, which would make the CPU wait for all that it has still to do.
 """
 
 import torch
@@ -21,14 +24,11 @@ class Clusters(nn.Module):
     The width of cluster i is d_model // div_val**i. With div_val 1 there is one table for all, and no projection.
     """
 
-    cutoffs: Tensor  # int64, the first tokens of all clusters but the first
-
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.div_val = config.div_val
         self.starts = [0, *config.cutoffs]
         self.sizes = [end - start for start, end in zip(self.starts, [*config.cutoffs, vocab_size], strict=True)]
-        self.register_buffer("cutoffs", torch.tensor(config.cutoffs, dtype=torch.int64), persistent=False)
 
     def tables(self) -> list[Tensor]:
         """One a cluster."""
@@ -40,8 +40,9 @@ class Clusters(nn.Module):
         return [self.get_parameter(f"projection_{i}") for i in range(len(self.sizes))]
 
     def members(self, tokens: Tensor) -> list[Tensor]:
-        """For each cluster the places of its tokens in int64 [n], possibly none."""
-        cluster = torch.bucketize(tokens, self.cutoffs, right=True)
+        """For each cluster the places of its tokens in int64 [n], possibly none; on the tokens' device."""
+        bounds = torch.tensor(self.starts[1:], device=tokens.device)
+        cluster = torch.bucketize(tokens, bounds, right=True)
         return [(cluster == i).nonzero().squeeze(1) for i in range(len(self.sizes))]
 
 
@@ -58,24 +59,27 @@ class AdaptiveEmbedding(Clusters):
                 self.register_parameter(f"projection_{i}", nn.Parameter(torch.empty(config.d_model, width)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [lanes, length] -> [lanes, length, d_model]."""
+        """int64 [lanes, length], there or on the CPU -> [lanes, length, d_model]."""
+        table = self.get_parameter("table_0")
         if self.div_val == 1:
-            embedded = F.embedding(tokens, self.get_parameter("table_0"))
+            embedded = F.embedding(send(tokens, table.device), table)
         else:
             embedded = self.by_cluster(tokens.flatten()).view(*tokens.shape, self.d_model)
         scale = self.d_model**0.5
         if self.training and self.dropout_words:
             # A word is there or not, wherever it stands (Gal & Ghahramani 2016, section 4.2).
             words = F.dropout(embedded.new_full((self.vocab_size, 1), scale), self.dropout_words)
-            return embedded * words[tokens]
+            return embedded * words[send(tokens, table.device)]
         return embedded * scale
 
     def by_cluster(self, tokens: Tensor) -> Tensor:
         """int64 [n] -> [n, d_model]."""
         places = self.members(tokens)
-        parts = zip(places, self.starts, self.tables(), self.projections(), strict=True)
-        rows = torch.cat([F.linear(F.embedding(tokens[at] - start, table), proj) for at, start, table, proj in parts])
-        return torch.empty_like(rows).index_copy(0, torch.cat(places), rows)
+        tables, projections = self.tables(), self.projections()
+        within = [send(tokens[at] - start, tables[0].device) for at, start in zip(places, self.starts, strict=True)]
+        parts = zip(within, tables, projections, strict=True)
+        rows = torch.cat([F.linear(F.embedding(each, table), projection) for each, table, projection in parts])
+        return torch.empty_like(rows).index_copy(0, send(torch.cat(places), rows.device), rows)
 
 
 class AdaptiveSoftmax(Clusters):
@@ -102,7 +106,7 @@ class AdaptiveSoftmax(Clusters):
 
         Args:
             hidden: [lanes, length, d_model].
-            targets: int64 [lanes, length]; -100: not scored, the result there is 0.
+            targets: int64 [lanes, length], there or on the CPU; -100: not scored, the result there is 0.
 
         Returns:
             [lanes, length], or [lanes, length, vocab_size]; float32 (float64 in a float64 model).
@@ -118,10 +122,11 @@ class AdaptiveSoftmax(Clusters):
         in_head = targets
         for i, at in enumerate(places):
             in_head = in_head.index_fill(0, at, self.sizes[0] + i)
-        nll = F.cross_entropy(logits(hidden, *head), in_head, reduction="none")
+        nll = F.cross_entropy(logits(hidden, *head), send(in_head, hidden.device), reduction="none")
         for at, start, tail in zip(places, self.starts[1:], tails, strict=True):
-            within = F.cross_entropy(logits(hidden.index_select(0, at), *tail), targets[at] - start, reduction="none")
-            nll = nll.index_add(0, at, within)
+            at, within = send(at, hidden.device), send(targets[at] - start, hidden.device)
+            scores = logits(hidden.index_select(0, at), *tail)
+            nll = nll.index_add(0, at, F.cross_entropy(scores, within, reduction="none"))
         return nll
 
     def log_probs(self, hidden: Tensor) -> Tensor:
@@ -147,3 +152,10 @@ def logits(hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | Non
         hidden = hidden @ projection
     scores = F.linear(hidden, table, bias)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Have it on a device, without waiting for what that has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":  # from pageable memory a copy would wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
