@@ -115,7 +115,7 @@ def their_training(lanes: int, **shape: Any) -> Rates:
 def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
     """Evaluation by segments of `length`; 1: generation, each step's distribution in full."""
     model = our_model(**shape).eval()
-    model.store_by_inputs()
+    model.store_long_rows()
     tokens, reach = text(lanes, length, shape["vocab_size"]), torch.full((lanes, length), 10**6)
     targets, memory = tokens if length > 1 else None, model.empty_cache(lanes)
 

@@ -66,26 +66,25 @@ def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJ
     Every prompt is a lane. Prompts of different lengths need no padding: each lane's memory holds its own last states,
     and `reach` tells how far back it goes. A lane's samples depend on its prompt and the seed alone.
     """
-    device = next(model.parameters()).device
-    read = [prefill(model, prompt, device) for prompt in prompts]
+    read = [prefill(model, prompt) for prompt in prompts]
     log_probs = torch.cat([each for each, _ in read])
     memory = side_by_side(states for _, states in read)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
     dice = [torch.Generator().manual_seed(job.seed) for _ in prompts]
     while True:
         tokens = [sample(row, job, die) for row, die in zip(log_probs.cpu(), dice, strict=True)]
         yield tokens
-        inputs = torch.tensor(tokens, device=device)[:, None]
+        inputs = torch.tensor(tokens)[:, None]
         log_probs, memory = model(inputs, None, lengths[:, None], memory)
         log_probs, lengths = log_probs[:, -1], lengths + 1
 
 
-def prefill(model: TransformerXL, prompt: list[int], device: torch.device) -> tuple[Tensor, list[States]]:
+def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[States]]:
     """Read a prompt, segment by segment: log-probabilities of the next token [1, vocab_size], and the memory."""
     memory = model.empty_cache(1)
     for start in range(0, len(prompt), model.config.tgt_len):
-        segment = torch.tensor([prompt[start : start + model.config.tgt_len]], device=device)
-        reach = torch.arange(start, start + segment.size(1), device=device)[None]
+        segment = torch.tensor([prompt[start : start + model.config.tgt_len]])
+        reach = torch.arange(start, start + segment.size(1))[None]
         log_probs, memory = model(segment, None, reach, memory)
     return log_probs[:, -1], memory
 

@@ -51,16 +51,16 @@ class Scorer:
         The latter is float32 [vocab_size], in nats.
         """
         tokens, pieces = self.tokenizer.encode(text.encode(), end=False).tolist(), self.tokenizer.decoder()
-        device, length = next(self.model.parameters()).device, self.model.config.tgt_len
-        inputs, memory = torch.tensor([self.tokenizer.eos, *tokens], device=device), self.model.empty_cache(1)
+        inputs, memory = torch.tensor([self.tokenizer.eos, *tokens]), self.model.empty_cache(1)
+        length = self.model.config.tgt_len
         found: list[float] = []
         log_probs = torch.empty(0)
         for start in range(0, len(inputs), length):
             segment = inputs[None, start : start + length]
-            reach = torch.arange(start, start + segment.size(1), device=device)[None]
+            reach = torch.arange(start, start + segment.size(1))[None]
             log_probs, memory = self.model(segment, None, reach, memory)
             targets = inputs[start + 1 : start + 1 + length, None]  # none for the last input: it is the text's end
-            found += log_probs[0, : len(targets)].gather(-1, targets)[:, 0].tolist()
+            found += log_probs[0, : len(targets)].gather(-1, targets.to(log_probs.device))[:, 0].tolist()
         scores = [TokenScore(token, pieces.feed(token), nats) for token, nats in zip(tokens, found, strict=True)]
         return scores, log_probs[0, -1].cpu()
 

@@ -32,7 +32,7 @@ def trained_model(
         raise ConfigError(problems)
     model = TransformerXL(config, checkpoint.data["vocab_size"])
     checkpoint.load_weights(model, average)
-    model.store_by_inputs()
+    model.store_long_rows()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
 
 

@@ -269,6 +269,19 @@ def test_cached_keys_and_values_change_no_number(attention, pre_lnorm):
         assert cached == {"absolute": [False, True, True], "al_rfou": [False] * 3}.get(attention, [True] * 3)
 
 
+@pytest.mark.parametrize("case", ["full softmax", "clusters", "div_val 2"])
+def test_neither_the_layout_nor_the_number_of_tokens_changes_a_number(case):
+    """Of fewer tokens than d_model the head's outputs are joined, else its tables."""
+    model, stream = build(replace(BASE, **CASES[case])), tokens(LANES, 10)
+    expected, tied = read(model, stream, [10]), len(list(model.parameters()))
+    model.store_long_rows()
+    for lane, log_probs in zip(stream, expected, strict=True):
+        torch.testing.assert_close(read(model, lane[None], [10]), log_probs[None], rtol=1e-12, atol=1e-12)
+    assert len(list(model.parameters())) == tied
+    for weight in model.parameters():
+        assert weight.size(weight.stride().index(1)) == max(weight.shape)
+
+
 def test_lanes_that_were_read_alone_go_on_together():
     for attention in ("relative", "absolute"):  # the latter's first layer has no cache
         model, stream = build(replace(BASE, attention=attention)).eval(), tokens(2, 12)
@@ -346,10 +359,11 @@ def test_a_step_waits_for_nothing_that_a_gpu_has_to_do(case):
     """Tensors on "meta" have no numbers: whatever asks for one, be it how many tokens a cluster has, fails there."""
     drops = dict.fromkeys(["dropout", "dropatt", "dropout_words"], 0.1)
     model = build(replace(BASE, **CASES[case], **drops)).to("meta")
-    inputs, targets, reach = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5).to("meta")
+    inputs, targets, reach = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)
     nll, _ = model(inputs, targets, reach, model.empty_memory(LANES))
     nll.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()(inputs, None, reach, model.empty_cache(LANES))
     if case != "full softmax":
         with pytest.raises(NotImplementedError, match="nonzero"):
             model(inputs.to("meta"), targets.to("meta"), reach, model.empty_memory(LANES))

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.models.adaptive import send
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -53,7 +52,7 @@ def score(
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for segment in segments:
         for i, rows in enumerate(row_slices(len(segment.inputs), len(memory))):
-            loss, memory[i] = (forward or model)(*to_model(segment, rows, device), memory[i])
+            loss, memory[i] = (forward or model)(*tensors(segment, rows), memory[i])
             nats += loss.double().sum()
         tokens += int((segment.targets != NOT_SCORED).sum())
     return Score(nats.item(), tokens)
@@ -80,14 +79,13 @@ def losses_in_context(
     Returns:
         float64 [n].
     """
-    device = next(model.parameters()).device
     padded = np.concatenate([np.full(context, eos), stream])
     place = np.arange(context)
-    inputs = torch.from_numpy(padded[positions[:, None] + place]).to(device)
+    inputs = torch.from_numpy(padded[positions[:, None] + place])
     begin = 0 if starts is None else starts[np.searchsorted(starts, positions, side="right") - 1].astype(np.int64)
     history = (positions - begin)[:, None] - (context - 1 - place)  # tokens before each input; negative: padding
-    reach = torch.from_numpy(np.minimum(history, place).clip(min=0)).to(device)
-    targets = torch.from_numpy(stream[positions]).to(device)[:, None]
+    reach = torch.from_numpy(np.minimum(history, place).clip(min=0))
+    targets = torch.from_numpy(stream[positions])[:, None]
 
     mem_len = model.config.mem_len
     length = model.config.tgt_len if mem_len else context
@@ -105,7 +103,7 @@ def row_slices(rows: int, micro_batches: int) -> list[slice]:
     return [slice(i * share, (i + 1) * share) for i in range(micro_batches)]
 
 
-def to_model(segment: Segment, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """inputs, targets and reach of some rows of a segment; the model itself sends the tokens to its device."""
+def tensors(segment: Segment, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """inputs, targets and reach of some rows of a segment."""
     inputs, targets, reach = (torch.from_numpy(x[rows]) for x in (segment.inputs, segment.targets, segment.reach))
-    return inputs, targets, send(reach, device)
+    return inputs, targets, reach

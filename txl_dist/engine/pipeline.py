@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.engine.engine import Engine
-from txl_dist.engine.evaluation import row_slices
+from txl_dist.engine.evaluation import row_slices, tensors
 from txl_dist.engine.guard import Guard
 from txl_dist.models.flops import flops
 from txl_dist.models.memory import Memory
@@ -144,9 +144,9 @@ class PipelineEngine(Engine):
     def micro_batches(self, segment: Segment) -> Iterator[tuple[Arriving, Tensor]]:
         """What the first stage reads, and the last stage's targets."""
         numbers = torch.arange(len(segment.inputs))
-        inputs, targets, reach = map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach))
         for rows in row_slices(len(numbers), self.split.accumulation):
-            yield (inputs[rows], reach[rows], numbers[rows]), targets[rows]
+            inputs, targets, reach = tensors(segment, rows)
+            yield (inputs, reach, numbers[rows]), targets
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         squares = norm.square()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from txl_dist.data.segments import Segment
 from txl_dist.engine.engine import Engine
-from txl_dist.engine.evaluation import row_slices, score, to_model
+from txl_dist.engine.evaluation import row_slices, score, tensors
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -20,7 +20,7 @@ class ZeroEngine(Engine):
     def forward_backward_step(self, segment: Segment) -> Tensor:
         losses = []
         for rows in row_slices(len(self.lanes), self.split.accumulation):
-            nats, remembered = self.deepspeed(*to_model(segment, rows, self.world.device), self.memory.read(rows))
+            nats, remembered = self.deepspeed(*tensors(segment, rows), self.memory.read(rows))
             self.memory.write(rows, remembered)
             counted = nats[:, self.job.first_scored :] * self.weight
             losses.append(counted.mean())

@@ -117,13 +117,12 @@ class AdaptiveSoftmax(Clusters):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """[n, d_model], int64 [n] -> [n]."""
-        head, *tails = self.outputs()
         _, *places = self.members(targets)
         in_head = targets
         for i, at in enumerate(places):
             in_head = in_head.index_fill(0, at, self.sizes[0] + i)
-        nll = F.cross_entropy(logits(hidden, *head), send(in_head, hidden.device), reduction="none")
-        for at, start, tail in zip(places, self.starts[1:], tails, strict=True):
+        nll = F.cross_entropy(self.head(hidden), send(in_head, hidden.device), reduction="none")
+        for at, start, tail in zip(places, self.starts[1:], self.outputs()[1:], strict=True):
             at, within = send(at, hidden.device), send(targets[at] - start, hidden.device)
             scores = logits(hidden.index_select(0, at), *tail)
             nll = nll.index_add(0, at, F.cross_entropy(scores, within, reduction="none"))
@@ -131,22 +130,31 @@ class AdaptiveSoftmax(Clusters):
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size]."""
-        head, *tails = self.outputs()
-        first, *clusters = logits(hidden, *head).log_softmax(-1).split([self.sizes[0], *[1] * len(tails)], dim=-1)
+        tails = self.outputs()[1:]
+        first, *clusters = self.head(hidden).log_softmax(-1).split([self.sizes[0], *[1] * len(tails)], dim=-1)
         within = [logits(hidden, *tail).log_softmax(-1) for tail in tails]
         return torch.cat([first, *map(torch.add, clusters, within)], dim=-1)
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., d_model] -> [..., tokens of the first cluster and the other clusters]: logits."""
+        table, bias, projection = self.outputs()[0]
+        if len(self.sizes) == 1:
+            return logits(hidden, table, bias, projection)
+        if projection is not None:
+            hidden = hidden @ projection
+        # Joined is what is smaller: what comes out, for a few tokens, or what goes in.
+        if hidden.shape[:-1].numel() < hidden.size(-1):
+            parts = (table, bias), (self.cluster_weight, self.cluster_bias)
+            return torch.cat([logits(hidden, *part) for part in parts], dim=-1)
+        return logits(hidden, torch.cat([table, self.cluster_weight]), torch.cat([bias, self.cluster_bias]))
+
     def outputs(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Each cluster's table, bias and projection; the first's with a row for each other cluster: the head."""
-        tables, biases = self.tables(), list(self.bias.split(self.sizes))
-        if len(tables) > 1:
-            tables[0] = torch.cat([tables[0], self.cluster_weight])
-            biases[0] = torch.cat([biases[0], self.cluster_bias])
-        projections = self.projections() if self.div_val > 1 else [None] * len(tables)
-        return list(zip(tables, biases, projections, strict=True))
+        """Each cluster's table, bias and projection."""
+        projections = self.projections() if self.div_val > 1 else [None] * len(self.sizes)
+        return list(zip(self.tables(), self.bias.split(self.sizes), projections, strict=True))
 
 
-def logits(hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
+def logits(hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None = None) -> Tensor:
     """[..., d_model] -> [..., size], in float32 at least: what is made of them are logarithms."""
     if projection is not None:
         hidden = hidden @ projection
