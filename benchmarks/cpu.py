@@ -68,12 +68,14 @@ def text(lanes: int, length: int, vocab_size: int) -> torch.Tensor:
     return torch.multinomial(frequency, lanes * length, replacement=True).view(lanes, length)
 
 
-def rates(tokens: int, work: Callable[[], object], repeat: int = 1) -> Rates:
+def rates(tokens: int, work: Callable[[], object]) -> Rates:
+    """A turn takes a second at least: what it finds cold, after the other side's, then counts little."""
     while True:
-        began = time.perf_counter()
-        for _ in range(repeat):
+        began, times, taken = time.perf_counter(), 0, 0.0
+        while taken < 1:
             work()
-        yield tokens * repeat / (time.perf_counter() - began)
+            times, taken = times + 1, time.perf_counter() - began
+        yield tokens * times / taken
 
 
 # ------------------------------------------------------------------------------------------------------ the sides
@@ -93,7 +95,7 @@ def our_training(lanes: int, **shape: Any) -> Rates:
         optimizer.step()
         optimizer.zero_grad()
 
-    return rates(lanes * 128, step, repeat=3)
+    return rates(lanes * 128, step)
 
 
 def their_training(lanes: int, **shape: Any) -> Rates:
@@ -109,7 +111,7 @@ def their_training(lanes: int, **shape: Any) -> Rates:
         optimizer.step()
         optimizer.zero_grad()
 
-    return rates(lanes * 128, step, repeat=3)
+    return rates(lanes * 128, step)
 
 
 def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
@@ -124,7 +126,7 @@ def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
         nonlocal memory
         _, memory = model(tokens, targets, reach, memory)
 
-    return rates(lanes * length, read, repeat=1 if length > 1 else 8)
+    return rates(lanes * length, read)
 
 
 def their_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
@@ -140,7 +142,7 @@ def their_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
         nonlocal memory
         memory = model(tokens, labels=labels, mems=memory).mems
 
-    return rates(lanes * length, read, repeat=1 if length > 1 else 8)
+    return rates(lanes * length, read)
 
 
 def loader(data: str) -> Rates:
@@ -149,7 +151,7 @@ def loader(data: str) -> Rates:
     index = Index.open(data)
     plan = LanePlan(index.splits["train"].document_starts, 256, 384, seed=1)
     segments = iter(Segments(plan, SampleReader(index, "train"), range(256), index.eos, 0, 2**62))
-    return rates(256 * 384, lambda: next(segments), repeat=50)
+    return rates(256 * 384, lambda: next(segments))
 
 
 SHAPE = [f"model.{key}={value}" for key, value in BYTES.items() if key != "vocab_size"]
@@ -186,7 +188,7 @@ def bare_loop(data: str) -> Rates:
         optimizer.step()
         optimizer.zero_grad()
 
-    return rates(8 * 128, step, repeat=20)
+    return rates(8 * 128, step)
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
