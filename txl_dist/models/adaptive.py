@@ -39,11 +39,11 @@ class Clusters(nn.Module):
     def projections(self) -> list[Tensor]:
         return [self.get_parameter(f"projection_{i}") for i in range(len(self.sizes))]
 
-    def members(self, tokens: Tensor) -> list[Tensor]:
-        """For each cluster the places of its tokens in int64 [n], possibly none; on the tokens' device."""
-        bounds = torch.tensor(self.starts[1:], device=tokens.device)
+    def members(self, tokens: Tensor, first: int = 0) -> list[Tensor]:
+        """For each cluster from `first` on the places of its tokens in int64 [n], possibly none; on their device."""
+        bounds = torch.tensor(self.starts[1:], dtype=torch.int64, device=tokens.device)
         cluster = torch.bucketize(tokens, bounds, right=True)
-        return [(cluster == i).nonzero().squeeze(1) for i in range(len(self.sizes))]
+        return [(cluster == i).nonzero().squeeze(1) for i in range(first, len(self.sizes))]
 
 
 class AdaptiveEmbedding(Clusters):
@@ -117,8 +117,7 @@ class AdaptiveSoftmax(Clusters):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """[n, d_model], int64 [n] -> [n]."""
-        _, *places = self.members(targets)
-        in_head = targets
+        places, in_head = self.members(targets, first=1), targets
         for i, at in enumerate(places):
             in_head = in_head.index_fill(0, at, self.sizes[0] + i)
         nll = F.cross_entropy(self.head(hidden), send(in_head, hidden.device), reduction="none")
