@@ -69,6 +69,12 @@ def sbatch(cluster, *words):
     return cluster.call("sbatch", *words, cwd=REPO)
 
 
+def done(cluster, *words):
+    """Submit, and wait for its end; sbatch --wait would look only once a minute after a while."""
+    sbatch(cluster, *words)
+    cluster.wait_until(lambda: not cluster.call("squeue", "--noheader"), every=0.5)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster, small, tmp_path_factory):
     job = Job(cluster, tmp_path_factory.mktemp("undisturbed") / "run", *small, *LONG)
@@ -180,14 +186,14 @@ def test_prepare_sweep_and_evaluate(cluster, small, corpus, metrics, tmp_path):
     cpus, log = "--gpus-per-node=0", f"--output={tmp_path}/%x-%A-%a.log"
     cut = ["corpus=text", "tokenizer=bytes", "data.sample_tokens=256", f"data.dir={data}", f"corpus.path={corpus}"]
     shares = ["corpus.valid_share=0.1", "corpus.test_share=0.1"]
-    sbatch(cluster, "--wait", "--mem=0", "--cpus-per-task=2", log, "slurm/prepare.sh", *cut, *shares)
+    done(cluster, "--mem=0", "--cpus-per-task=2", log, "slurm/prepare.sh", *cut, *shares)
     grid = tmp_path / "grid"
     grid.write_text("".join(f"run.seed={seed} run.dir={tmp_path}/seed{seed}\n" for seed in (1, 2)))
     options = [cpus, "--ntasks-per-node=2", "--array=1-2%1", log]
     more = [*small, f"data.dir={data}", "train.stop_at=1", "engine.pipeline_stages=2"]
-    sbatch(cluster, "--wait", *options, "slurm/sweep.sh", str(grid), *more)
+    done(cluster, *options, "slurm/sweep.sh", str(grid), *more)
     one, two = (metrics(tmp_path / f"seed{seed}") for seed in (1, 2))
     assert len(one) == len(two) == 1 and one[0]["train/loss"] != two[0]["train/loss"]
     told = ["--gpus=0", f"--output={tmp_path}/table", "slurm/evaluate.sh", f"run={tmp_path}/seed*", "split=test"]
-    sbatch(cluster, "--wait", *told)
+    done(cluster, *told)
     assert "seed1" in (tmp_path / "table").read_text() and "seed2" in (tmp_path / "table").read_text()
