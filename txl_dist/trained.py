@@ -32,8 +32,11 @@ def trained_model(
         raise ConfigError(problems)
     model = TransformerXL(config, checkpoint.data["vocab_size"])
     checkpoint.load_weights(model, average)
-    model.store_long_rows()
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), checkpoint
+    if torch.cuda.is_available():
+        model.cuda()
+    else:
+        model.store_long_rows()
+    return model.eval(), checkpoint
 
 
 def trained_tokenizer(run: str, checkpoint: Checkpoint) -> tokenizers.Tokenizer:

@@ -70,7 +70,7 @@ def sbatch(cluster, *words):
 
 
 def done(cluster, *words):
-    """Submit, and wait for its end; sbatch --wait would look only once a minute after a while."""
+    """Submit, and wait for its end, which sbatch --wait notices up to 40 s later."""
     sbatch(cluster, *words)
     cluster.wait_until(lambda: not cluster.call("squeue", "--noheader"), every=0.5)
 

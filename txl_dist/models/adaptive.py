@@ -117,11 +117,12 @@ class AdaptiveSoftmax(Clusters):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """[n, d_model], int64 [n] -> [n]."""
+        head, *tails = self.outputs()
         places, in_head = self.members(targets, first=1), targets
         for i, at in enumerate(places):
             in_head = in_head.index_fill(0, at, self.sizes[0] + i)
-        nll = F.cross_entropy(self.head(hidden), send(in_head, hidden.device), reduction="none")
-        for at, start, tail in zip(places, self.starts[1:], self.outputs()[1:], strict=True):
+        nll = F.cross_entropy(self.in_head(hidden, *head), send(in_head, hidden.device), reduction="none")
+        for at, start, tail in zip(places, self.starts[1:], tails, strict=True):
             at, within = send(at, hidden.device), send(targets[at] - start, hidden.device)
             scores = logits(hidden.index_select(0, at), *tail)
             nll = nll.index_add(0, at, F.cross_entropy(scores, within, reduction="none"))
@@ -129,18 +130,21 @@ class AdaptiveSoftmax(Clusters):
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size]."""
-        tails = self.outputs()[1:]
-        first, *clusters = self.head(hidden).log_softmax(-1).split([self.sizes[0], *[1] * len(tails)], dim=-1)
+        head, *tails = self.outputs()
+        in_head = self.in_head(hidden, *head).log_softmax(-1)
+        first, *clusters = in_head.split([self.sizes[0], *[1] * len(tails)], dim=-1)
         within = [logits(hidden, *tail).log_softmax(-1) for tail in tails]
         return torch.cat([first, *map(torch.add, clusters, within)], dim=-1)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """[..., d_model] -> [..., tokens of the first cluster and the other clusters]: logits."""
-        table, bias, projection = self.outputs()[0]
-        if len(self.sizes) == 1:
-            return logits(hidden, table, bias, projection)
+    def in_head(self, hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
+        """Logits of the first cluster's tokens, which have this output, and of the other clusters.
+
+        [..., d_model] -> [..., tokens and clusters].
+        """
         if projection is not None:
             hidden = hidden @ projection
+        if len(self.sizes) == 1:
+            return logits(hidden, table, bias)
         # Joined is what is smaller: what comes out, for a few tokens, or what goes in.
         if hidden.shape[:-1].numel() < hidden.size(-1):
             parts = (table, bias), (self.cluster_weight, self.cluster_bias)
@@ -148,7 +152,7 @@ class AdaptiveSoftmax(Clusters):
         return logits(hidden, torch.cat([table, self.cluster_weight]), torch.cat([bias, self.cluster_bias]))
 
     def outputs(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Each cluster's table, bias and projection."""
+        """Each cluster's table, bias and projection. Asked for once: each time costs the gradient of a whole table."""
         projections = self.projections() if self.div_val > 1 else [None] * len(self.sizes)
         return list(zip(self.tables(), self.bias.split(self.sizes), projections, strict=True))
 
