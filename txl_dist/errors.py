@@ -24,3 +24,10 @@ class RunError(UserError):
 def first_line(error: Exception) -> str:
     """What a library says, as far as it helps."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_os_error(error: OSError, path: object = None) -> str:
+    """Name the file and the reason of what the operating system refused; `path` stands in where it names no file."""
+    name = error.filename or path
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{name}: {reason}" if name else reason
