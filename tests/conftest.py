@@ -154,3 +154,15 @@ def make_config():
     """The default model, without dropout and small; `options` change it."""
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
     return lambda **options: ModelConfig(**{**defaults, **SIZES, "dropout": 0.0, **options})
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A disk of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

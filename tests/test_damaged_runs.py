@@ -369,17 +369,6 @@ def test_a_run_directory_that_cannot_be_written_is_named(read_only, run, job):
     assert f"run.dir={read_only}: cannot be written" in told and "Read-only" in told
 
 
-@pytest.fixture
-def full_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_metrics_that_cannot_be_kept_end_the_run(copy, run, job, full_disk):
     """A line or two still go into the last page of metrics.jsonl, then the disk is full."""
     kept = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:15]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -25,8 +26,8 @@ from txl_dist.config import (
 from txl_dist.data import corpora
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
-from txl_dist.errors import ConfigError, UserError
-from txl_dist.prepare import prepare
+from txl_dist.errors import ConfigError, RunError, UserError
+from txl_dist.prepare import Work, prepare
 
 REPO = Path(__file__).resolve().parents[1]
 TEXTS = Path(os.environ.get("TXL_DIST_TEXT", REPO.parent / "shared" / "data"))
@@ -162,6 +163,54 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
     prepare(job)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text"]
+
+
+def test_two_at_once_make_one_dataset(tmp_path):
+    """The second one waits, and finds nothing to do."""
+    folder = texts(tmp_path / "text", 2000)
+    command = [sys.executable, "-m", "txl_dist.prepare", "corpus=text", f"corpus.path={folder}", "tokenizer=word"]
+    command += [f"data.dir={tmp_path}/deep/data", "workers=1"]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sorted("Nothing to do" in out for out, _ in outputs) == [False, True]
+    assert "preparing a dataset since" in "".join(err for _, err in outputs)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["data"]
+    assert not Index.open(str(tmp_path / "deep" / "data")).damages()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("words\n")
+    monkeypatch.setattr(entry, "Work", None)
+    with pytest.raises(RunError, match=r"data.dir=.*/a.txt/data: cannot be written: .*/a.txt: Not a directory"):
+        prepare(text_job(tmp_path / "a.txt" / "data", path=str(tmp_path / "a.txt")))
+
+
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path, full_disk):
+    (tmp_path / "a.txt").write_text("some words that fill a disk\n" * 20000)
+    for tokenizer in ("bytes", "word"):
+        command = [sys.executable, "-m", "txl_dist.prepare", "corpus=text", f"corpus.path={tmp_path}/a.txt"]
+        command += [f"tokenizer={tokenizer}", f"data.dir={full_disk}/data"]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
+        assert f"data.dir={full_disk}/data: cannot be written: " in done.stderr and "No space left" in done.stderr
+        assert not list(full_disk.iterdir())
+
+
+def test_workers_that_are_killed_end_it_in_words(tmp_path):
+    (tmp_path / "a.txt").write_text("some words\n" * 1000)
+    with pytest.raises(RunError, match="counting words: one of the 2 processes was killed"), Work(2) as work:
+        list(work.map("counting words", kill_yourself, iter([piece(b"x")] * 3), 3))
+
+
+def piece(data):
+    return corpora.Piece(corpora.Source(Path("a"), "a", None), "train", 0, data, True, True, None)
+
+
+def kill_yourself(pieces):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):

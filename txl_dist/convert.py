@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from txl_dist.check import model_fits_together
@@ -22,12 +21,13 @@ from txl_dist.config import ConvertJob, ModelConfig
 from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer
-from txl_dist.engine.checkpoint import CheckpointWriter, find_checkpoint
+from txl_dist.engine.checkpoint import CheckpointWriter, find_checkpoint, save_tensors
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.files import lock_of_new_folder, new_folder
 from txl_dist.interchange import vocabularies
 from txl_dist.interchange.sources import Source, open_source
 from txl_dist.interchange.weights import ours
-from txl_dist.prepare import partial_folder
+from txl_dist.lock import Lock
 from txl_dist.trained import trained_tokenizer
 
 HUB = Path(__file__).parent / "interchange" / "hub"
@@ -35,17 +35,19 @@ HUB = Path(__file__).parent / "interchange" / "hub"
 
 def convert(job: ConvertJob) -> None:
     """Import or export; nothing is there under its name before all of it is."""
-    if job.from_ is not None:
-        bring_in(job, Path(job.from_).expanduser())
-    else:
-        assert job.to is not None
-        send_out(job, Path(job.to).expanduser())
+    key = "run" if job.from_ is not None else "to"
+    folder = Path(getattr(job, key)).expanduser()
+    with lock_of_new_folder(key, folder, "converting a checkpoint") as lock:
+        if job.from_ is not None:
+            bring_in(job, Path(job.from_).expanduser(), folder, lock)
+        else:
+            send_out(job, folder, lock)
 
 
 # ---------------------------------------------------------------------------------------------------------- in
 
 
-def bring_in(job: ConvertJob, path: Path) -> None:
+def bring_in(job: ConvertJob, path: Path, target: Path, lock: Lock) -> None:
     """Write the run directory of an imported model.
 
     Raises:
@@ -60,7 +62,7 @@ def bring_in(job: ConvertJob, path: Path) -> None:
         weights = ours(source.tensors, source.spelling, config, source.vocab_size)
     if problems:
         raise ConfigError(problems)
-    with partial_folder(Path(job.run).expanduser()) as run_dir:
+    with new_folder(target, lock) as run_dir:
         tokenizer.save(run_dir / "tokenizer")
         write_checkpoint(run_dir, job, source, config, weights)
     parameters = sum(map(Tensor.numel, weights.values()))
@@ -145,7 +147,7 @@ def write_checkpoint(
 # --------------------------------------------------------------------------------------------------------- out
 
 
-def send_out(job: ConvertJob, target: Path) -> None:
+def send_out(job: ConvertJob, target: Path, lock: Lock) -> None:
     """Write the Hugging Face folder of a run's checkpoint.
 
     Raises:
@@ -161,8 +163,8 @@ def send_out(job: ConvertJob, target: Path) -> None:
     if problems:
         raise ConfigError(problems)
     tokenizer = trained_tokenizer(job.run, checkpoint)
-    with partial_folder(target) as folder:
-        save_file(checkpoint.tensors("weights"), folder / "model.safetensors", metadata={"format": "pt"})
+    with new_folder(target, lock) as folder:
+        save_tensors(checkpoint.tensors("weights"), folder / "model.safetensors")
         write_json(folder / "config.json", hub_config(config, checkpoint.data["vocab_size"]))
         write_json(folder / "generation_config.json", hub_tokens(tokenizer))
         for name in ("configuration_transformer_xl.py", "modeling_transformer_xl.py"):

@@ -6,12 +6,12 @@ and writes; others tokenize. What comes out depends on the text and the settings
 
 import os
 import random
-import shutil
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -27,7 +27,8 @@ from txl_dist.config import PrepareJob, PublishedCorpus, SentencePieceTokenizer,
 from txl_dist.data import corpora, published, shards, tokenizers
 from txl_dist.data.corpora import Piece, Plan
 from txl_dist.data.index import Index
-from txl_dist.errors import ConfigError, UserError
+from txl_dist.errors import ConfigError, RunError, UserError
+from txl_dist.files import is_empty, lock_of_new_folder, new_folder
 
 SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
 
@@ -40,6 +41,7 @@ def prepare(job: PrepareJob) -> None:
 
     Raises:
         UserError: where the text cannot be read or split, or the folder holds something else.
+        RunError: where the folder cannot be written, or a process that tokenizes was killed.
     """
     if "://" in job.data.dir:
         raise UserError(f"data.dir={job.data.dir}: is written to a local folder; give one, and copy it from there")
@@ -47,7 +49,11 @@ def prepare(job: PrepareJob) -> None:
     existing = existing_dataset(folder)
     tokenizer = given_tokenizer(job)
     problems: list[str] = []
-    with Work(job.workers) as work:
+    with ExitStack() as stack:
+        if existing is None:
+            lock = stack.enter_context(lock_of_new_folder("data.dir", folder, "preparing a dataset"))
+            existing = existing_dataset(folder)  # another process may have made it while this one waited
+        work = stack.enter_context(Work(job.workers))
         if isinstance(job.corpus, PublishedCorpus):
             published.fetch(job.corpus, work.progress)
         sources = corpora.find(job.corpus, problems)
@@ -61,7 +67,7 @@ def prepare(job: PrepareJob) -> None:
             check_same(folder, existing, corpus)
             print("Nothing to do: the dataset is there, made of the same text with the same settings.")
         else:
-            with partial_folder(folder) as partial:
+            with new_folder(folder, lock) as partial:
                 tokenizer = tokenizer or train_tokenizer(job, plan, work)
                 tokenizer.save(partial / "tokenizer")
                 splits = write_splits(job, plan, tokenizer, partial, work)
@@ -74,7 +80,7 @@ def prepare(job: PrepareJob) -> None:
 
 def existing_dataset(folder: Path) -> Index | None:
     """The dataset in `folder`; None where there is nothing yet."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_empty(folder):
         return None
     if not (folder / "index.json").exists():
         raise UserError(f"data.dir={folder}: holds something that is no dataset; give another folder")
@@ -92,22 +98,6 @@ def check_same(folder: Path, existing: Index, corpus: dict[str, Any]) -> None:
         )
     if damages := existing.damages():
         raise UserError(f"{damages[0]}: delete {folder} first")
-
-
-@contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name in the end, so that what is half done never looks finished."""
-    folder = folder.resolve()
-    here = folder.with_name(f".{folder.name}.partial")
-    if here.exists():
-        shutil.rmtree(here)
-    here.mkdir(parents=True)
-    try:
-        yield here
-        here.rename(folder)
-    except BaseException:
-        shutil.rmtree(here)
-        raise
 
 
 def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) -> dict[str, Any]:
@@ -208,15 +198,16 @@ def write_splits(job: PrepareJob, plan: Plan, tokenizer: tokenizers.Tokenizer, f
     load_tokenizer.cache_clear()  # one of an earlier call could bear the same path
     writers: dict[str, shards.SplitWriter] = {}
     encode = partial(encode_pieces, folder / "tokenizer", plan.shares)
-    for found in work.map("tokenizing", encode, plan.pieces(), plan.size()):
-        for split, encoded in found.items():
-            if split not in writers:
-                cut = (job.data.sample_tokens, job.data.shard_samples)
-                writers[split] = shards.SplitWriter(folder, split, tokenizer.dtype, *cut)
-            writers[split].add(*encoded)
-    if not isinstance(job.corpus, PublishedCorpus):
-        corpora.check_splits(job.corpus, writers)
-    return {split: writers[split].close() for split in corpora.SPLITS if split in writers}
+    with ExitStack() as stack:
+        for found in work.map("tokenizing", encode, plan.pieces(), plan.size()):
+            for split, encoded in found.items():
+                if split not in writers:
+                    cut = (job.data.sample_tokens, job.data.shard_samples)
+                    writers[split] = stack.enter_context(shards.SplitWriter(folder, split, tokenizer.dtype, *cut))
+                writers[split].add(*encoded)
+        if not isinstance(job.corpus, PublishedCorpus):
+            corpora.check_splits(job.corpus, writers)
+        return {split: writers[split].close() for split in corpora.SPLITS if split in writers}
 
 
 def encode_pieces(tokenizer_folder: Path, shares: Shares, pieces: list[Piece]) -> dict[str, Encoded]:
@@ -271,12 +262,16 @@ class Work:
                 yield from map(function, items)
                 return
             under_way: deque[Future[Result]] = deque()
-            for item in items:
-                under_way.append(self.pool.submit(function, item))
-                if len(under_way) > 2 * self.workers:
+            try:
+                for item in items:
+                    under_way.append(self.pool.submit(function, item))
+                    if len(under_way) > 2 * self.workers:
+                        yield under_way.popleft().result()
+                while under_way:
                     yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            except BrokenProcessPool as error:
+                remedy = "start again, with fewer workers=... if memory was lacking"
+                raise RunError([f"{title}: one of the {self.workers} processes was killed; {remedy}"]) from error
 
     @contextmanager
     def progress(self, title: str, size: int | None) -> Iterator[Callable[[int], None]]:

@@ -1,6 +1,9 @@
 """Where a run stands when it is started: at its newest whole checkpoint, if any; and what else its directory holds."""
 
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +14,62 @@ from txl_dist.config import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.engine.checkpoint import Checkpoint, newest
 from txl_dist.engine.launch import World
-from txl_dist.errors import ConfigError, UserError
+from txl_dist.errors import ConfigError, UserError, describe_os_error
+from txl_dist.files import make_folder
+from txl_dist.lock import InUse, Lock, Owner, acquire
+from txl_dist.preemption import Preemption, pending
 from txl_dist.tracking.result import is_tested
+
+PATIENCE = 600  # seconds that a start waits for the one before it, which is about to end
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")  # above 0: another process may have run this before
+
+
+@contextmanager
+def only_start(job: TrainJob, ranks: World, preemption: Preemption) -> Iterator[Lock | None]:
+    """Hold the lock of the run directory, on the first rank; every rank must enter.
+
+    A start that was requeued, or that a launcher has made anew, waits for the one before it, which may still be saving;
+    so does any start where that one has got a signal to stop.
+
+    Raises:
+        ConfigError: on every rank, where another start is training the run.
+        RunError: on every rank, where the run directory cannot be written.
+        Preempted: on every rank, where a signal came in the meantime.
+    """
+    preemption.ask("before the model was built")
+    lock: Lock | None = None
+    problems: list[str] = []
+    rival = ""
+    if ranks.first:
+        try:
+            make_folder(Path(job.run.dir))
+            lock = acquire(Path(job.run.dir) / ".lock", "training", patiently(job))
+        except InUse as error:
+            rival = f"run.dir={job.run.dir}: {error}; wait until it has ended, or give another run.dir"
+        except OSError as error:
+            problems.append(f"run.dir={job.run.dir}: cannot be written: {describe_os_error(error, job.run.dir)}")
+    try:
+        ranks.end_on(problems)
+        preemption.ask("before the model was built")
+        if rival := ranks.broadcast(rival):
+            raise ConfigError([rival])
+        yield lock
+    finally:
+        if lock:
+            lock.release()
+
+
+def patiently(job: TrainJob) -> Callable[[Owner | None], bool]:
+    """Return whether to wait for the owner of a run's lock, as `acquire` asks again and again."""
+    restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+    stall = job.guard.stall_timeout
+    until = time.monotonic() + (PATIENCE if stall is None else min(PATIENCE, stall / 2))
+
+    def wait(owner: Owner | None) -> bool:
+        ending = restarted or (owner is not None and owner.is_stopping())
+        return ending and time.monotonic() < until and not pending()
+
+    return wait
 
 
 def standing(job: TrainJob, index: Index, ranks: World) -> tuple[Checkpoint | None, bool]:
@@ -60,5 +117,5 @@ def write_run(job: TrainJob, index: Index, ranks: World) -> None:
             os.replace(partial, run_dir / "config.yaml")
             index.tokenizer().save(run_dir / "tokenizer")
         except OSError as error:
-            problems.append(f"run.dir={job.run.dir}: cannot be written: {error.filename}: {error.strerror}")
+            problems.append(f"run.dir={job.run.dir}: cannot be written: {describe_os_error(error, run_dir)}")
     ranks.end_on(problems)

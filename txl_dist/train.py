@@ -24,8 +24,9 @@ from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.watchdog import Watchdog
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
+from txl_dist.lock import Lock
 from txl_dist.models.flops import training_flops
-from txl_dist.standing import standing, write_run
+from txl_dist.standing import only_start, standing, write_run
 from txl_dist.tracking.meter import Meter
 from txl_dist.tracking.profile import Profile, out_of_memory_told
 from txl_dist.tracking.result import show_result
@@ -41,25 +42,28 @@ def train(job: TrainJob) -> None:
     with Watchdog(job.guard.stall_timeout) as watchdog:
         ranks, index = world(watchdog.patience), Index.open(job.data.dir)
         watchdog.meet(ranks)
-        preemption, over = Preemption(ranks), False
+        preemption = Preemption(ranks)
         try:
-            while not over:  # it goes back to its newest checkpoint as another start would
-                gc.collect()  # the engine of the start before, which refers to itself
-                checkpoint, over = standing(job, index, ranks)
-                preemption.ask("before the model was built")
-                with out_of_memory_told(job, ranks):
-                    over = over or Training(job, index, checkpoint, ranks, watchdog, preemption).run()
-            preemption.finish()
+            with only_start(job, ranks, preemption) as lock:
+                over = False
+                while not over:  # it goes back to its newest checkpoint as another start would
+                    gc.collect()  # the engine of the start before, which refers to itself
+                    checkpoint, over = standing(job, index, ranks)
+                    preemption.ask("before the model was built")
+                    with out_of_memory_told(job, ranks):
+                        over = over or Training(job, index, checkpoint, ranks, watchdog, preemption, lock).run()
+                preemption.finish()
+                if ranks.first:
+                    show_result(job)
         except Preempted as where:
             stop(where, ranks)
-    if ranks.first:
-        show_result(job)
 
 
 class Training:
     """One start of a run: from its checkpoint's step to the last one that is asked for.
 
     Attributes:
+        lock: of the run directory, on the first rank.
         unlogged: where the start before was stopped in an evaluation: the other metrics of that step.
     """
 
@@ -71,8 +75,10 @@ class Training:
         ranks: World,
         watchdog: Watchdog,
         preemption: Preemption,
+        lock: Lock | None,
     ):
         self.job, self.index, self.watchdog, self.preemption = job, index, watchdog, preemption
+        self.lock = lock
         write_run(job, index, ranks)
         engine = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
         self.engine = engine(job, index.vocab_size, ranks, checkpoint)
@@ -157,7 +163,9 @@ class Training:
 
     def log(self, metrics: dict[str, Any]) -> None:
         self.tracker.log({"step": self.engine.step, "tokens": self.engine.tokens} | metrics)
-        self.engine.world.end_on(self.tracker.problems + self.engine.saver.problems)
+        lost = self.lock is not None and self.lock.lost.is_set()
+        taken = [f"run.dir={self.job.run.dir}: another start has taken it over, as this one was silent for too long"]
+        self.engine.world.end_on(self.tracker.problems + self.engine.saver.problems + taken * lost)
 
     def told(self, bad: BadStep) -> str:
         return in_words(bad, self.segments.plan, self.job.guard, newest(self.job.run.dir))

@@ -154,7 +154,7 @@ def test_a_corpus_is_downloaded_and_unpacked_once(server, wiki, cache, tmp_path)
     prepare(job("wikitext103", None, tmp_path / "again"))
     assert content(tmp_path / "again") == content(tmp_path / "data") and server.asked == [None]
     kept = {path.name for path in (cache / "wikitext103").rglob("*") if path.is_file()}
-    assert kept == {wiki.name, f"{wiki.name}.lock", *(name.split("/")[1] for name in WIKI)}
+    assert kept == {wiki.name, *(name.split("/")[1] for name in WIKI)}
 
 
 def test_an_interrupted_download_is_told_and_the_same_command_goes_on(server, wiki, cache, tmp_path):

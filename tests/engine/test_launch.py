@@ -189,6 +189,58 @@ def test_a_rank_that_is_stopped_before_the_others_come_waits_for_them(small, tmp
     assert "Stopped by SIGTERM before the model was built" in starts[0].told() and not starts[1].told()
 
 
+LONGER = ["train.max_steps=600", "train.eval_every=1000", "checkpoint.every=5"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_start_is_refused_and_changes_nothing(small, metrics, tmp_path, processes):
+    """It names the process that trains the run; killed, that one leaves nothing that stands in the way."""
+    first = Start(tmp_path / "run", [*small, *LONGER], processes=processes)
+    first.until(lambda: first.lines() >= 20)
+    owner = first.worker(0) if processes == 2 else first.process.pid
+    second = Start(tmp_path / "run", [*small, *LONGER, "optimizer.lr=1e-3"], processes=processes)
+    second.log = first.log
+    second.end()
+    said = first.told()
+    assert f"run.dir={first.run_dir}: in use by process {owner} on" in said and "give another run.dir" in said
+    if processes == 1:  # torchrun's own exit code is 1, with a trace
+        assert second.process.returncode == 2 and "Traceback" not in said
+    assert "lr: 0.003" in (first.run_dir / "config.yaml").read_text()
+
+    os.kill(owner, signal.SIGKILL)
+    first.end()
+    last = newest(first.run_dir, contents=True).step
+    third = Start(tmp_path / "run", [*small, *LONGER, f"train.stop_at={last + 10}"], processes=processes)
+    assert third.end() == 0, third.told()
+    assert [line["step"] for line in metrics(first.run_dir)] == list(range(1, last + 11))
+    assert not list(first.run_dir.glob(".lock*"))
+
+
+def test_a_requeued_start_waits_for_the_one_before_it(small, check_identical, tmp_path):
+    """As Slurm starts it while the old job still trains; the signal comes later."""
+    whole = Start(tmp_path / "whole", [*small, *LONGER, "train.max_steps=200"])
+    assert whole.end() == 0
+    first = Start(tmp_path / "run", [*small, *LONGER, "train.max_steps=200"])
+    first.until(lambda: first.lines() >= 5)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    first.process.terminate()
+    second = Start(tmp_path / "run", [*small, *LONGER, "train.max_steps=200"], SLURM_RESTART_COUNT="1")
+    second.until(lambda: f"waiting for process {first.process.pid} on" in second.told())
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert (first.end(), second.end()) == (REQUEUE, 0), first.told()
+    check_identical(whole.run_dir, second.run_dir)
+
+
+def test_a_start_that_waits_is_stopped_by_a_signal(small, tmp_path):
+    first = Start(tmp_path / "run", [*small, *LONGER])
+    first.until(lambda: first.lines() >= 5)
+    second = Start(tmp_path / "run", [*small, *LONGER], SLURM_RESTART_COUNT="1")
+    second.until(lambda: "waiting for process" in second.told())
+    second.process.terminate()
+    assert second.end() == REQUEUE
+    first.process.kill()
+
+
 def test_a_start_that_has_nothing_left_to_do_is_not_to_be_requeued(small, tmp_path):
     """The signal arrives while the last step of train.stop_at is saved."""
     start = Start(tmp_path / "run", [*small, "train.stop_at=9"])

@@ -1,8 +1,6 @@
 """Files from elsewhere: downloaded, checked, taken out of archives. None has its name before it is whole."""
 
-import fcntl
 import gzip
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -15,6 +13,8 @@ from urllib.request import Request, urlopen
 
 from txl_dist.data.shards import sha256_of_file
 from txl_dist.errors import UserError
+from txl_dist.files import make_folder, new_folder
+from txl_dist.lock import locked
 
 ARCHIVES = (".zip", ".tgz", ".tar.gz")
 BLOCK = 1 << 20
@@ -42,9 +42,7 @@ def download(source: Download, path: Path, advance: Callable[[int], None]) -> No
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    # One process of a machine downloads, the others wait for it.
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.with_name(path.name + ".lock"), "downloading it"):  # the others wait
         if path.exists():
             return
         try:
@@ -99,7 +97,8 @@ def difference(path: Path, source: Download) -> str | None:
 
 
 def unpack(archive: Path, names: Collection[str], folder: Path, advance: Callable[[int], None]) -> None:
-    """Take the files of these names, wherever they lie in a .zip, .tgz or .tar.gz, into a new `folder`.
+    """Take the files of these names, wherever they lie in a .zip, .tgz or .tar.gz, into a new `folder`, if it is not
+    there yet.
 
     Nothing else is written, and nowhere else, whatever the archive holds. The folder has its name when all of the
     archive was read, for what is damaged is known at its end only.
@@ -107,18 +106,18 @@ def unpack(archive: Path, names: Collection[str], folder: Path, advance: Callabl
     Raises:
         UserError: where the archive is damaged or cannot be read, or the folder cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        for name, stream in members(archive):
-            if name in names:
-                with stream, open(partial / name, "wb") as file:
-                    while block := stream.read(BLOCK):
-                        file.write(block)
-                        advance(len(block))
-        partial.rename(folder)
+        make_folder(folder.parent)
+        with locked(folder.with_name(folder.name + ".lock"), f"unpacking {archive.name}") as lock:  # the others wait
+            if folder.exists():
+                return
+            with new_folder(folder, lock) as partial:
+                for name, stream in members(archive):
+                    if name in names:
+                        with stream, open(partial / name, "wb") as file:
+                            while block := stream.read(BLOCK):
+                                file.write(block)
+                                advance(len(block))
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{archive}: is damaged or cut off ({error}); fetch it again") from error
     except OSError as error:

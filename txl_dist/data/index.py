@@ -1,6 +1,5 @@
 """The index of a dataset, opened and checked: what there is, and where its files are."""
 
-import fcntl
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from txl_dist.data.shards import (
     sha256_of_json,
 )
 from txl_dist.errors import UserError
+from txl_dist.lock import locked
 
 PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
 
@@ -95,9 +95,7 @@ class Store:
         if not self.remote or path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One process of a machine fetches, the others wait for it.
-        with open(path.with_name(path.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path.with_name(path.name + ".lock"), "fetching it"):  # the others wait
             if not path.exists():
                 partial = path.with_name(path.name + ".partial")
                 try:

@@ -10,6 +10,7 @@ Token p is in sample p // sample_tokens, sample k in shard k // shard_samples. A
 readers, `json`: the document it starts in, the token's offset in that document, and where documents start within it.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -96,6 +97,16 @@ class SplitWriter:
         self.tar: Any = None
         self.shards: list[Shard] = []
         self.shard = (0, 0, 0)  # samples, tokens, documents of the one being written
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close what `close` has not, without a word about a disk that is full: what ends the writing says so."""
+        for file in (self.tar, self.sample_table.stream, self.documents.stream):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
 
     def add(self, tokens: np.ndarray, starts: list[int], size: int) -> None:
         """Append tokens [n]; `starts` are the positions in them at which documents start, `size` their text's bytes."""

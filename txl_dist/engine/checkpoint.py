@@ -158,10 +158,7 @@ class CheckpointWriter:
         """Write this rank's file of one kind."""
         path = self.partial / f"{kind}-{self.rank:05d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-        except SafetensorError as error:  # which names no file
-            raise OSError(f"{path}: {error}") from error
+        save_tensors(tensors, path)
         flush(path)
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
@@ -183,6 +180,19 @@ class CheckpointWriter:
     def give_up(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: with the file's name, where it cannot be written.
+    """
+    try:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which names no file
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
