@@ -17,7 +17,7 @@ from txl_dist.engine.checkpoint import (
     steps,
 )
 from txl_dist.engine.saving import Retention
-from txl_dist.errors import UserError
+from txl_dist.errors import UserError, describe_os_error
 
 
 def write(run_dir, step, valid_loss=None, value=None):
@@ -188,3 +188,15 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
     directory(tmp_path, 5).mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoint\.json"):
         open_checkpoint(directory(tmp_path, 5))
+
+
+def test_a_manifest_that_cannot_be_written_is_named(full_disk):
+    writer = CheckpointWriter(str(full_disk), 5, rank=0)
+    writer.add("weights", {"a": torch.zeros(1)})
+    with open(full_disk / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    with pytest.raises(OSError) as caught:
+        writer.commit(writer.files, {"step": 5}, {}, {})
+    place = f"{full_disk}/checkpoints/.step-000000005.partial/checkpoint.json"
+    assert describe_os_error(caught.value) == f"{place}: No space left on device"

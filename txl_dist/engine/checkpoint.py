@@ -199,8 +199,11 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write checkpoint.json, with a sha256 of all else that is in it."""
     manifest = json.loads(json.dumps(manifest))  # as it will be read
     path = folder / "checkpoint.json"
-    path.write_text(json.dumps(manifest | {"sha256": sha256_of_json(manifest)}, indent=2) + "\n")
-    flush(path)
+    try:
+        path.write_text(json.dumps(manifest | {"sha256": sha256_of_json(manifest)}, indent=2) + "\n")
+        flush(path)
+    except OSError as error:  # a full disk comes without a name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     flush(folder)
 
 

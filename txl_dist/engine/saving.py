@@ -22,7 +22,7 @@ from torch import Tensor
 from txl_dist.config import CheckpointConfig
 from txl_dist.engine.checkpoint import Checkpoint, CheckpointWriter, Files, directory, discard, steps, whole
 from txl_dist.engine.launch import World
-from txl_dist.errors import RunError
+from txl_dist.errors import RunError, describe_os_error
 
 
 class Saver:
@@ -142,8 +142,7 @@ def noted(problems: list[str], step: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        problems.append(f"the checkpoint of step {step:,} could not be saved: {reason}")
+        problems.append(f"the checkpoint of step {step:,} could not be saved: {describe_os_error(error)}")
     except Exception as error:
         problems.append(f"the checkpoint of step {step:,} could not be saved: {type(error).__name__}: {error}")
 
