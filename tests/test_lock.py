@@ -130,6 +130,13 @@ def test_a_file_that_names_nobody_is_taken_over_when_nobody_touches_it(tmp_path,
         assert json.loads((tmp_path / "a.lock").read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "link"])
+def test_something_else_in_its_place_is_an_error(tmp_path, make):
+    make(tmp_path / "a.lock")
+    with pytest.raises(OSError, match="a.lock"), refuse_to_wait(tmp_path):
+        pass
+
+
 def test_an_empty_file_of_earlier_versions_is_free_unless_it_is_locked(hold, tmp_path):
     code = "import fcntl, sys\nfile = open('a.lock', 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\nprint(1, flush=True)\n"
     other = subprocess.Popen(

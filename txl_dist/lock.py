@@ -148,7 +148,7 @@ def acquire(path: Path, doing: str, wait: Callable[[Owner | None], bool]) -> Loc
     watch = Watch(path)
     announced = False
     while True:
-        handle = take_over(path, doing, watch) if path.exists() else create(path, doing, link)
+        handle = take_over(path, doing, watch) if os.path.lexists(path) else create(path, doing, link)
         if handle is not None:
             return Lock(path, handle)
         if watch.alive and not wait(watch.owner):
@@ -272,9 +272,9 @@ def replace(temporary: Path, path: Path) -> None:
 
 def open_existing(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR)  # some network file systems want that for flock
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # some network file systems want to write for flock
     except PermissionError:
-        return os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def flock(handle: int) -> bool | None:
