@@ -65,6 +65,15 @@ def test_all_problems_are_told_at_once(small):
     assert len(found) == 8, found  # data.dir is looked at once the section can be read
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\rb", "a\udcffb", "a\u2028b"])
+def test_a_run_dir_that_cannot_be_printed_is_refused(name):
+    job = OmegaConf.create({"run": {"dir": name, "seed": 1, "on_lane_change": "refuse"}})
+    with pytest.raises(ConfigError) as refused:
+        read(TrainJob, OmegaConf.to_container(job))
+    (problem,) = [problem for problem in refused.value.problems if problem.startswith("run.dir")]
+    assert problem.startswith(f"run.dir={name!r}: holds a line break") and problem.isprintable()
+
+
 def test_an_unknown_key_is_told_with_the_nearest_known():
     assert "model.tgt_len?" in one("train", "+model.tgt_length=1", "data.dir=${oc.env:DATASET}")
 

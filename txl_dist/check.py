@@ -8,6 +8,7 @@ import difflib
 import inspect
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -36,6 +37,7 @@ from txl_dist.config import (
     RunConfig,
     ScheduleConfig,
     ScoreJob,
+    TrackingConfig,
     TrainConfig,
     TrainJob,
     Which,
@@ -43,6 +45,7 @@ from txl_dist.config import (
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.placement import placement
+from txl_dist.tracking.weights_and_biases import refused_settings
 
 Job = TypeVar("Job")
 
@@ -284,6 +287,19 @@ def profile_is_of_training(train: TrainConfig, checkpoint: CheckpointConfig) -> 
 def rates_are_in_order(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[str]:
     if schedule.min_lr > optimizer.lr:
         yield f"schedule.min_lr={schedule.min_lr}: is above optimizer.lr={optimizer.lr}"
+
+
+@check(TrainJob)
+def run_dir_can_be_printed(run: RunConfig) -> Iterator[str]:
+    """Its name stands in messages and in the commands that a run ends with."""
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in run.dir):
+        yield f"run.dir={run.dir!r}: holds a line break or another control character; give a name without"
+
+
+@check(TrainJob)
+def tracking_is_accepted(tracking: TrackingConfig) -> Iterator[str]:
+    if tracking.mode != "disabled":
+        yield from refused_settings(tracking)
 
 
 @check(TrainJob)

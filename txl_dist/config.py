@@ -278,11 +278,14 @@ class GuardConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class TrackingConfig:
-    """metrics.jsonl and the console always; W&B by `mode` (auto: online where there is a key, else offline)."""
+    """metrics.jsonl and the console always; W&B by `mode` (auto: online where there is a key, else offline).
+
+    Null: as W&B's variables and files have it, else the project txl_dist and the run directory's name.
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"]
     log_every: Count
-    project: str
+    project: str | None
     name: str | None
 
 

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
@@ -20,6 +19,7 @@ from txl_dist.data.text_size import size_of_text
 from txl_dist.engine.checkpoint import run_dirs
 from txl_dist.engine.evaluation import Score, losses_in_context, score
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.tracking.console import PlainConsole
 from txl_dist.trained import open_data, trained_model
 
 LENGTHS = [field.name for field in fields(LengthsConfig)]
@@ -81,14 +81,14 @@ def by_sliding_window(job: EvaluateJob, model: TransformerXL, index: Index, toke
 
 
 def watched(steps: Any, what: str, total: int) -> Any:
-    return track(steps, what, total, console=Console(stderr=True), transient=True)
+    return track(steps, what, total, console=PlainConsole(stderr=True), transient=True)
 
 
 def show(told: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for key, value in told.items():
         table.add_row(title(key), number(value))
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)
 
 
 def compare(told: list[dict[str, Any]]) -> None:
@@ -98,7 +98,7 @@ def compare(told: list[dict[str, Any]]) -> None:
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for each in told:
         table.add_row(each["run"], *(number(each[key]) for key in keys))
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)
 
 
 def title(key: str) -> str:

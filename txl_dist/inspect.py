@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from txl_dist.cli import command
 from txl_dist.config import InspectJob
 from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint, steps
+from txl_dist.tracking.console import PlainConsole
 
 
 def inspect(job: InspectJob) -> None:
@@ -58,7 +58,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def show(told: dict[str, Any], verified: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     rows = {
         "checkpoint": told["path"],
         **(origin(told) if "imported" in told else course(told)),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from txl_dist.data.corpora import Piece, Plan
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, RunError, UserError
 from txl_dist.files import is_empty, lock_of_new_folder, new_folder
+from txl_dist.tracking.console import PlainConsole
 
 SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
 
@@ -242,7 +242,7 @@ class Work:
 
     def __init__(self, workers: int | None):
         self.workers = workers or len(os.sched_getaffinity(0))
-        self.log = Console(stderr=True)
+        self.log = PlainConsole(stderr=True)
         # Spawned, for a forked child of a process with threads can hang.
         self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=ignore_interrupts)
 
@@ -276,15 +276,16 @@ class Work:
     @contextmanager
     def progress(self, title: str, size: int | None) -> Iterator[Callable[[int], None]]:
         """Show a bar of bytes read; gives the function that advances it."""
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        name = TextColumn("{task.description}", markup=False)
+        columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         if not self.log.is_terminal:
             self.say(title if size is None else f"{title}: {size:,} bytes")
-        with Progress(TextColumn(title), *columns, console=self.log, disable=not self.log.is_terminal) as bar:
+        with Progress(*columns, console=self.log, disable=not self.log.is_terminal) as bar:
             task = bar.add_task(title, total=size)
             yield lambda size: bar.advance(task, size)
 
     def say(self, line: str) -> None:
-        self.log.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.log.print(line, soft_wrap=True)
 
 
 def ignore_interrupts() -> None:
@@ -314,7 +315,7 @@ def show(folder: Path) -> None:
     for name, split in index.splits.items():
         numbers = (split.documents, split.bytes, split.tokens, len(split.shards))
         table.add_row(name, *(f"{number:,}" for number in numbers))
-    Console().print(table)
+    PlainConsole().print(table)
     print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}")
     print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train +experiment=quickstart data.dir={folder}")
 

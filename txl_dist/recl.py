@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from txl_dist.data.samples import SampleReader
 from txl_dist.engine.checkpoint import newest, run_dirs
 from txl_dist.engine.evaluation import losses_in_context
 from txl_dist.errors import ConfigError
+from txl_dist.tracking.console import PlainConsole
 from txl_dist.trained import open_data, trained_model
 
 RATIOS = (0.1, 0.5, 1.0)
@@ -40,7 +40,7 @@ def recl(job: ReclJob) -> None:
     if others := [run for run in runs if fingerprints[run] != fingerprints[runs[0]]]:
         raise ConfigError([f"run={run}: was trained on other data than {runs[0]}" for run in others])
     contexts = range(job.step, job.max_context + 1, job.step)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=PlainConsole(stderr=True), transient=True) as progress:
         task = progress.add_task("reading", total=len(runs) * sum(contexts))
         losses = [losses_of_run(job, run, contexts, lambda done: progress.advance(task, done)) for run in runs]
     table = dict(zip(runs, table_8(np.array(losses), contexts), strict=True))
@@ -90,7 +90,7 @@ def show(table: dict[str, list[int]]) -> None:
     rows = Table("run", *(f"r = {ratio}" for ratio in RATIOS), box=None, padding=(0, 3, 0, 0))
     for run, lengths in table.items():
         rows.add_row(run, *map(str, lengths))
-    Console(highlight=False).print(rows)
+    PlainConsole().print(rows)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from math import exp
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from txl_dist.cli import command
 from txl_dist.config import LengthsConfig, ScoreJob, Which
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.tracking.console import PlainConsole
 from txl_dist.trained import trained_model, trained_tokenizer
 
 
@@ -80,7 +80,7 @@ def score(job: ScoreJob) -> None:
         told = {"log_prob": total, "tokens": [each._asdict() for each in scores]}
         print(json.dumps(told | {"next": [each._asdict() for each in follow]}))
         return
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(table("token", scores))
     console.print(f"\n{len(scores):,} tokens, log-probability {total:,.4f} nats\n")
     if follow:

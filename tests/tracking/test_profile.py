@@ -2,13 +2,15 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from torch.profiler import record_function
 
-from txl_dist.tracking.profile import costliest, write
+from txl_dist.errors import UserError
+from txl_dist.tracking.profile import costliest, out_of_memory_told, write
 
 STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
 
@@ -96,6 +98,26 @@ def test_a_later_start_profiles_what_is_left(run, small, plain, metrics, tmp_pat
     assert {path.name for path in (tmp_path / "profile").iterdir()} == names(4, 5, 1)
 
 
+def test_training_goes_on_without_a_profile_that_cannot_be_written(run, small, metrics, tmp_path):
+    (tmp_path / "profile").write_text("")
+    done = run("txl_dist.train", *small, f"run.dir={tmp_path}", "train.stop_at=6", "train.profile=[3,5]", processes=2)
+    refused = f"steps 3 to 5: a trace could not be written: {tmp_path}/profile: File exists"
+    assert f"{refused}; the costliest operators are" in done.stdout and f"rank 1, {refused}\n" in done.stderr
+    assert "Traceback" not in done.stderr and len(losses(metrics(tmp_path))) == 6
+
+
+def test_a_memory_that_cannot_be_written_hides_no_advice(tmp_path):
+    (tmp_path / "profile").write_text("")
+    engine = SimpleNamespace(gradient_accumulation=1, zero_stage=0)
+    job = SimpleNamespace(engine=engine, run=SimpleNamespace(dir=str(tmp_path)))
+    with (
+        pytest.raises(UserError, match="could not be written: .*/profile: File exists") as told,
+        out_of_memory_told(job, SimpleNamespace(rank=1, device=torch.device("cuda"))),
+    ):
+        raise torch.OutOfMemoryError("no memory")
+    assert "Less is taken by a larger engine.gradient_accumulation" in str(told.value)
+
+
 def test_operators_are_told_by_their_own_time_and_by_step():
     big = torch.ones(400, 400)
     profiler = torch.profiler.profile()
@@ -123,6 +145,6 @@ def test_nothing_half_written_bears_the_name(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         write(tmp_path / "profile" / "trace.json.gz", breaks_off)
-    assert not (tmp_path / "profile" / "trace.json.gz").exists()
+    assert list((tmp_path / "profile").iterdir()) == []
     write(tmp_path / "profile" / "trace.json.gz", lambda path: open(path, "w").write("whole"))  # noqa: SIM115
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace.json.gz"]

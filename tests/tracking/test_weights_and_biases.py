@@ -1,9 +1,8 @@
-"""W&B's own offline files, read back."""
+"""W&B's own offline files of real runs, read back."""
 
 import os
 import secrets
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -11,48 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_files import records, told
 
 from txl_dist.preemption import REQUEUE
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-def records(path):
-    """The records of a .wandb file: after 7 bytes, log blocks of 32 KiB as LevelDB writes them."""
-    data, at, record = path.read_bytes(), 7, b""
-    while at < len(data):
-        if 32768 - at % 32768 < 7:  # no header fits any more: padding
-            at += 32768 - at % 32768
-            continue
-        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-        record += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # the whole of a record, or its last piece
-            yield Record.FromString(record)
-            record = b""
-
-
-def values(items):
-    return {item.key or item.nested_key[0]: item.value_json for item in items}
-
-
-def told(run_dir):
-    """Of each start of a run: its id, config, history and summary as W&B has them."""
-    starts = []
-    for path in sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb")):
-        start = {"id": None, "config": {}, "history": [], "summary": {}}
-        for record in records(path):
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                start["id"] = record.run.run_id
-                start["config"] |= {item.key: item.value_json for item in record.run.config.update}
-            elif kind == "history":
-                start["history"].append(values(record.history.item))
-            elif kind == "summary":
-                start["summary"] |= values(record.summary.update)
-        starts.append(start)
-    return starts
 
 
 def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_path):
@@ -64,10 +26,12 @@ def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_pat
     assert '"d_model":32' in first["config"]["model"].replace(" ", "")
     lines = metrics(tmp_path)
     history = [*first["history"], *second["history"]]
-    assert len(history) == len(lines)
-    for line, shown in zip(lines, history, strict=True):
+    shown = {int(row["step"]): row for row in history}
+    assert len(shown) == len(history) == 20
+    for line in lines:  # two of the last step: one of training and valid, one of test
         for key, value in line.items():
-            assert float(shown[key]) == value, key
+            assert float(shown[line["step"]][key]) == value, key
+    assert [int(row["_step"]) for row in history] == list(shown)  # parts that are synced in turn do not overlap
     assert "train/mfu" in history[0]
     assert float(second["summary"]["test/loss"]) == lines[-1]["test/loss"]
 
@@ -83,7 +47,8 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_training(run, small, metri
     )
     assert "kept offline" in done.stdout
     assert len([line for line in metrics(tmp_path) if "train/loss" in line]) == 20
-    assert len(told(tmp_path)[-1]["history"]) == len(metrics(tmp_path))
+    shown = [int(row["step"]) for row in told(tmp_path)[-1]["history"]]
+    assert shown == sorted({line["step"] for line in metrics(tmp_path)})
 
 
 def test_a_key_is_written_nowhere(run, small, tmp_path):

@@ -1,5 +1,8 @@
 """What a person sees while a run trains: a progress line in a terminal, plain lines in a file."""
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -9,11 +12,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 
+class PlainConsole(Console):
+    """Prints texts as they are: to rich, the [brackets] and :colons: of a path or a token would be markup."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+
+@contextlib.contextmanager
+def going_on_unheard() -> Iterator[None]:
+    """Let a run go on where standard output takes no more, as a log on a full disk: metrics.jsonl has everything."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):  # standard error may be the same log
+            print(f"standard output: {error.strerror}; the run goes on without it", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what waits in buffers, and what is still to come
+
+
 class Screen:
     """Shows a run from step `start` to `stop`. One that is not `shown` (all ranks but the first) is silent."""
 
     def __init__(self, start: int, stop: int, shown: bool):
-        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.console = PlainConsole(quiet=not shown, soft_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -30,7 +51,8 @@ class Screen:
         self.progress.start()
 
     def say(self, words: RenderableType) -> None:
-        self.console.print(words, markup=False)
+        with going_on_unheard():
+            self.console.print(words)
 
     def advance(self, step: int) -> None:
         self.progress.update(self.task, completed=step)

@@ -4,9 +4,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from txl_dist.tracking.metrics import number
+
 
 def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
-    """Draw training and validation loss of a run's metrics over tokens into RUN_DIR/curve.png and return its path."""
+    """Draw training and validation loss of a run's metrics over tokens into RUN_DIR/curve.png and return its path.
+
+    A loss that is not finite leaves a gap. matplotlib has files and settings of its own, and may raise any
+    exception.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,16 +24,21 @@ def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
     }
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     for key, style in styles.items():
-        points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
+        points = [(line["tokens"] / 1e6, number(line, key)) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats a token)", title=Path(run_dir).name)
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats a token)")
+    axes.set_title(Path(run_dir).name, parse_math=False)  # dollars in a name are not a formula
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     target = Path(run_dir) / "curve.png"
     partial = target.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(partial, target)
+    try:
+        figure.savefig(partial, format="png", dpi=130)
+        os.replace(partial, target)
+    finally:
+        pyplot.close(figure)
+        partial.unlink(missing_ok=True)
     return target

@@ -1,6 +1,11 @@
-"""metrics.jsonl: one JSON object a logged step, with flat keys: step, tokens, train/loss, valid/bits_per_byte, ..."""
+"""metrics.jsonl: one JSON object per logged step, with flat keys: step, tokens, train/loss, valid/bits_per_byte, ...
+
+JSON has no NaN and no Infinity: null stands for a number that is not finite, and is read as NaN. Files of earlier
+versions have such words, which only Python reads.
+"""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
@@ -28,7 +33,8 @@ class MetricsFile:
         """
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error  # a full disk comes without a name
 
@@ -57,9 +63,17 @@ def read_line(line: bytes) -> dict[str, Any] | None:
     """What a line tells; None where it is damaged."""
     try:
         told = json.loads(line)
-        return told if type(told["step"]) is type(told["tokens"]) is int else None
-    except (ValueError, KeyError, TypeError):
+        if not type(told["step"]) is type(told["tokens"]) is int:
+            return None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return {key: math.nan if value is None else value for key, value in told.items()}
+
+
+def number(line: dict[str, Any], key: str) -> float:
+    """Return a value of a line; NaN where it is missing or not a number, as in a file that somebody has edited."""
+    value = line.get(key)
+    return value if isinstance(value, int | float) else math.nan
 
 
 def last_line(run_dir: str) -> dict[str, Any] | None:

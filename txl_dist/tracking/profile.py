@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.profiler import record_function
 
 from txl_dist.config import TrainJob
 from txl_dist.engine.launch import World
-from txl_dist.errors import UserError, first_line
+from txl_dist.errors import UserError, describe_os_error, first_line
 from txl_dist.tracking.console import Screen
 from txl_dist.tracking.meter import Meter
 
@@ -22,7 +23,8 @@ class Profile:
     """Records the steps in train.profile, without those that were done before this start of the run.
 
     Each rank writes a Chrome trace (chrome://tracing, ui.perfetto.dev) into RUN_DIR/profile/, and on a GPU a snapshot
-    of its memory (pytorch.org/memory_viz). The first rank shows the costliest operators.
+    of its memory (pytorch.org/memory_viz). The first rank shows the costliest operators. Training goes on where a file
+    cannot be written.
     """
 
     def __init__(self, job: TrainJob, start: int, world: World, screen: Screen, meter: Meter):
@@ -59,14 +61,24 @@ class Profile:
 
     def finish(self) -> None:
         self.profiler.stop_trace()
-        name = f"steps-{self.first}-{self.last}-rank-{self.world.rank}"
+        steps = f"steps {self.first} to {self.last}"
+        try:
+            self.write_files(f"steps-{self.first}-{self.last}-rank-{self.world.rank}")
+            files = f"traces in {self.folder}"
+        except OSError as error:
+            files = f"a trace could not be written: {describe_os_error(error, self.folder)}"
+            if not self.world.first:
+                print(f"rank {self.world.rank}, {steps}: {files}", file=sys.stderr, flush=True)
+        if self.gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        if self.world.first:
+            self.screen.say(f"{steps}: {files}; the costliest operators are")
+            self.screen.say(costliest(self.profiler, self.gpu))
+
+    def write_files(self, name: str) -> None:
         write(self.folder / f"{name}.json.gz", self.profiler.export_chrome_trace)
         if self.gpu:
             write_memory(self.folder, name)
-            torch.cuda.memory._record_memory_history(enabled=None)
-        if self.world.first:
-            self.screen.say(f"steps {self.first} to {self.last}: traces in {self.folder}; the costliest operators are")
-            self.screen.say(costliest(self.profiler, self.gpu))
 
 
 @contextlib.contextmanager
@@ -83,8 +95,12 @@ def out_of_memory_told(job: TrainJob, ranks: World) -> Iterator[None]:
             "engine.offload=optimizer and more engine.pipeline_stages; the run stays the same.",
         ]
         if ranks.device.type == "cuda":
-            path = write_memory(Path(job.run.dir) / "profile", f"out-of-memory-rank-{ranks.rank}")
-            lines.append(f"What the memory held is in {path}, for pytorch.org/memory_viz.")
+            folder = Path(job.run.dir) / "profile"
+            try:
+                path = write_memory(folder, f"out-of-memory-rank-{ranks.rank}")
+                lines.append(f"What the memory held is in {path}, for pytorch.org/memory_viz.")
+            except OSError as failure:
+                lines.append(f"What the memory held could not be written: {describe_os_error(failure, folder)}")
         raise UserError("\n".join(lines)) from error
 
 
@@ -98,8 +114,11 @@ def write(path: Path, export: Callable[[str], None]) -> None:
     """Aside first: a file with this name is whole."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")  # what is exported depends on the name's end
-    export(str(partial))
-    os.replace(partial, path)
+    try:
+        export(str(partial))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def costliest(profiler: torch.profiler.profile, gpu: bool, rows: int = 10) -> Table:

@@ -22,6 +22,7 @@ class Tracker:
 
     def __init__(self, job: TrainJob, start: int, stop: int, speaks: bool):
         self.problems: list[str] = []
+        self.path = f"{job.run.dir}/metrics.jsonl"
         self.screen = Screen(start, stop, speaks)
         self.file: MetricsFile | None = None
         if speaks:
@@ -47,7 +48,7 @@ class Tracker:
         try:
             yield
         except OSError as error:
-            self.problems.append(f"{error.filename}: cannot be written: {error.strerror}")
+            self.problems.append(f"{error.filename or self.path}: cannot be written: {error.strerror}")
 
     def __enter__(self) -> "Tracker":
         return self

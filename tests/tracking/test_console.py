@@ -1,0 +1,50 @@
+"""Texts of others on the screen: paths, tokens, names."""
+
+import subprocess
+import sys
+
+import pytest
+
+from txl_dist import evaluate, inspect, recl, score
+from txl_dist.tracking.console import PlainConsole, Screen
+
+NAMES = ["[red]x", "[/bold]", "a [b] c", ":bug:", "x\\"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_command_reads_a_name_as_markup(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "200")
+    scores = {"step": 1, "tgt_len": 8, "mem_len": 8, "loss": 1.0, "word_perplexity": 2.0, "bits_per_character": 1.0}
+    evaluate.show({"run": name, **scores})
+    evaluate.compare([{"run": name, **scores}, {"run": "other", **scores}])
+    recl.show({name: [8, 8, 8]})
+    held = {"tensors": 1, "numbers": 1, "files": 1, "bytes": 1}
+    imported = {"from": name, "title": "a model"}
+    data = {"dir": name, "vocab_size": 9}
+    contents = {"path": name, "other_steps": [], "imported": imported, "data": data, "holds": {"weights": held}}
+    inspect.show(contents, verified=False)
+    PlainConsole().print(score.table("token", [score.TokenScore(1, name, -1.0)]))
+    out = capsys.readouterr().out
+    assert out.count(name) == 7, out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_screen_of_a_run_says_what_it_is_given(capsys, name):
+    screen = Screen(0, 10, shown=True)
+    screen.say(f"{name}: starting")
+    screen.close()
+    assert capsys.readouterr().out == f"{name}: starting\n"
+
+
+def test_a_run_goes_on_where_its_log_takes_no_more():
+    """All of Python's own shutdown, too, which writes what waits in buffers."""
+    code = (
+        "from txl_dist.tracking.console import Screen\n"
+        "screen = Screen(0, 10, shown=True)\n"
+        "screen.say('one'); screen.say('two'); screen.close(); print('three', flush=True)"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0
+        assert done.stderr == "standard output: No space left on device; the run goes on without it\n"
+        assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full).returncode == 0
