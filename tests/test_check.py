@@ -1,10 +1,12 @@
 """Every problem of a config at once, in plain words, with its key."""
 
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from txl_dist.check import read
+from txl_dist.check import continues, read
 from txl_dist.cli import CONF, spell_out
 from txl_dist.config import EvaluateJob, GenerateJob, PrepareJob, TrainJob
 from txl_dist.errors import ConfigError
@@ -12,12 +14,17 @@ from txl_dist.errors import ConfigError
 JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}
 
 
-def problems(name, *overrides):
-    """What is wrong with a config, as a user's command line gives it."""
+def compose_job(name, *overrides):
+    """Read a config as a user's command line gives it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(name, [spell_out(override) for override in overrides])
+    return read(JOBS[name], OmegaConf.to_container(config, resolve=True))
+
+
+def problems(name, *overrides):
+    """What is wrong with a config, as a user's command line gives it."""
     try:
-        read(JOBS[name], OmegaConf.to_container(config, resolve=True))
+        compose_job(name, *overrides)
     except ConfigError as error:
         return error.problems
     return []
@@ -175,6 +182,18 @@ def test_stages_that_cannot_be_are_refused(small, processes, overrides, told):
 def test_lanes_are_split_among_pipelines_not_processes(small, processes):
     processes(4)
     assert problems("train", *small, "engine.pipeline_stages=4", "engine.gradient_accumulation=8") == []
+
+
+@pytest.mark.parametrize(
+    "before, now, refused",
+    [("adam", "adamw", False), ("adamw", "adam", False), ("adam", "lamb", True), ("lamb", "adamw", True)],
+)
+def test_another_optimizer_goes_on_where_its_states_are_of_the_same_kind(small, before, now, refused):
+    job = compose_job("train", *small)
+    started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": before, "average_from": None}}
+    given = job.run, job.data, job.model, replace(job.optimizer, name=now)
+    problems = list(continues(started, *given))
+    assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
 
 
 def test_missing_data_tell_the_command_that_makes_them(small):

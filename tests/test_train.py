@@ -183,6 +183,23 @@ def test_help_shows_groups_keys_and_an_example(run, entry):
     assert "Groups" in told and "Examples" in told and "KEY=VALUE" in told
 
 
+def test_another_optimizer_that_goes_on_is_told(run, small, metrics, tmp_path):
+    """Without weight decay adamw is adam; with it, it is not."""
+    decay = {"none": ["optimizer.weight_decay=0"], "some": ["optimizer.weight_decay=0.1"]}
+    for where in decay:
+        adam = [f"run.dir={tmp_path / where}", "optimizer=adam"]
+        told = run("txl_dist.train", *small, *adam, "train.stop_at=10").stdout
+        assert "starting;" in told and "in place of" not in told
+        told = run("txl_dist.train", *small, adam[0], "optimizer=adamw", *decay[where]).stdout
+        assert "going on from step 10 with adamw in place of adam;" in told
+    run("txl_dist.train", *small, f"run.dir={tmp_path / 'adam'}", "optimizer=adam")
+    none, some, adam = (
+        [line["train/loss"] for line in metrics(tmp_path / where) if "train/loss" in line]
+        for where in ("none", "some", "adam")
+    )
+    assert none == adam and some[:11] == adam[:11] and some != adam
+
+
 @pytest.mark.parametrize("options", [["optimizer=lamb", "engine.zero_stage=0"], ["optimizer=adamw", "schedule=linear"]])
 def test_other_optimizers_learn_and_go_on(run, small, metrics, tmp_path, options):
     for where, stops in (("whole", [[]]), ("parts", [["train.stop_at=10"], []])):

@@ -346,11 +346,27 @@ def run_continues_itself(
     yield from continues(checkpoint.config, run, data, model, optimizer)
 
 
+@check(TrainJob)
+def passed_steps_can_be_read(run: RunConfig) -> Iterator[str]:
+    from txl_dist.engine.guard import read_passed_steps
+
+    try:
+        read_passed_steps(run.dir)
+    except UserError as error:
+        yield str(error)
+
+
 def continues(
     started: Mapping[str, Any], run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
 ) -> Iterator[str]:
     """What a config must not change of the one, `started`, that a checkpoint was made with."""
     given = {"run": asdict(run), "data": asdict(data), "model": asdict(model), "optimizer": asdict(optimizer)}
+    trained_by = started["optimizer"]["name"]
+    if KINDRED[trained_by] != KINDRED[optimizer.name]:
+        yield (
+            f"optimizer.name={optimizer.name}: the run in {run.dir} was trained with {trained_by}, whose states are of "
+            f"another kind; give optimizer={trained_by}, or another run.dir for another run"
+        )
     for section, key in [*IDENTITY, *LANE_KEYS]:
         now = given[section][key]
         before = started[section].get(key, now)
@@ -366,6 +382,9 @@ def continues(
                 "or another run.dir for another run"
             )
 
+
+# Optimizers that keep the same states: one goes on where the other has stopped.
+KINDRED = {"adam": "adam", "adamw": "adam", "lamb": "lamb"}
 
 MAY_CHANGE = {name for name in field_names(ModelConfig) if name.startswith("drop")} | {"variational"}
 MAY_CHANGE |= {key for section, key in LANE_KEYS if section == "model"}

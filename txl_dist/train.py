@@ -82,7 +82,7 @@ class Training:
         write_run(job, index, ranks)
         engine = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
         self.engine = engine(job, index.vocab_size, ranks, checkpoint)
-        self.start = self.engine.step
+        self.start, self.origin = self.engine.step, describe_origin(job, checkpoint)
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
         self.unlogged = checkpoint.data.get("unlogged") if checkpoint else None
         preemption.ask("while it was starting")
@@ -91,10 +91,10 @@ class Training:
 
     def run(self) -> bool:
         """Whether the run has come to its end; else it is to go back to its newest checkpoint."""
-        job, origin = self.job, f"going on from step {self.start:,}" if self.start else "starting"
+        job = self.job
         with self.tracker, self.engine.saver:
             lanes = f"{job.data.num_lanes} lanes of {job.model.tgt_len} tokens a step"
-            self.tracker.screen.say(f"{job.run.dir}: {origin}; {self.engine}, {lanes}")
+            self.tracker.screen.say(f"{job.run.dir}: {self.origin}; {self.engine}, {lanes}")
             try:
                 self.loop()
             except BadStep as bad:
@@ -204,6 +204,15 @@ class Training:
             self.watchdog.beat(f"a segment of {name}")
             if self.preemption.poll():
                 return
+
+
+def describe_origin(job: TrainJob, checkpoint: Checkpoint | None) -> str:
+    """Describe from where a start goes on, and whether another optimizer than before does."""
+    if checkpoint is None:
+        return "starting"
+    before = checkpoint.config["optimizer"]["name"]
+    change = f" with {job.optimizer.name} in place of {before}" if before != job.optimizer.name else ""
+    return f"going on from step {checkpoint.step:,}{change}"
 
 
 def stop(where: Preempted, ranks: World) -> NoReturn:

@@ -48,8 +48,14 @@ def train(run, small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def skipped(train):
-    """Skipped in one process and in two, each with all its checkpoints; gone back; and told of the steps beforehand."""
+    """Skipped in one process and in two, each with all its checkpoints; gone back; and told of the steps beforehand.
+
+    More steps than guard.max_bad_steps that are to be passed later are no reason to stop.
+    """
     every, now_and_then = ["checkpoint.every=1"], ["checkpoint.every=3", "tracking.log_every=4"]
+    (train.folder / "one").mkdir()
+    later = [{"step": step, "why": "later"} for step in range(50, 70)]
+    (train.folder / "one/passed_steps.json").write_text(json.dumps(later))
     for name in GOES_BACK:
         (train.folder / f"told-{name}").mkdir()
         passed = [{"step": step, "why": "told"} for step in FAULTS]
@@ -118,6 +124,31 @@ def test_what_was_skipped_is_skipped_again_after_a_restart(train):
     (parts / "checkpoints/step-000000007").rename(parts / "away")
     train(("parts", often, {}))
     assert equal(newest(whole), newest(parts))
+
+
+def test_a_run_may_begin_with_steps_that_are_passed(train, metrics):
+    """A checkpoint of nothing else has no optimizer states under ZeRO 0; it is gone on from all the same."""
+    runs = {"begun": [], "begun-0": ["engine.zero_stage=0"], "begun-1": ["engine.zero_stage=1"]}
+    for name in runs:
+        (train.folder / name).mkdir()
+        (train.folder / name / "passed_steps.json").write_text('[{"step": 1, "why": "x"}, {"step": 2, "why": "x"}]')
+    options = ["checkpoint.every=1", "optimizer.average_from=2", "engine.zero_stage=0"]
+    train(*((name, [*options, *(["train.stop_at=2"] if more else [])], {}) for name, more in runs.items()))
+    train(*((name, [*options, *more], {}) for name, more in runs.items() if more))
+    assert equal(newest(train.folder / "begun"), newest(train.folder / "begun-0"))
+    one, other = (losses(metrics, train.folder / name) for name in ("begun", "begun-1"))
+    assert len(one) == 12 and other == pytest.approx(one, rel=1e-6)
+
+
+def test_passed_steps_that_cannot_be_read_or_written_are_told_once(train, run, small, tmp_path):
+    (tmp_path / "passed_steps.json").write_text('[{"step": 12}]')
+    done = run("txl_dist.train", *small, f"run.dir={tmp_path}", processes=2, expect=1)
+    assert done.stderr.count(f"{tmp_path}/passed_steps.json: at [0].why: Field required") == 1
+    assert done.stderr.count("exitcode  : 2") == 2 and list(tmp_path.iterdir()) == [tmp_path / "passed_steps.json"]
+    (train.folder / "unwritable/passed_steps.partial").mkdir(parents=True)
+    done = train(("unwritable", [*SKIP, "engine.zero_stage=1"], {5: "gradient"}), processes=2, expect=1)
+    assert done.stderr.count("passed_steps.json: cannot be written: ") == 1 and "Is a directory" in done.stderr
+    assert done.stderr.count("exitcode  : 1") == 2
 
 
 @pytest.mark.parametrize("fault, why", [("loss", "the loss is nan"), ("gradient", "the gradient is not finite")])

@@ -34,14 +34,14 @@ def tracking(mode="offline", project=None, name=None):
 def start():
     """One start of a run that logs some steps; gives what it said and, of W&B's run, the id and the settings."""
 
-    def start(run_dir, steps=(1,), **options):
+    def start(run_dir, steps=(1,), preempted=False, **options):
         run_dir.mkdir(exist_ok=True)
         said = []
         run = WandbRun(str(run_dir), {}, tracking(**options), said.append)
         facts = None if run.broken else run.run.settings.model_copy()
         for step in steps:
             run.log({"step": step, "tokens": 128 * step, "train/loss": 1 / step})
-        run.finish({}, preempted=False)
+        run.finish({}, preempted=preempted)
         return said, facts
 
     return start
@@ -263,7 +263,7 @@ def test_something_else_in_a_files_place_leaves_wandb_out(start, tmp_path, name)
     place = tmp_path / "run" / name
     place.parent.mkdir()
     place.write_text("") if name == "wandb" else place.mkdir()
-    said, facts = start(tmp_path / "run")
+    said, facts = start(tmp_path / "run", preempted=True)
     assert facts is None and len(said) == 1
     assert said[0].startswith("W&B is left out (") and str(place) in said[0] and "training goes on" in said[0]
 

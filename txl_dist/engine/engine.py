@@ -77,7 +77,10 @@ class Engine(ABC):
         self.model, self.layers, module = self.part(model)
         parameters = {names[parameter]: parameter for parameter in self.model.parameters()}
 
-        optimizer = build_optimizer(job.optimizer, parameters)
+        optimizer = build_optimizer(job.optimizer, parameters, names.values())
+        members = (member for group in optimizer.param_groups for member in group["params"])
+        own = set(parameters.values())
+        module.stand_ins = nn.ParameterList(each for each in members if each not in own)  # cast and moved with the rest
         if (first := job.optimizer.average_from) is not None:
             keep_average(optimizer, lambda: self.step + 1 - (first - 1))
         self.deepspeed, _, _, _ = deepspeed.initialize(

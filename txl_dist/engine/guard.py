@@ -16,7 +16,7 @@ itself. There the loss alone is judged.
 import json
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -25,15 +25,52 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from txl_dist.config import GuardConfig
+from txl_dist.config import SCHEMA, Count, GuardConfig
 from txl_dist.data.lanes import LanePlan
 from txl_dist.engine.checkpoint import Checkpoint
 from txl_dist.engine.launch import World
+from txl_dist.errors import UserError, describe_os_error
 
 PASSED_FILE = "passed_steps.json"
 NORMAL = 1.4826  # x the median absolute deviation = the standard deviation, of a normal distribution
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class PassedStep:
+    """An entry of RUN_DIR/passed_steps.json. step: as the log numbers it, from 1."""
+
+    step: Count
+    why: str
+
+
+def read_passed_steps(run_dir: str) -> dict[int, str]:
+    """Read which steps of a run are passed, and why; none where the file is not there.
+
+    Raises:
+        UserError: where it cannot be read, or has another shape.
+    """
+    path = Path(run_dir) / PASSED_FILE
+    remedy = 'write it as [{"step": 1200, "why": "bad text"}, ...], or remove it to pass no step'
+    try:
+        if not path.exists():
+            return {}
+        if not path.is_file():
+            raise UserError(f"{path}: is not a file; {remedy}")
+        entries = TypeAdapter(list[PassedStep]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error, path)}; {remedy}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"])
+        raise UserError(f"{path}: {place and f'at {place}: '}{problem['msg']}; {remedy}") from error
+    twice = [step for step, count in Counter(entry.step for entry in entries).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: step {twice[0]} stands there twice; {remedy}")
+    return {entry.step: entry.why for entry in entries}
 
 
 class BadStep(Exception):
@@ -77,11 +114,9 @@ class Guard:
         self.config, self.world, self.fp16 = config, world, fp16
         self.lanes, self.num_lanes = lanes, num_lanes
         self.path = Path(run_dir) / PASSED_FILE
+        self.passed = world.broadcast(read_passed_steps(run_dir) if world.first else {})
         self.losses: deque[float] = deque(maxlen=config.window)
         self.unread: list[Reading] = []
-        told = [self.path.read_text() if world.first and self.path.is_file() else "[]"]
-        dist.broadcast_object_list(told)
-        self.passed: dict[int, str] = {each["step"]: each["why"] for each in json.loads(told[0])}
 
     def begin(self, step: int) -> None:
         """A step begins, numbered from 1. What it finds in `lane_losses` at its update are all losses of its lanes."""
@@ -165,17 +200,29 @@ class Guard:
         return None
 
     def _pass(self, bad: BadStep) -> None:
-        """Write down that a step is passed; raises it where it is one too many."""
-        recent = sum(each > bad.step - self.config.window for each in self.passed) + 1
+        """Write down that a step is passed; raises it where it is one too many.
+
+        Raises:
+            RunError: on every rank, where the first one, which writes, cannot.
+        """
+        recent = sum(bad.step - self.config.window < step < bad.step for step in self.passed) + 1
         if recent > self.config.max_bad_steps:
             bad.action = "stop"
             raise bad
         self.passed[bad.step] = str(bad)
+        problems = []
         if self.world.first:
-            partial = self.path.with_suffix(".partial")
-            lines = [json.dumps({"step": step, "why": why}) for step, why in sorted(self.passed.items())]
-            partial.write_text("[" + ",\n ".join(lines) + "]\n")
-            os.replace(partial, self.path)
+            try:
+                self._write_passed_steps()
+            except OSError as error:
+                problems.append(f"{self.path}: cannot be written: {describe_os_error(error)}")
+        self.world.end_on(problems)
+
+    def _write_passed_steps(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        lines = [json.dumps({"step": step, "why": why}) for step, why in sorted(self.passed.items())]
+        partial.write_text("[" + ",\n ".join(lines) + "]\n")
+        os.replace(partial, self.path)
 
 
 def in_words(bad: BadStep, plan: LanePlan, config: GuardConfig, newest: Checkpoint | None) -> str:

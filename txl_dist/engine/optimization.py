@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,21 +11,38 @@ from torch import nn
 from txl_dist.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of some parameters by name, in groups of one `lr_scale` each."""
-    groups: dict[float, list[nn.Parameter]] = {}
+def build_optimizer(
+    config: OptimizerConfig, parameters: dict[str, nn.Parameter], names: Iterable[str]
+) -> torch.optim.Optimizer:
+    """Build the optimizer of a part of a model, with one group of parameters for each `lr_scale` of the whole model.
+
+    Every part has every group, in the same order: DeepSpeed's ZeRO 1 reduces over the pipeline's stages once per group,
+    and would wait for ever for a stage that has fewer. A group without a parameter in this part holds a zero that gets
+    no gradient, because DeepSpeed drops what is empty.
+
+    Args:
+        parameters: of this part, by name.
+        names: of all parameters of the whole model.
+    """
+    groups: dict[float, list[nn.Parameter]] = {scale_of(name, config.lr_scale): [] for name in names}
     for name, parameter in parameters.items():
-        scale = next((scale for pattern, scale in config.lr_scale.items() if re.search(pattern, name)), 1.0)
-        groups.setdefault(scale, []).append(parameter)
+        groups[scale_of(name, config.lr_scale)].append(parameter)
     beta1, beta2 = config.betas
     options: dict[str, Any] = {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps}
     options["weight_decay"] = config.weight_decay
-    scaled = [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
+    scaled = [
+        {"params": members or [nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale, members in groups.items()
+    ]
     if config.name == "lamb":
         from pytorch_optimizer import Lamb
 
         return Lamb(scaled, **options)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](scaled, fused=True, **options)
+
+
+def scale_of(name: str, scales: dict[str, float]) -> float:
+    """Return the factor of the first pattern that is found in a parameter's name, 1 where none is."""
+    return next((scale for pattern, scale in scales.items() if re.search(pattern, name)), 1.0)
 
 
 def keep_average(optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> None:

@@ -83,7 +83,8 @@ class ShardedState:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _first_state(self) -> dict[str, Any]:
-        return next(iter(self.engine.basic_optimizer.state.values()))
+        """Return what the optimizer keeps of one parameter; nothing where no step has been done but passed ones."""
+        return next(iter(self.engine.basic_optimizer.state.values()), {})
 
     def _keys(self) -> list[str]:
         """Names of the optimizer's tensors, as exp_avg."""

@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from txl_dist.tracking.metrics import number
-
 
 def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
     """Draw training and validation loss of a run's metrics over tokens into RUN_DIR/curve.png and return its path.
@@ -24,7 +22,7 @@ def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
     }
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     for key, style in styles.items():
-        points = [(line["tokens"] / 1e6, number(line, key)) for line in lines if key in line]
+        points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats a token)")

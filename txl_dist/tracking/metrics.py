@@ -60,20 +60,20 @@ def backwards(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """What a line tells; None where it is damaged."""
+    """Return the metrics of a line; None where it is damaged, or holds anything but names and numbers."""
     try:
-        told = json.loads(line)
-        if not type(told["step"]) is type(told["tokens"]) is int:
-            return None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return {key: math.nan if value is None else value for key, value in told.items()}
+    if not isinstance(metrics, dict) or not type(metrics.get("step")) is type(metrics.get("tokens")) is int:
+        return None
+    metrics = {key: math.nan if value is None else value for key, value in metrics.items()}
+    return metrics if all(map(is_number, metrics.values())) else None
 
 
-def number(line: dict[str, Any], key: str) -> float:
-    """Return a value of a line; NaN where it is missing or not a number, as in a file that somebody has edited."""
-    value = line.get(key)
-    return value if isinstance(value, int | float) else math.nan
+def is_number(value: object) -> bool:
+    """Return whether it is a float or a 64-bit integer; true is not."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def last_line(run_dir: str) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """What a start of a run ends with: the learning curve, and a short table of what came out and where it is."""
 
+import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from txl_dist.config import TrainJob
 from txl_dist.errors import describe_os_error, first_line
 from txl_dist.tracking.console import PlainConsole, going_on_unheard
 from txl_dist.tracking.curve import draw_curve
-from txl_dist.tracking.metrics import last_line, number, read_metrics
+from txl_dist.tracking.metrics import last_line, read_metrics
 from txl_dist.tracking.wandb_id import last_id
 
 Row = tuple[str, str | Text]
@@ -54,10 +55,10 @@ def measured(lines: list[dict[str, Any]]) -> Iterator[Row]:
     for split in ("valid", "test"):
         if evaluated := [line for line in lines if f"{split}/loss" in line]:
             keys = ("bits_per_byte", "loss", "perplexity")
-            bits, loss, perplexity = (number(evaluated[-1], f"{split}/{key}") for key in keys)
+            bits, loss, perplexity = (evaluated[-1].get(f"{split}/{key}", math.nan) for key in keys)
             more = f"  (loss {loss:.4f} nats a token, perplexity {perplexity:,.2f})"
             yield f"{split} bits per byte", Text.assemble((f"{bits:.3f}", "bold"), more)
-    if speeds := [number(line, "train/tokens_per_second") for line in lines if "train/tokens_per_second" in line]:
+    if speeds := [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]:
         yield "tokens per second", Text.assemble((f"{median(speeds):,.0f}", "bold"), "  (median of training)")
 
 
