@@ -88,6 +88,33 @@ def test_sizes_are_those_of_the_text(run, trained, corpus, dataset):
     assert told["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
 
 
+def test_where_words_are_unknown_sizes_are_still_those_of_the_text(run, small, tmp_path):
+    """Of a split whose words are mostly `<unk>`, with indentation and a last line without end; or null for a part."""
+    lines = [f"    {name}  was here,\t{n} times\r\n" for n in range(60) for name in ("Ann", "Bob")]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "book.txt").write_bytes("".join(lines).encode())
+    (tmp_path / "test.txt").write_bytes("".join([*lines, "and so on"]).encode())
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    some = ["corpus=text", f"corpus.train={tmp_path}/text", f"corpus.test={tmp_path}/test.txt", f"data.dir={data}"]
+    run("txl_dist.prepare", *some, "tokenizer=word", "tokenizer.vocab_size=6", "data.sample_tokens=64", "workers=1")
+    run("txl_dist.train", *small, f"data.dir={data}", f"run.dir={run_dir}", "train.max_steps=2", "train.eval_every=2")
+    told = evaluated(run, run_dir, "split=test")
+    text = "".join([*lines, "and so on"])
+    assert (told["bytes"], told["characters"]) == (len(text.encode()), len(text))
+    assert told["words"] == len(text.split()) + text.count("\n") == told["tokens"] - 1
+    nats = told["loss"] * told["tokens"]
+    assert told["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
+    assert told["word_perplexity"] == pytest.approx(np.exp(nats / told["words"]))
+    part = evaluated(run, run_dir, "split=test", "max_tokens=50")
+    unknown = ["bytes", "characters", "bits_per_byte", "bits_per_character"]
+    assert [part[key] for key in unknown] == [None] * 4
+    assert part["words"] == 50 and part["word_perplexity"] == pytest.approx(part["perplexity"])
+    table = run("txl_dist.evaluate", f"run={run_dir}", "split=test", "max_tokens=50").stdout
+    assert re.search(r"bits per byte +unknown", table) and "None" not in table
+    table = run("txl_dist.evaluate", f"run=[{run_dir},{run_dir}/../run]", "split=test", "max_tokens=50").stdout
+    assert table.count("unknown") == 2
+
+
 def test_several_runs_are_one_table(run, trained, tmp_path):
     runs = [str(trained), str(trained / "../run")]
     told = evaluated(run, f"[{','.join(runs)}]", "split=valid")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from codecs import BOM_UTF8
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,70 @@ def test_a_given_model_is_the_datasets_tokenizer(tmp_path):
     prepare(PrepareJob(job.corpus, SentencePieceTokenizer("sentencepiece", 8000, "unigram", str(model)), job.data, 1))
     assert (tmp_path / "second" / "tokenizer" / "sentencepiece.model").read_bytes() == model.read_bytes()
     assert decoded(tmp_path / "second") == decoded(tmp_path / "first")
+
+
+def test_byte_order_marks_are_left_out_and_counted_but_for_bytes(tmp_path, capsys):
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    for folder, mark in ((plain, b""), (marked, BOM_UTF8)):
+        folder.mkdir()
+        for n in range(25):
+            (folder / f"{n:02d}.txt").write_bytes(mark + b"house and sea of number %d\n" % n * (n + 20))
+    for tokenizer, document in [("word", "file"), ("word", "line"), ("bpe", "file")]:
+        for folder in (plain, marked):
+            out = tmp_path / f"{folder.name}-{tokenizer}-{document}"
+            prepare(text_job(out, tokenizer, 1, path=str(folder), document=document))
+            assert ("byte order mark at the start of 25 files" in capsys.readouterr().err) == (folder == marked)
+        made = [tmp_path / f"{folder.name}-{tokenizer}-{document}" for folder in (plain, marked)]
+        assert [Index.open(str(folder)).fingerprint for folder in made][0] == Index.open(str(made[1])).fingerprint
+    prepare(text_job(tmp_path / "bytes", path=str(marked)))
+    assert "byte order mark" not in capsys.readouterr().err
+    assert all(text.startswith("\ufeff") for found in decoded(tmp_path / "bytes").values() for text in found)
+
+
+def test_a_given_model_reads_no_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(BOM_UTF8 + b"line of the sea\n" * 40)
+    prepare(text_job(tmp_path / "first", "bpe", path=str(texts(tmp_path / "text"))))
+    tokenizer = SentencePieceTokenizer(
+        "sentencepiece", 8000, "bpe", str(tmp_path / "first" / "tokenizer" / "sentencepiece.model")
+    )
+    job = text_job(tmp_path / "second", train=str(tmp_path / "a.txt"))
+    prepare(PrepareJob(job.corpus, tokenizer, job.data, 1))
+    assert decoded(tmp_path / "second")["train"] == ["line of the sea\n" * 40]
+
+
+@pytest.mark.parametrize(
+    "tokenizer, told",
+    [
+        (SentencePieceTokenizer("sentencepiece", 8000, "bpe", ""), "tokenizer.model: is empty"),
+        (WordTokenizer("word", None, 1, ""), "tokenizer.vocab: is empty"),
+    ],
+)
+def test_an_empty_path_of_a_tokenizer_is_refused_with_its_key(tmp_path, tokenizer, told):
+    job = text_job(tmp_path / "data", path=str(texts(tmp_path / "text")))
+    with pytest.raises(UserError, match=told):
+        prepare(PrepareJob(job.corpus, tokenizer, job.data, 1))
+
+
+@every_tokenizer
+@pytest.mark.parametrize("document", ["file", "line"])
+@pytest.mark.parametrize("piece", [1 << 20, 40])
+def test_characters_and_words_are_those_of_the_original_text(tmp_path, monkeypatch, tokenizer, document, piece):
+    monkeypatch.setattr(corpora, "PIECE_BYTES", piece)
+    lines = [f"    line\t {n} — été,  of\u2003it\r\n" for n in range(300)] + ["\n", "x" * 99 + "日" * 40, " end"]
+    (tmp_path / "a.txt").write_bytes("".join(lines).encode())
+    (tmp_path / "b.txt").write_bytes(b"word")  # of its own, though no line end parts them
+    prepare(text_job(tmp_path / "data", tokenizer, train=str(tmp_path), document=document))
+    split = Index.open(str(tmp_path / "data")).splits["train"]
+    text = "".join(lines)
+    assert split.bytes == len(text.encode()) + 4 and split.characters == len(text) + 4
+    assert split.words == len(text.split()) + text.count("\n") + 1
+
+
+def test_what_is_not_utf8_has_no_characters_and_words(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n" * 100)
+    prepare(text_job(tmp_path / "data", train=str(tmp_path / "a.txt")))
+    facts = json.loads((tmp_path / "data" / "index.json").read_text())["splits"]["train"]
+    assert (facts["bytes"], facts["characters"], facts["words"]) == (500, None, None)
 
 
 @pytest.mark.skipif(not (TEXTS / "ptb").is_dir(), reason=f"no Penn Treebank in {TEXTS} (TXL_DIST_TEXT)")

@@ -72,10 +72,13 @@ class WordTokenizer:
     vocab: str | None  # a file, a word a line; null: the training split's words
 
 
+MIN_PIECES = 300  # of a SentencePiece vocabulary: 256 are bytes
+
+
 @dataclass(config=SCHEMA, frozen=True)
 class SentencePieceTokenizer:
     name: Literal["sentencepiece"]
-    vocab_size: Annotated[int, Strict(), Field(ge=300)]
+    vocab_size: Annotated[int, Strict(), Field(ge=MIN_PIECES)]
     type: Literal["unigram", "bpe"]
     model: str | None
 

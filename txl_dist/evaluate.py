@@ -17,7 +17,7 @@ from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import whole_split
 from txl_dist.data.text_size import size_of_text
 from txl_dist.engine.checkpoint import run_dirs
-from txl_dist.engine.evaluation import Score, losses_in_context, score
+from txl_dist.engine.evaluation import Score, losses_in_context, perplexity, score
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.tracking.console import PlainConsole
 from txl_dist.trained import open_data, trained_model
@@ -52,9 +52,11 @@ def score_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
         "split": job.split,
         "tokens": tokens,
         **size._asdict(),
-        **scored.metrics(size.bytes),
-        "bits_per_character": scored.bits / size.characters,
-        "word_perplexity": float(np.exp(min(scored.nats / size.words, 700.0))),
+        "loss": scored.loss,
+        "perplexity": perplexity(scored.loss),
+        "bits_per_byte": scored.bits / size.bytes if size.bytes else None,
+        "bits_per_character": scored.bits / size.characters if size.characters else None,
+        "word_perplexity": perplexity(scored.nats / size.words) if size.words else None,
         "tokens_per_second": tokens / seconds,
         "step": checkpoint.step,
         **{key: getattr(config, key) for key in LENGTHS},
@@ -106,6 +108,8 @@ def title(key: str) -> str:
 
 
 def number(value: Any) -> str:
+    if value is None:
+        return "unknown"
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 

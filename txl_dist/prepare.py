@@ -7,7 +7,7 @@ and writes; others tokenize. What comes out depends on the text and the settings
 import os
 import random
 import signal
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,10 +22,11 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from txl_dist.config import PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
+from txl_dist.config import BytesTokenizer, PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
 from txl_dist.data import corpora, published, shards, tokenizers
 from txl_dist.data.corpora import Piece, Plan
 from txl_dist.data.index import Index
+from txl_dist.data.text_size import size_of_documents
 from txl_dist.errors import ConfigError, RunError, UserError
 from txl_dist.files import is_empty, lock_of_new_folder, new_folder
 from txl_dist.tracking.console import PlainConsole
@@ -59,8 +60,7 @@ def prepare(job: PrepareJob) -> None:
         sources = corpora.find(job.corpus, problems)
         if problems:
             raise ConfigError(problems)
-        with work.progress("reading", None) as advance:
-            files = corpora.survey(sources, advance)
+        files = survey(job, sources, work)
         plan = corpora.plan(job.corpus, files)
         corpus = describe(job, plan, tokenizer)
         if existing is not None:
@@ -73,6 +73,16 @@ def prepare(job: PrepareJob) -> None:
                 splits = write_splits(job, plan, tokenizer, partial, work)
                 shards.write_index(partial, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits)
     show(folder)
+
+
+def survey(job: PrepareJob, sources: list[corpora.Source], work: "Work") -> list[corpora.File]:
+    """Read every file once, and say in how many a byte order mark is left out."""
+    characters = not isinstance(job.tokenizer, BytesTokenizer)
+    with work.progress("reading", None) as advance:
+        files = corpora.survey(sources, advance, characters)
+    if marked := sum(file.start > 0 for file in files):
+        work.say(f"leaving out the byte order mark at the start of {marked:,} file{'s' * (marked > 1)}")
+    return files
 
 
 # ------------------------------------------------------------------------------------------------------ folders
@@ -133,12 +143,18 @@ def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) ->
 def given_tokenizer(job: PrepareJob) -> tokenizers.Tokenizer | None:
     """The tokenizer that needs no training text, if it is such a one."""
     if isinstance(job.tokenizer, SentencePieceTokenizer):
-        path = job.tokenizer.model
-        return tokenizers.SentencePieceTokenizer.open(Path(path).expanduser()) if path is not None else None
+        path = given_file("tokenizer.model", job.tokenizer.model)
+        return tokenizers.SentencePieceTokenizer.open(path) if path is not None else None
     if isinstance(job.tokenizer, WordTokenizer):
-        path = job.tokenizer.vocab
-        return tokenizers.WordTokenizer.open(Path(path).expanduser()) if path is not None else None
+        path = given_file("tokenizer.vocab", job.tokenizer.vocab)
+        return tokenizers.WordTokenizer.open(path) if path is not None else None
     return tokenizers.BytesTokenizer()
+
+
+def given_file(key: str, path: str | None) -> Path | None:
+    if path is not None and not path.strip():
+        raise UserError(f"{key}: is empty; give a file, or null to have one made of the training text")
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def train_tokenizer(job: PrepareJob, plan: Plan, work: "Work") -> tokenizers.Tokenizer:
@@ -186,11 +202,16 @@ def sample_lines(shares: Shares, rate: float, pieces: list[Piece]) -> list[str]:
 
 
 class Encoded(NamedTuple):
-    """Tokens [n] of a split, the positions in them at which documents start, and the bytes they were made of."""
+    """Tokens [n] of a split, the positions in them at which documents start, and the size of their text.
+
+    characters, words: None where it is not UTF-8.
+    """
 
     tokens: np.ndarray
     starts: list[int]
     bytes: int
+    characters: int | None
+    words: int | None
 
 
 def write_splits(job: PrepareJob, plan: Plan, tokenizer: tokenizers.Tokenizer, folder: Path, work: "Work") -> dict:
@@ -212,23 +233,28 @@ def write_splits(job: PrepareJob, plan: Plan, tokenizer: tokenizers.Tokenizer, f
 
 def encode_pieces(tokenizer_folder: Path, shares: Shares, pieces: list[Piece]) -> dict[str, Encoded]:
     tokenizer = load_tokenizer(tokenizer_folder)
-    parts: dict[str, list[np.ndarray]] = {}
-    starts: dict[str, list[int]] = {}
+    tokens: dict[str, list[np.ndarray]] = defaultdict(list)
+    starts: dict[str, list[int]] = defaultdict(list)
+    texts: dict[str, list[bytes]] = defaultdict(list)
     lengths: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    midword: Counter[str] = Counter()
     for document in (document for piece in pieces for document in corpora.documents(piece, shares)):
         split = document.split
         assert split is not None
         try:
-            tokens = tokenizer.encode(document.data, document.last)
+            encoded = tokenizer.encode(document.data, document.last)
         except UnicodeDecodeError as error:
             raise corpora.not_utf8(document, error) from error
         if document.first:
-            starts.setdefault(split, []).append(lengths[split])
-        parts.setdefault(split, []).append(tokens)
-        lengths[split] += len(tokens)
-        sizes[split] += len(document.data)
-    return {split: Encoded(np.concatenate(parts[split]), starts.get(split, []), sizes[split]) for split in parts}
+            starts[split].append(lengths[split])
+        tokens[split].append(encoded)
+        texts[split].append(document.data)
+        lengths[split] += len(encoded)
+        midword[split] += document.midword
+    return {
+        split: Encoded(np.concatenate(tokens[split]), starts[split], *size_of_documents(texts[split], midword[split]))
+        for split in tokens
+    }
 
 
 load_tokenizer = lru_cache(maxsize=1)(tokenizers.load)  # once in each process

@@ -1,12 +1,16 @@
 """Files are found, split and cut the same everywhere; what is wrong with them is told by name and place."""
 
 import gzip
+import sys
+from codecs import BOM_UTF8
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from txl_dist.config import StdlibCorpus, TextCorpus
 from txl_dist.data import corpora
@@ -191,7 +195,13 @@ def test_a_share_of_zero_leaves_a_split_absent(tmp_path, share, splits, split_by
     [
         ({"a": b"1\n", "b": b"2\n"}, {"split_by": "document"}, "too few to split .* corpus.split_by=position"),
         ({"a": b"one line"}, {}, "no text falls to valid and test; .* corpus.valid_share=0 corpus.test_share=0"),
-        ({"a": b"", "b": b""}, {}, "no text falls to train"),
+        ({"a": b"word " * 9999}, {}, r"cut at line ends \(\\n\), and none has one after its first 85 %"),
+        ({"a": b"a line\r" * 9999}, {}, r"cut at line ends \(\\n\), and none has one after its first 85 %"),
+        ({"a": b"a\n" * 89 + b"x" * 22}, {"valid_share": 0}, "to test; each file .* after its first 90 %"),
+        ({"a": b"a\n" * 40 + b"x" * 12 + b"\nab cdef\n"}, {}, "to valid; each file .* between 85 and 90 % of it"),
+        ({"a": b""}, {"split_by": "document"}, "corpus.path: the files are empty"),
+        ({"a": b""}, {"document": "line"}, "corpus.path: the files are empty"),
+        ({"a": b"", "b": b""}, {}, "corpus.path: the files are empty; give others"),
     ],
 )
 def test_a_split_without_text_is_refused_with_a_remedy(tmp_path, files, values, told):
@@ -228,3 +238,51 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
     (tmp_path / "a").write_bytes(BOOK[:100])
     with pytest.raises(UserError, match="a: became shorter"):
         documents(plan)
+
+
+SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+
+
+def test_a_long_line_is_cut_before_any_white_space_that_separates_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 64)
+    words = [f"word{number}" for number in range(300)]
+    for space in [space for space in SPACES if space != "\n"]:
+        made(tmp_path, {"a.txt": space.join(words).encode()})
+        pieces = list(planned(text_corpus(train=str(tmp_path))).pieces())
+        assert [word for piece in pieces for word in piece.data.decode().split()] == words
+        assert not any(piece.midword for piece in pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(["a", "bc", "é", "日", "\n", " ", "\t", "\u2003", "\x85", "\r\n"]), max_size=80),
+    document=st.sampled_from(["file", "line"]),
+    size=st.integers(4, 30),
+)
+def test_the_pieces_of_a_text_hold_its_words_once(tmp_path_factory, parts, document, size):
+    text = "start" + "".join(parts)
+    folder = made(tmp_path_factory.mktemp("text"), {"a.txt": text.encode()})
+    plan = planned(text_corpus(train=str(folder), document=document))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "PIECE_BYTES", size)
+        pieces = [line for piece in plan.pieces() for line in corpora.documents(piece, plan.shares)]
+    assert b"".join(piece.data for piece in pieces) == text.encode()
+    words = sum(len(piece.data.decode().split()) - piece.midword for piece in pieces)
+    assert words == len(text.split())
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text_where_characters_are_read(tmp_path):
+    files = {"a.txt": BOM_UTF8 + b"one\ntwo\n", "b.txt": b"three\n", "c.txt": BOM_UTF8, "d.txt": BOM_UTF8 + b"\n"}
+    made(tmp_path, {**files, "e.gz": gzip.compress(BOM_UTF8 + b"five\n")})
+    sources = corpora.find(text_corpus(train=str(tmp_path)), [])
+    for document, texts in [("file", [b"one\ntwo\n", b"three\n", b"\n", b"five\n"]), ("line", None)]:
+        config = text_corpus(train=str(tmp_path), document=document)
+        plan = corpora.plan(config, corpora.survey(sources, lambda size: None, characters=True))
+        found = [text for _, _, text in documents(plan)]
+        assert found == (texts or [b"one\n", b"two\n", b"three\n", b"\n", b"five\n"])
+        assert next(plan.pieces()).offset == 3
+        plan = corpora.plan(config, corpora.survey(sources, lambda size: None))  # bytes are kept as they are
+        assert b"".join(text for _, _, text in documents(plan)).count(BOM_UTF8) == 4
+    config = text_corpus(path=str(made(tmp_path / "book", {"a.txt": BOM_UTF8 + BOOK})))
+    files = corpora.survey(corpora.find(config, []), lambda size: None, characters=True)
+    assert b"".join(text for _, _, text in documents(corpora.plan(config, files))) == BOOK  # cut by position

@@ -277,6 +277,20 @@ def test_what_is_no_folder_and_no_archive_is_told(wiki, pack, tmp_path):
             prepare(job("wikitext103", path, tmp_path / "data"))
 
 
+def test_links_that_lead_nowhere_and_an_empty_path_are_told(wiki, tmp_path):
+    folder = made(tmp_path / "text", dict(list(WIKI.items())[1:]))
+    missing = folder / list(WIKI)[0]
+    missing.parent.mkdir(exist_ok=True)
+    missing.symlink_to("elsewhere")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (folder, tmp_path / "link"):
+        with pytest.raises(ConfigError, match="is a link that leads nowhere"):
+            prepare(job("wikitext103", path, tmp_path / "data"))
+    for path in ("", " "):
+        with pytest.raises(UserError, match="corpus.path: is empty"):
+            prepare(job("wikitext103", path, tmp_path / "data"))
+
+
 def test_another_text_under_the_right_names_is_known_by_its_words(wiki, tmp_path):
     folder = made(tmp_path / "text", WIKI | {"wikitext-103/wiki.train.tokens": b"a b\n"})
     with pytest.raises(UserError, match="corpus=wikitext103: the text has 3 different words, but must have 9"):

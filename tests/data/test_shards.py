@@ -115,6 +115,40 @@ def test_the_dataset_does_not_depend_on_how_the_tokens_come(tmp_path_factory, le
     assert index.splits["train"].document_starts.tolist() == np.cumsum([0, *lengths]).tolist()
 
 
+def test_a_document_without_tokens_is_none(tmp_path):
+    tokenizer = BytesTokenizer()
+    tokenizer.save(tmp_path / "tokenizer")
+    writer = SplitWriter(tmp_path, "train", tokenizer.dtype, SAMPLE, SHARD)
+    nothing = np.empty(0, tokenizer.dtype)
+    writer.add(nothing, [0], 0)
+    writer.add(STREAM[:20], [0, 0, 7, 7, 20], 20)  # one of them at the end, and the next begins there
+    writer.add(STREAM[20 : SAMPLE * SHARD], [0], 28)
+    writer.add(nothing, [0, 0], 0)
+    shards.write_index(tmp_path, {}, tokenizer, SAMPLE, SHARD, {"train": writer.close()})
+    split = Index.open(str(tmp_path)).splits["train"]
+    assert split.document_starts.tolist() == [0, 7, 20, 48] and split.documents == 3
+
+
+def test_the_sizes_of_a_text_are_kept_where_all_of_them_are_known(tmp_path):
+    tokenizer = BytesTokenizer()
+    tokenizer.save(tmp_path / "tokenizer")
+    splits = {}
+    for split, words in (("train", [2, 3]), ("valid", [2, None])):
+        writer = SplitWriter(tmp_path, split, tokenizer.dtype, SAMPLE, SHARD)
+        for count in words:
+            writer.add(STREAM[:10], [0], 10, 9, count)
+        splits[split] = writer.close()
+    shards.write_index(tmp_path, {}, tokenizer, SAMPLE, SHARD, splits)
+    found = Index.open(str(tmp_path)).splits
+    assert [(split.bytes, split.characters, split.words) for split in found.values()] == [(20, 18, 5), (20, 18, None)]
+    facts = json.loads((tmp_path / "index.json").read_text())
+    for wrong in ("5", -1, 1.5, True):
+        facts["splits"]["train"]["words"] = wrong
+        (tmp_path / "index.json").write_text(json.dumps(facts | {"sha256": None}))
+        with pytest.raises(UserError, match="is not a number of characters or words"):
+            Index.open(str(tmp_path))
+
+
 def test_threads_may_share_a_reader(dataset):
     reader = SampleReader(Index.open(str(dataset)), "train", cache_samples=2)
     spans = [(start, 20) for start in range(0, 195, 3)] * 5

@@ -1,7 +1,10 @@
 """What is encoded comes back; pieces add up to the whole; vocabularies follow their rules."""
 
+import io
+import keyword
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from txl_dist.config import MIN_PIECES
 from txl_dist.data import tokenizers
 from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.errors import UserError
+from txl_dist.interchange import vocabularies
 
 PLACES = ("sea", "mountain", "forest", "house", "old town")
 LINES = [f"    the {kind} of a {place}, {n}" for n in range(40) for kind in ("one", "sum", "end") for place in PLACES]
@@ -122,10 +127,11 @@ def test_more_than_65536_words_are_stored_in_four_bytes():
 def test_sentencepiece_training_is_reproducible_and_its_limits_are_told(model_type):
     assert trained(model_type).model == trained(model_type).model
     assert len(trained(model_type).encode(b"    ", False)) < 4  # indentation has pieces of its own
+    lines = [*LINES, *keyword.kwlist]
     with pytest.raises(UserError, match=r"tokenizer.vocab_size=100000: .* choose (\d+) or less") as error:
-        SentencePieceTokenizer.train(LINES, 100000, model_type)
+        SentencePieceTokenizer.train(lines, 100000, model_type)
     works = int(str(error.value).split(" choose ")[1].split()[0])
-    assert SentencePieceTokenizer.train(LINES, works, model_type).vocab_size == works
+    assert SentencePieceTokenizer.train(lines, works, model_type).vocab_size == works >= MIN_PIECES
     with pytest.raises(UserError, match=r"vocab_size=300: too few .* choose \d+ or more"):
         SentencePieceTokenizer.train([*LINES, "".join(chr(0x4E00 + n) for n in range(300))], 300, model_type)
 
@@ -152,6 +158,101 @@ def test_a_given_model_is_used_as_it_is(tmp_path: Path):
     for wrong in (path, tmp_path / "missing.model"):
         with pytest.raises(UserError, match=f"{wrong.name}: cannot be read"):
             SentencePieceTokenizer.open(wrong)
+
+
+def test_models_that_are_damaged_are_refused_with_their_key(tmp_path):
+    path = tmp_path / "given.model"
+    model = TOKENIZERS[3].model
+    damaged = {
+        "empty": b"",
+        "cut off": model[: len(model) // 2],
+        "not a byte": model.replace(b"<0x41>", b"<0x4\xff>"),
+        "not text": model.replace(b"<eos>", b"<\xffos>"),
+    }
+    for content in damaged.values():
+        assert content != model
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenizer.model=.*given.model: cannot be read as a SentencePiece model"):
+            SentencePieceTokenizer.open(path)
+        TOKENIZERS[3].save(tmp_path / "saved")
+        (tmp_path / "saved" / "sentencepiece.model").write_bytes(content)
+        with pytest.raises(UserError, match="holds no tokenizer that can be read"):
+            tokenizers.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("text", [["hello"], [], [""], ["   "], ["\r"]])
+def test_a_text_too_short_for_sentencepiece_is_told_what_works(text, model_type):
+    for vocab_size in (300, 8000):
+        with pytest.raises(UserError, match="too short for 300 pieces, the least .* or use tokenizer=bytes"):
+            SentencePieceTokenizer.train(text, vocab_size, model_type)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_vocabulary_may_have_the_line_ends_and_the_mark_of_windows(tmp_path, ends, mark, last):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes((mark + ends.join(["<eos>", "<unk>", "wörd"]) + ends * last).encode())
+    assert WordTokenizer.open(path).words == ["<eos>", "<unk>", "wörd"]
+    assert vocabularies.read(path).words == ["<eos>", "<unk>", "wörd"]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"<eos>\n<unk>\nold town\n", "line 3 is not one word, but 'old town'"),
+        (b"<eos>\n\n<unk>\n", "line 2 is not one word, but ''"),
+        (b"<eos>\r<unk>\rword\r", "line 1 is not one word"),
+        ("<eos>\n<unk>\n".encode("utf-16"), "convert it .iconv."),
+        (b"a\nb\n", "it has no <eos>, it has no <unk>"),
+    ],
+)
+def test_what_is_wrong_with_a_vocabulary_is_told_with_its_line(tmp_path, content, told):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"vocab.txt: .*{told}"):
+        WordTokenizer.open(tmp_path / "vocab.txt")
+
+
+@lossless
+@settings(max_examples=100, deadline=None)
+@given(text=any_text)
+@example(text=NASTY)
+def test_the_spelling_of_tokens_is_the_text(tokenizer, text):
+    spelling = tokenizer.spelling()
+    assert spelling is not None and len(spelling) == tokenizer.vocab_size
+    assert b"".join(spelling[token] for token in tokenizer.encode(text.encode(), True)) == text.encode()
+
+
+KEEPS_ALL: dict[str, Any] = {
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+}
+LOSSY: list[dict[str, Any]] = [
+    {"byte_fallback": False},
+    {"normalization_rule_name": "nmt_nfkc"},
+    {"normalization_rule_name": "nfkc_cf"},
+    {"add_dummy_prefix": True},
+    {"remove_extra_whitespaces": True},
+    {"model_type": "word"},
+]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"user_defined_symbols": ["\n", "a b"]}, {"model_type": "char"}, *LOSSY], ids=str
+)
+def test_a_given_model_has_a_spelling_only_where_it_changes_nothing(options):
+    model = io.BytesIO()
+    settings = {"vocab_size": 330, "hard_vocab_limit": False, "minloglevel": 3, **KEEPS_ALL, **options}
+    sentencepiece.SentencePieceTrainer.Train(sentence_iterator=iter(LINES), model_writer=model, **settings)
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    spelling = tokenizer.spelling()
+    assert (spelling is None) == (options in LOSSY)
+    if spelling is not None:
+        text = (NASTY + "a b Å ﬁ" + "  x  ").encode()
+        assert b"".join(spelling[token] for token in tokenizer.encode(text, True)) == text
 
 
 def test_damaged_folders_are_told(tmp_path):

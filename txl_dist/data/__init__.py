@@ -1,6 +1,7 @@
 """The data's way, from text to the tokens of a step.
 
-1. `corpora` finds the files, tells the documents of train, valid and test apart, and cuts them into pieces of text.
+1. `corpora` finds the files (`paths`), opens them (`text_files`), tells the documents of train, valid and test apart,
+   and cuts them into pieces of text.
    Those of the paper's corpora are known to `published`, which has them fetched by `download`.
 2. `tokenizers` turns a piece into token numbers (bytes, words or SentencePiece), and token numbers back into text.
 3. `shards` writes the tokens of a split, its documents in order, as one stream cut into samples of equal length, the

@@ -6,24 +6,18 @@ Nothing here depends on where the files lie, on the machine or on the number of 
 under names relative to what the user gave, and a document's split depends on those names (or on positions) alone.
 """
 
-import glob
-import gzip
 import hashlib
 import io
-import os
 import sysconfig
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, NamedTuple
-
-import zstandard
+from typing import IO, Literal, NamedTuple
 
 from txl_dist.config import CorpusConfig, PublishedCorpus, StdlibCorpus, TextCorpus
-from txl_dist.data import published
+from txl_dist.data import paths, published
 from txl_dist.data.published import PUBLISHED, VOCABULARY, Corpus
+from txl_dist.data.text_files import opened, start_of_text
 from txl_dist.data.tokenizers import EOS
 from txl_dist.errors import UserError
 
@@ -31,6 +25,8 @@ SPLITS = ("train", "valid", "test")
 PIECE_BYTES = 1 << 20
 ENOUGH_DOCUMENTS = 20  # from here on split_by=auto cuts between documents
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+SPACES = tuple(chr(code).encode() for code in range(0x3001) if chr(code).isspace())  # all that str.split knows
+NAMED = 3  # of the unreadable files of one path
 
 
 class Source(NamedTuple):
@@ -45,11 +41,15 @@ class Source(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file that has been read once: `size` and `sha256` are those of its text, decompressed."""
+    """A file that has been read once: `size` and `sha256` are those of its content, decompressed.
+
+    start: where its text begins: behind a byte order mark, where that is left out.
+    """
 
     source: Source
     size: int
     sha256: str
+    start: int = 0
 
 
 class Part(NamedTuple):
@@ -64,7 +64,8 @@ class Piece(NamedTuple):
     """Consecutive bytes of one document, or, where `line` is given, of consecutive lines that are documents.
 
     offset: of the first byte in the file's text. first, last: whether the document begins, and ends, in this piece.
-    line: the number of the first line, from 0.
+    line: the number of the first line, from 0. midword: whether the piece before ends within the word that this one
+    begins with.
     """
 
     source: Source
@@ -74,6 +75,7 @@ class Piece(NamedTuple):
     first: bool
     last: bool
     line: int | None
+    midword: bool
 
 
 # --------------------------------------------------------------------------------------------------------- find
@@ -86,10 +88,9 @@ def find(config: CorpusConfig, problems: list[str]) -> list[Source]:
     if config.valid_share + config.test_share >= 1:
         problems.append("corpus.valid_share + corpus.test_share: leave nothing to train on; choose less than 1")
     if isinstance(config, StdlibCorpus):
-        root = Path(sysconfig.get_path("stdlib"))
-        return [Source(path, name, None) for name, path in walk(root, NOT_STDLIB) if path.suffix == ".py"]
+        return stdlib()
 
-    given = {split: paths for split in SPLITS if (paths := getattr(config, split)) is not None}
+    given = {split: values for split in SPLITS if (values := getattr(config, split)) is not None}
     if config.path is not None and given:
         problems.append(f"corpus.path and corpus.{', corpus.'.join(given)}: give either the one or the other")
     elif config.path is None and not given:
@@ -101,134 +102,74 @@ def find(config: CorpusConfig, problems: list[str]) -> list[Source]:
         pools["corpus.path"] = (None, config.path)
 
     found: dict[Path, Source] = {}
-    for key, (split, paths) in pools.items():
-        for pattern in [paths] if isinstance(paths, str) else paths:
-            matches = match(pattern)
-            if not matches:
-                problems.append(f"{key}={pattern}: {missing(pattern)}")
-            for name, path in matches:
+    for key, (split, values) in pools.items():
+        for pattern in ([values] if isinstance(values, str) else values) or [""]:
+            for name, path in match(key, pattern, problems):
                 source = found.setdefault(path.resolve(), Source(path, name, split))
                 if source.split != split:
                     problems.append(f"{key}={pattern}: {path} is in corpus.{source.split} as well; give it to one")
     return list(found.values())
 
 
-def match(pattern: str) -> list[tuple[str, Path]]:
-    """The files (name, path) that a path, a folder or a glob stands for, sorted by name."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return list(walk(path))
-    if path.is_file():
-        return [(path.name, path)]
-    fixed = next((index for index, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
-    root = Path(*path.parts[:fixed])
-    found = {}
-    for text in glob.glob(str(path), recursive=True):
-        here = Path(text)
-        files = [file for _, file in walk(here)] if here.is_dir() else [here] if here.is_file() else []
-        found.update({file.relative_to(root).as_posix(): file for file in files})
-    return sorted(found.items())
+def match(key: str, pattern: str, problems: list[str]) -> list[tuple[str, Path]]:
+    """List the files (name, path) that a path, a folder or a glob, given as `key`, stands for."""
+    if not pattern.strip():
+        problems.append(f"{key}: is empty; give a file, a folder or a glob")
+        return []
+    wrong: list[str] = []
+    files = paths.match(pattern, wrong)
+    lines = sorted({f"{key}={pattern}: {problem.removeprefix(f'{pattern}: ')}" for problem in wrong})
+    if len(lines) > NAMED:
+        lines[NAMED - 1] += f" (and {len(lines) - NAMED:,} more likewise)"
+    problems += lines[:NAMED]
+    return files
 
 
-def walk(root: Path, without: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
-    """All files below a folder (name, path), sorted by name, but for the hidden ones and the folders `without`."""
-    files = []
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    yield from sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
-
-
-def missing(pattern: str) -> str:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return "the folder holds no files"
-    if glob.has_magic(pattern):
-        return "no file matches the glob"
-    if path.exists():
-        return "is no regular file; the text is read more than once"
-    return f"there is no such file or folder (from {Path.cwd()})"
+def stdlib() -> list[Source]:
+    """List the source files of Python's standard library without its tests, sorted by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and NOT_STDLIB.isdisjoint(name.parts[:-1]):
+            found.append(Source(path, name.as_posix(), None))
+    return sorted(found, key=lambda source: source.name)
 
 
 # --------------------------------------------------------------------------------------------------------- read
 
 
-class ZstdReader(io.RawIOBase):
-    """Reads the frames of a .zst file; unlike zstandard's own reader it notices when the last one is cut off."""
+def survey(sources: list[Source], advance: Callable[[int], None], characters: bool = False) -> list[File]:
+    """Read every file once, for its size and sha256, and leave out the empty ones.
 
-    def __init__(self, raw: BinaryIO):
-        self.raw = raw
-        self.frame: Any = None
-        self.compressed = self.text = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.text:
-            self.compressed = self.compressed or self.raw.read(1 << 14)
-            if not self.compressed:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            if not self.frame or self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.text = self.frame.decompress(self.compressed)
-            self.compressed = self.frame.unused_data
-        size = min(len(buffer), len(self.text))
-        buffer[:size] = self.text[:size]
-        self.text = self.text[size:]
-        return size
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The text of a file, decompressed.
+    Args:
+        advance: is called with the bytes read.
+        characters: whether a tokenizer reads characters: then a byte order mark is no part of a text.
 
     Raises:
-        UserError: where the file cannot be opened or its compressed data are damaged.
+        UserError: where a file cannot be read, or holds something other than text.
     """
-    try:
-        with open(path, "rb") as raw:
-            try:
-                if path.suffix == ".gz":
-                    yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 16)
-                elif path.suffix == ".zst":
-                    yield io.BufferedReader(ZstdReader(raw), 1 << 16)
-                else:
-                    yield raw
-            except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-                place = f"at about byte {raw.tell():,} of its {path.stat().st_size:,}"
-                kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
-                raise UserError(f"{path}: damaged {place} ({error}); fetch it again, or test it: {kind} -t") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def survey(sources: list[Source], advance: Callable[[int], None]) -> list[File]:
-    """Read every file once, for its text's size and sha256; `advance` is told the bytes read. Drops empty files."""
     files = []
     for source in sources:
-        digest, size = hashlib.sha256(), 0
+        digest = hashlib.sha256()
+        size = start = 0
         with opened(source.path) as stream:
             while block := stream.read(PIECE_BYTES):
+                start = start if size else start_of_text(source.path, block, characters)
                 digest.update(block)
                 size += len(block)
                 advance(len(block))
-        if size:
-            files.append(File(source, size, digest.hexdigest()))
+        if size > start:
+            files.append(File(source, size, digest.hexdigest(), start))
     return files
 
 
 def cut(stream: IO[bytes], size: int) -> Iterator[bytes]:
     """Cut the next `size` bytes into pieces of at most PIECE_BYTES, at line ends.
 
-    A longer line is cut before a space, and one without spaces between two UTF-8 characters. Fewer bytes come where the
-    stream ends earlier.
+    A longer line is cut before white space, and one without it between two UTF-8 characters. Fewer bytes come where
+    the stream ends earlier.
     """
     rest = b""
     while size:
@@ -246,7 +187,7 @@ def boundary(data: bytes) -> int:
     """Where to end a piece: a position in 1..len(data)."""
     end = data.rfind(b"\n") + 1
     if end == 0:
-        end = max(data.rfind(b" "), 0)
+        end = max(0, *map(data.rfind, SPACES))
     if end == 0:
         end = next((at for at in range(len(data) - 1, 0, -1) if data[at] & 0xC0 != 0x80), 0)
     return end or len(data)
@@ -302,14 +243,18 @@ class Plan:
     def _read(self, file: File, parts: list[Part]) -> Iterator[Piece]:
         line = 0 if self.document == "line" else None
         with opened(file.source.path) as stream:
+            stream.read(file.start)
             for part in parts:
                 at, first = part.start, True
+                before = b""
                 for data in cut(stream, part.end - part.start):
                     whole_lines = line is not None and data.endswith(b"\n")
                     last = whole_lines or at + len(data) == part.end
-                    yield Piece(file.source, part.split, at, data, first, last, line)
+                    midword = before != b"" and not before.endswith(SPACES) and not data.startswith(SPACES)
+                    yield Piece(file.source, part.split, at, data, first, last, line, midword)
                     at += len(data)
                     first = whole_lines
+                    before = data
                     if line is not None:
                         line += data.count(b"\n")
                 if at != part.end:
@@ -333,19 +278,21 @@ def plan(config: CorpusConfig, files: list[File]) -> Plan:
         split_by, shares = "given", (0.0, 0.0)
     if split_by == "auto":
         split_by = "document" if document == "line" or len(files) >= ENOUGH_DOCUMENTS else "position"
+    if not files:
+        check_splits(config, [], split_by)
 
     if split_by == "given":
-        parts = [[Part(file.source.split, 0, file.size)] for file in files]
+        parts = [[Part(file.source.split, file.start, file.size)] for file in files]
     elif split_by == "position":
         parts = [parts_by_position(file, shares) for file in files]
     elif document == "line":
-        parts = [[Part(None, 0, file.size)] for file in files]
+        parts = [[Part(None, file.start, file.size)] for file in files]
     else:
         splits = splits_by_quota([file.source.name for file in files], shares)
-        parts = [[Part(split, 0, file.size)] for file, split in zip(files, splits, strict=True)]
+        parts = [[Part(split, file.start, file.size)] for file, split in zip(files, splits, strict=True)]
     found = {part.split for some in parts for part in some}
     if None not in found:
-        check_splits(config, found)
+        check_splits(config, found, split_by)
     return Plan(list(zip(files, parts, strict=True)), document, split_by, shares)
 
 
@@ -353,21 +300,37 @@ def published_plan(corpus: Corpus, files: list[File]) -> Plan:
     """The splits that everyone uses: files of their own, or one file cut at the same bytes."""
     vocabulary = next((file for file in files if file.source.split == VOCABULARY), None)
     texts = [file for file in files if file is not vocabulary]
-    parts = [parts_at(file, corpus.cuts) if corpus.cuts else [Part(file.source.split, 0, file.size)] for file in texts]
+    if corpus.cuts:
+        parts = [parts_at(file, corpus.cuts) for file in texts]
+    else:
+        parts = [[Part(file.source.split, file.start, file.size)] for file in texts]
     split_by: Literal["given", "position"] = "position" if corpus.cuts else "given"
     return Plan(list(zip(texts, parts, strict=True)), corpus.document, split_by, (0.0, 0.0), vocabulary)
 
 
-def check_splits(config: TextCorpus | StdlibCorpus, found: Collection[str | None]) -> None:
+def check_splits(config: TextCorpus | StdlibCorpus, found: Collection[str | None], split_by: str = "document") -> None:
     """Refuse a split that was wanted and got no text."""
     given = [split for split in SPLITS if getattr(config, split, None) is not None]
     wanted = given or ["train", *(split for split in SPLITS[1:] if getattr(config, f"{split}_share") > 0)]
     lacking = [split for split in wanted if split not in found]
     if given and lacking:
         raise UserError(f"corpus.{', corpus.'.join(lacking)}: the files are empty; give others")
+    if not found:
+        raise UserError("corpus.path: the files are empty; give others")
     if lacking:
+        reason = ""
+        if split_by == "position":
+            reason = f"each file is cut at line ends (\\n), and none has one {where_cut(config, lacking)}: "
         shares = " ".join(f"corpus.{split}_share=0" for split in lacking if split != "train") or "other shares"
-        raise UserError(f"corpus: no text falls to {' and '.join(lacking)}; give more text, or {shares}")
+        raise UserError(f"corpus: no text falls to {' and '.join(lacking)}; {reason}give more text, or {shares}")
+
+
+def where_cut(config: TextCorpus | StdlibCorpus, lacking: list[str]) -> str:
+    """Describe where line ends would give these splits, valid or test or both, a text of their own."""
+    ends = {"valid": 100 * (1 - config.test_share), "test": 100.0}
+    start = ends[lacking[0]] - 100 * getattr(config, f"{lacking[0]}_share")
+    end = ends[lacking[-1]]
+    return f"after its first {start:.3g} %" if end == 100 else f"between {start:.3g} and {end:.3g} % of it"
 
 
 def check_vocabulary(config: CorpusConfig, counts: Collection[str]) -> None:
@@ -404,7 +367,7 @@ def parts_by_position(file: File, shares: tuple[float, float]) -> list[Part]:
 
 def parts_at(file: File, cuts: Sequence[int]) -> list[Part]:
     """Train, then valid, then test, cut before these bytes."""
-    starts, ends = [0, *cuts], [*cuts, file.size]
+    starts, ends = [file.start, *cuts], [*cuts, file.size]
     return [Part(*part) for part in zip(SPLITS, starts, ends, strict=True) if part[1] < part[2]]
 
 
@@ -436,8 +399,8 @@ def documents(piece: Piece, shares: tuple[float, float]) -> Iterator[Piece]:
     if piece.line is None:
         yield piece
         return
-    at, first = piece.offset, piece.first
+    at, first, midword = piece.offset, piece.first, piece.midword
     for number, data in enumerate(io.BytesIO(piece.data), piece.line):
         split = piece.split or split_of_line(piece.source.name, number, shares)
-        yield Piece(piece.source, split, at, data, first, data.endswith(b"\n") or piece.last, number)
-        at, first = at + len(data), True
+        yield Piece(piece.source, split, at, data, first, data.endswith(b"\n") or piece.last, number, midword)
+        at, first, midword = at + len(data), True, False

@@ -171,6 +171,7 @@ def not_the_one(found: str, sha256: str) -> str:
 class Split:
     """One stream of tokens. Lengths are in tokens, but `bytes`: of the text that it was made of.
 
+    characters, words: of that text; None where it is not UTF-8, or was prepared before they were counted.
     document_starts: uint64 [documents + 1], where each document starts; the last entry is `tokens`.
     sample_table: SAMPLE_TABLE [samples]. Both are mapped into memory, not read.
     """
@@ -182,6 +183,8 @@ class Split:
     shards: tuple[Shard, ...]
     document_starts: np.ndarray
     sample_table: np.ndarray
+    characters: int | None = None
+    words: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +258,9 @@ class Index:
         for key in ("samples", "tokens", "documents"):
             if sum(getattr(shard, key) for shard in split.shards) != getattr(split, key):
                 return f"the {key} of its shards do not add up to {getattr(split, key)}"
+        for count in (split.characters, split.words):
+            if count is not None and (type(count) is not int or count < 0):
+                return f"{count!r} is not a number of characters or words"
         if split.samples != -(-split.tokens // self.sample_tokens):
             return f"{split.tokens} tokens do not make {split.samples} samples of {self.sample_tokens}"
         if any(shard.samples != self.shard_samples for shard in split.shards[:-1]):
@@ -289,4 +295,6 @@ def open_split(store: Store, name: str, facts: dict[str, Any]) -> Split:
         shards=tuple(Shard(**shard) for shard in facts["shards"]),
         document_starts=document_starts,
         sample_table=sample_table,
+        characters=facts.get("characters"),
+        words=facts.get("words"),
     )

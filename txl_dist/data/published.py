@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 from txl_dist.config import PublishedCorpus
 from txl_dist.data.download import ARCHIVES, Download, difference, download, unpack
+from txl_dist.data.paths import flaw
 from txl_dist.errors import UserError
 
 VOCABULARY = "vocabulary"
@@ -198,8 +199,12 @@ def by_hand(config: PublishedCorpus, source: Download, error: OSError) -> str:
 
 
 def place(config: PublishedCorpus) -> Path:
-    """What the user has given, or the folder of downloads."""
-    return cache(config) if config.path is None else Path(config.path).expanduser()
+    """Return what the user has given, or the folder of downloads."""
+    if config.path is None:
+        return cache(config)
+    if not config.path.strip():
+        raise UserError("corpus.path: is empty; give the corpus's folder or archive, or null to have it downloaded")
+    return Path(os.path.expanduser(config.path))
 
 
 def cache(config: PublishedCorpus) -> Path:
@@ -211,7 +216,7 @@ def archives(config: PublishedCorpus) -> list[Path]:
     """The archive that was given, or those of a folder."""
     here = place(config)
     inside = [here / source.name for source in PUBLISHED[config.name].downloads]
-    return [path for path in [here, *inside] if path.name.endswith(ARCHIVES) and path.is_file()]
+    return [path for path in [here, *inside] if path.name.endswith(ARCHIVES) and os.path.isfile(path)]
 
 
 def unpacked(config: PublishedCorpus, archive: Path) -> Path:
@@ -229,8 +234,10 @@ def locate(config: PublishedCorpus, problems: list[str]) -> list[tuple[Text, Pat
     here, texts, paths = place(config), PUBLISHED[config.name].texts, lookup(config)
     given = f"corpus={config.name}" if config.path is None else f"corpus.path={config.path}"
     lacking = list(dict.fromkeys(text.base for text, path in zip(texts, paths, strict=True) if path is None))
-    if lacking and not here.exists():
-        problems.append(f"{given}: there is no such file or folder (from {Path.cwd()})")
+    links = [path for some in candidates(config) for path in some if os.path.islink(path)] if lacking else []
+    problems.extend(f"{given}: {problem}" for problem in dict.fromkeys(map(flaw, links)) if problem)
+    if lacking and not os.path.exists(here):
+        problems.append(f"{given}: {flaw(here)}")
     elif lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         kind = "folder" if here.is_dir() else "archive" if here.name.endswith(ARCHIVES) else "file"
@@ -257,16 +264,21 @@ def wanted(config: PublishedCorpus) -> str:
 
 
 def lookup(config: PublishedCorpus) -> list[Path | None]:
-    """Where each text lies: unpacked, or in the folder that was given or below, as far as its name tells."""
+    """Find where each text lies: unpacked, or in the folder that was given or below, as far as its name says."""
+    return [next(filter(os.path.isfile, paths), None) for paths in candidates(config)]
+
+
+def candidates(config: PublishedCorpus) -> list[list[Path]]:
+    """List the paths at which each text may lie, by preference."""
     here, texts = place(config), PUBLISHED[config.name].texts
-    if here.is_file() and not here.name.endswith(ARCHIVES) and len(texts) == 1:
-        return [here]
+    if os.path.isfile(here) and not here.name.endswith(ARCHIVES) and len(texts) == 1:
+        return [[here]]
     # The archive first, for a file of a general name may lie beside it by chance.
     folders = [*(unpacked(config, archive) for archive in archives(config)), here]
 
-    def path(text: Text) -> Path | None:
+    def paths(text: Text) -> list[Path]:
         parts = text.name.split("/")
         names = ["/".join(parts[first:]) for first in range(len(parts))] + [text.other] * bool(text.other)
-        return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+        return [folder / name for folder in folders for name in names]
 
-    return [path(text) for text in texts]
+    return [paths(text) for text in texts]

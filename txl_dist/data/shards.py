@@ -91,6 +91,8 @@ class SplitWriter:
         self.documents = NpyWriter(folder / split / SIDE_FILES[1], np.dtype("<u8"))
         self.tokens = 0  # that went in
         self.bytes = 0  # of text that went in
+        self.characters: int | None = 0
+        self.words: int | None = 0
         self.rest = np.empty(0, dtype)  # tokens that are in no sample yet
         self.starts = np.empty(0, np.int64)  # of documents that are in no sample yet
         self.document, self.document_start = -1, 0  # the one that the next sample goes on with
@@ -108,14 +110,27 @@ class SplitWriter:
                 if file is not None:
                     file.close()
 
-    def add(self, tokens: np.ndarray, starts: list[int], size: int) -> None:
-        """Append tokens [n]; `starts` are the positions in them at which documents start, `size` their text's bytes."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        starts: list[int],
+        size: int,
+        characters: int | None = None,
+        words: int | None = None,
+    ) -> None:
+        """Append tokens [n] made of a text of `size` bytes.
+
+        Args:
+            starts: the positions in `tokens` at which documents start; one without a token is no document.
+            characters, words: of the text; None: not known, and so not of the split either.
+        """
         positions = np.array(starts, np.int64) + self.tokens
-        self.documents.append(positions)
-        self.starts = np.concatenate([self.starts, positions])
+        self.starts = np.unique(np.concatenate([self.starts, positions]))
         self.rest = np.concatenate([self.rest, tokens])
         self.tokens += len(tokens)
         self.bytes += size
+        self.characters = add_known(self.characters, characters)
+        self.words = add_known(self.words, words)
         while len(self.rest) >= self.sample_tokens:
             self._write_sample(self.rest[: self.sample_tokens])
             self.rest = self.rest[self.sample_tokens :]
@@ -133,6 +148,8 @@ class SplitWriter:
             "tokens": self.tokens,
             "documents": documents,
             "bytes": self.bytes,
+            "characters": self.characters,
+            "words": self.words,
             "samples": self.sample_table.length,
             "files": {name: sha256_of_file(self.folder / self.split / name) for name in SIDE_FILES},
             "shards": [shard._asdict() for shard in self.shards],
@@ -144,6 +161,7 @@ class SplitWriter:
             self._open_shard()
         position = number * self.sample_tokens
         inside = self.starts[: np.searchsorted(self.starts, position + len(tokens))]
+        self.documents.append(inside)
         begins = position in inside[:1]
         facts = {
             "document": self.document + begins,
@@ -180,6 +198,10 @@ class SplitWriter:
         path = self.folder / name
         self.shards.append(Shard(name, *self.shard, path.stat().st_size, sha256_of_file(path)))
         self.tar, self.shard = None, (0, 0, 0)
+
+
+def add_known(total: int | None, count: int | None) -> int | None:
+    return None if total is None or count is None else total + count
 
 
 def write_index(

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
+from txl_dist.config import MIN_PIECES
 from txl_dist.errors import UserError
 
 EOS, UNK = "<eos>", "<unk>"
@@ -60,6 +61,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decoder(self) -> Decoder: ...
 
+    @abstractmethod
+    def spelling(self) -> list[bytes] | None:
+        """Return the bytes of each token, which joined are the text; None where tokens do not give every text back."""
+
     def decode(self, tokens: Iterable[int]) -> str:
         decoder = self.decoder()
         return "".join(decoder.feed(int(token)) for token in tokens) + decoder.end()
@@ -88,6 +93,9 @@ class BytesTokenizer(Tokenizer):
 
     def decoder(self) -> Decoder:
         return BytesDecoder()
+
+    def spelling(self) -> list[bytes]:
+        return [*(bytes([byte]) for byte in range(256)), b""]
 
 
 class BytesDecoder:
@@ -157,13 +165,21 @@ class WordTokenizer(Tokenizer):
     def open(cls, path: Path) -> "WordTokenizer":
         """A given vocabulary file, a word a line in the order of the tokens.
 
+        A byte order mark and line ends of Windows are left out.
+
         Raises:
             UserError: where it cannot be read, or is no vocabulary of words with `<eos>` and `<unk>`.
         """
         try:
-            words = path.read_bytes().decode().removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as a vocabulary ({error})") from error
+            lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read as a vocabulary ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: cannot be read as a vocabulary ({error}); convert it (iconv) to UTF-8") from error
+        words = [line.removesuffix("\r") for line in lines]
+        for number, word in enumerate(words, 1):
+            if word.split() != [word]:
+                raise UserError(f"{path}: line {number} is not one word, but {word[:40]!r}; give one word per line")
         return cls.checked(words, path)
 
     @classmethod
@@ -193,6 +209,9 @@ class WordTokenizer(Tokenizer):
 
     def decoder(self) -> Decoder:
         return WordDecoder(self)
+
+    def spelling(self) -> None:
+        return None  # white space and unknown words are lost
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -230,12 +249,13 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, model: bytes):
+        """model: the content of a .model file; raises a ValueError where it is none."""
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pieces = processor(model)
         self.vocab_size = self.pieces.get_piece_size()
         self.eos = self.pieces.eos_id()
-        block = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in BLOCK.encode()]
+        block = self._byte_pieces(BLOCK.encode())
         self.block = block if all(map(self.pieces.is_byte, block)) else []
 
     @classmethod
@@ -279,7 +299,7 @@ class SentencePieceTokenizer(Tokenizer):
         """
         try:
             tokenizer = cls(path.read_bytes())
-        except (OSError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"tokenizer.model={path}: cannot be read as a SentencePiece model ({error})") from error
         if tokenizer.eos < 0:
             raise UserError(f"tokenizer.model={path}: the model has no end-of-text token; train it with an eos_id >= 0")
@@ -301,6 +321,20 @@ class SentencePieceTokenizer(Tokenizer):
     def decoder(self) -> Decoder:
         return SentencePieceDecoder(self.pieces)
 
+    def spelling(self) -> list[bytes] | None:
+        if not (changes_nothing(self.model) and all(map(self.pieces.is_byte, self._byte_pieces(range(256))))):
+            return None
+        return [self._spelled(token) for token in range(self.vocab_size)]
+
+    def _spelled(self, token: int) -> bytes:
+        piece = self.pieces.id_to_piece(token)
+        if self.pieces.is_byte(token):
+            return bytes([byte_of(piece)])
+        return b"" if self.pieces.is_control(token) else piece.replace(BLOCK, " ").encode()
+
+    def _byte_pieces(self, values: Iterable[int]) -> list[int]:
+        return [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in values]
+
     def save(self, folder: Path) -> None:
         super().save(folder)
         (folder / "sentencepiece.model").write_bytes(self.model)
@@ -313,13 +347,81 @@ class SentencePieceDecoder:
 
     def feed(self, token: int) -> str:
         if self.pieces.is_byte(token):
-            return self.bytes.feed(int(self.pieces.id_to_piece(token)[3:5], 16))  # "<0xE2>"
+            return self.bytes.feed(byte_of(self.pieces.id_to_piece(token)))
         if self.pieces.is_control(token) or self.pieces.is_unknown(token):
             return self.end() + self.pieces.decode([token])
         return self.end() + self.pieces.id_to_piece(token).replace(BLOCK, " ")
 
     def end(self) -> str:
         return self.bytes.end()
+
+
+def byte_of(piece: str) -> int:
+    return int(piece[3:5], 16)  # of "<0xE2>"
+
+
+def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Load a SentencePiece model.
+
+    Raises:
+        ValueError: where it is none, or is damaged.
+    """
+    if not model:
+        raise ValueError("it is empty")
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each a text
+        pieces.encode(["a"])
+    except (RuntimeError, LookupError, UnicodeDecodeError) as error:
+        raise ValueError("it is damaged, or is something else") from error
+    return pieces
+
+
+# Of sentencepiece_model.proto: fields of ModelProto, of its TrainerSpec and of its NormalizerSpec.
+TRAINER, NORMALIZER = 2, 3
+MODEL_TYPE, BYTE_FALLBACK = 3, 35
+CHARSMAP, DUMMY_PREFIX, EXTRA_WHITESPACES, ESCAPE = 2, 3, 4, 5
+UNIGRAM, WORD = 1, 3
+
+
+def changes_nothing(model: bytes) -> bool:
+    """Return whether a SentencePiece model takes every text as it is, its rare characters as bytes.
+
+    It does where it maps no character to another, adds no space in front, keeps every space (which it writes as U+2581)
+    and falls back to bytes; models of type `word` lose spaces even so.
+    """
+    parts: dict[int, bytes] = defaultdict(bytes)
+    for number, value in protobuf_fields(model):
+        if isinstance(value, bytes) and number in (TRAINER, NORMALIZER):
+            parts[number] += value  # a message in several parts is those one after the other
+    trainer, normalizer = (dict(protobuf_fields(parts[number])) for number in (TRAINER, NORMALIZER))
+    rules = [normalizer.get(number, 1) for number in (DUMMY_PREFIX, EXTRA_WHITESPACES, ESCAPE)]
+    keeps_spaces = rules == [0, 0, 1] and trainer.get(MODEL_TYPE, UNIGRAM) != WORD
+    return keeps_spaces and not normalizer.get(CHARSMAP) and trainer.get(BYTE_FALLBACK) == 1
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield the fields (number, value) of a message in protobuf's wire format; numbers of fixed width come as bytes."""
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        key = varint(stream)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            yield number, varint(stream)
+        elif kind in (1, 2, 5):
+            yield number, stream.read({1: 8, 2: 0, 5: 4}[kind] or varint(stream))
+        else:
+            raise UserError("the SentencePiece model has a field of a kind that none has; it is damaged")
+
+
+def varint(stream: io.BytesIO) -> int:
+    value = shift = 0
+    while True:
+        byte = stream.read(1)[0]
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value
 
 
 def sentences(lines: Iterable[str]) -> Iterator[str]:
@@ -330,7 +432,13 @@ def sentences(lines: Iterable[str]) -> Iterator[str]:
 
 
 def vocabulary_problem(vocab_size: int, error: str) -> str:
-    if found := re.search(r"too high .*<= (\d+)", error):
+    found = re.search(r"too high .*<= (\d+)", error)
+    if (found and int(found[1]) < MIN_PIECES) or "!sentences_.empty()" in error:
+        return (
+            f"tokenizer=sentencepiece: the training text is too short for {MIN_PIECES} pieces, the least there are; "
+            "give more text, or use tokenizer=bytes"
+        )
+    if found:
         return f"tokenizer.vocab_size={vocab_size}: the training text has too few pieces; choose {found[1]} or less"
     if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
         return f"tokenizer.vocab_size={vocab_size}: too few for all characters of the text; choose {found[1]} or more"

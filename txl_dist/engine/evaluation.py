@@ -20,17 +20,25 @@ class Score:
     tokens: int
 
     @property
+    def loss(self) -> float:
+        """Return nats per token."""
+        return self.nats / self.tokens
+
+    @property
     def bits(self) -> float:
         return self.nats / math.log(2)
 
     def metrics(self, num_bytes: int) -> dict[str, float]:
-        """loss (nats a token), perplexity, and bits a byte of the text that has `num_bytes`."""
-        loss = self.nats / self.tokens
+        """Return loss, perplexity, and bits per byte of the text that has `num_bytes`."""
         return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "loss": self.loss,
+            "perplexity": perplexity(self.loss),
             "bits_per_byte": self.bits / num_bytes,
         }
+
+
+def perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # a finite number, whatever a loss is
 
 
 @torch.no_grad()

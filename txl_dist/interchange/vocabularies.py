@@ -21,7 +21,7 @@ def read(path: Path) -> WordTokenizer:
     if path.suffix != ".txt":
         return of_pickled(pickles.read(path), path)
     try:
-        lines = path.read_bytes().decode().split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a vocabulary ({error})") from error
     return WordTokenizer.checked([line.split()[0] for line in lines if line.split()], path)
