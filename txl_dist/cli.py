@@ -9,7 +9,6 @@ import ctypes
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -20,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from txl_dist.check import read
-from txl_dist.errors import ConfigError, RunError, UserError
+from txl_dist.errors import ConfigError, RunError, UserError, told
 from txl_dist.placement import placement
-from txl_dist.preemption import release_signals
+from txl_dist.preemption import wait_for_signal
 
 Job = TypeVar("Job")
 
@@ -38,6 +37,7 @@ TEXTS = {
 # Seconds that a rank waits before it tells an error. Where another has stopped, and said why, the connections to it
 # break; the launcher ends this rank in the meantime.
 FAREWELL = 10
+PARTING = 30  # seconds that a rank which ends with all others waits for them
 
 # What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
 OURS = [
@@ -79,20 +79,49 @@ def mistakes_told() -> Iterator[None]:
         except (HydraException, OmegaConfBaseException) as error:
             words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
             raise ConfigError([" ".join(words)]) from error
-        except RuntimeError:
-            if placement().size > 1:
-                release_signals()
-                time.sleep(FAREWELL)
-            raise
     except ConfigError as error:
         end_together(error, 2)
     except RunError as error:
         end_together(error, 1)
     except UserError as error:
         print(told(error), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        end_process(2)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        end_process(130)
+    except Exception as error:
+        if not has_met_others():
+            raise
+        if isinstance(error, RuntimeError):
+            end_if_cut_off(error)
+        sys.excepthook(type(error), error, error.__traceback__)
+        end_process(1)
+
+
+def has_met_others() -> bool:
+    """Whether this process is one of several that have found each other; costs no import of torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process. One of several goes without Python's shutdown, which would wait for the others."""
+    if has_met_others():
+        from txl_dist.engine.launch import leave
+
+        leave(code)
+    raise SystemExit(code) from None
+
+
+def end_if_cut_off(error: RuntimeError) -> None:
+    """End the ranks of this host in words, with exit code 1, where an error says that a connection broke."""
+    from txl_dist.engine.launch import world
+
+    peers = world().peers
+    wait_for_signal(FAREWELL + peers.turn, then=lambda: end_process(1))
+    if broken := peers.broken(error):
+        print(told(RunError(broken)), file=sys.stderr, flush=True)
+        peers.end_mates()
+        end_process(1)
 
 
 def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
@@ -102,24 +131,30 @@ def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
         raise SystemExit(code) from None
     import torch.distributed as dist  # seconds to import, and only processes that are several need it
 
-    from txl_dist.engine.launch import leave, world
+    from txl_dist.engine.launch import leave, time_limit, world
+
+    untold = [error]
+
+    def end_alone() -> None:
+        for each in untold:
+            print(told(each), file=sys.stderr, flush=True)
+        leave(code)
 
     agreed = dist.is_initialized()  # then the problems are those of all ranks already
-    ranks = world()
-    problems = error.problems if agreed else ranks.gather(error.problems)
-    if ranks.first:
-        print(told(type(error)(problems)), file=sys.stderr, flush=True)
-    ranks.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
+    try:
+        ranks = world()
+        with time_limit(PARTING, end_alone):
+            problems = error.problems if agreed else ranks.gather(error.problems)
+            if ranks.first:
+                print(told(type(error)(problems)), file=sys.stderr, flush=True)
+                untold.clear()
+            ranks.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
+    except RuntimeError:
+        end_alone()
+    except UserError:
+        print(told(error), file=sys.stderr, flush=True)
+        raise
     leave(code)
-
-
-def told(error: UserError) -> str:
-    if isinstance(error, ConfigError):
-        count = len(error.problems)
-        head = "The config has a problem:" if count == 1 else f"The config has {count} problems:"
-    else:
-        head = "Stopped:"
-    return "\n".join([head, *(f"  {line}" for line in str(error).splitlines())])
 
 
 def keep_freed_memory() -> None:

@@ -31,3 +31,13 @@ def describe_os_error(error: OSError, path: object = None) -> str:
     name = error.filename or path
     reason = error.strerror or str(error) or type(error).__name__
     return f"{name}: {reason}" if name else reason
+
+
+def told(error: UserError) -> str:
+    """Put an error on the screen: a head, and its lines below it."""
+    if isinstance(error, ConfigError):
+        count = len(error.problems)
+        head = "The config has a problem:" if count == 1 else f"The config has {count} problems:"
+    else:
+        head = "Stopped:"
+    return "\n".join([head, *(f"  {line}" for line in str(error).splitlines())])

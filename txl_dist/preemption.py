@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+END = signal.SIGVTALRM  # by which a rank ends the others on its host: held back, too, until the watchdog takes it
 REQUEUE = 75  # the exit code that says: start the same command again (EX_TEMPFAIL of sysexits.h)
 
 
@@ -23,12 +24,15 @@ class Preempted(Exception):
 
 
 def hold_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {END})
 
 
-def release_signals() -> None:
-    """Let them do again what they do to any process."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+def wait_for_signal(seconds: float, then: Callable[[], object]) -> None:
+    """Wait for a signal from the launcher or from a rank of this host. One that came before asks for something else."""
+    while signal.sigtimedwait(SIGNALS, 0):
+        pass
+    if signal.sigtimedwait(SIGNALS | {END}, seconds):
+        then()
 
 
 def pending() -> list[str]:

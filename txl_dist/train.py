@@ -1,10 +1,13 @@
 """Train, or continue, a run: `torchrun --nproc_per_node=N -m txl_dist.train +experiment=quickstart`."""
 
 # ruff: noqa: E402
+import os
+
 from txl_dist.preemption import REQUEUE, Preempted, Preemption, hold_signals, pending
 
 if __name__ == "__main__":
     hold_signals()  # before the imports that take seconds
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a C++ trace of every lost connection, which is told
 
 import gc
 import sys
@@ -23,7 +26,7 @@ from txl_dist.engine.launch import World, leave, world
 from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.watchdog import Watchdog
 from txl_dist.engine.zero import ZeroEngine
-from txl_dist.errors import RunError
+from txl_dist.errors import ConfigError, RunError
 from txl_dist.lock import Lock
 from txl_dist.models.flops import training_flops
 from txl_dist.standing import only_start, standing, write_run
@@ -40,8 +43,11 @@ def train(job: TrainJob) -> None:
     Where a signal stops it, the process exits with the code REQUEUE, and the same command goes on.
     """
     with Watchdog(job.guard.stall_timeout) as watchdog:
-        ranks, index = world(watchdog.patience), Index.open(job.data.dir)
+        ranks = world(watchdog.patience)
+        if problems := ranks.gather([]):  # with the configs of others, as data that are not on their host
+            raise ConfigError(problems)
         watchdog.meet(ranks)
+        index = Index.open(job.data.dir)
         preemption = Preemption(ranks)
         try:
             with only_start(job, ranks, preemption) as lock:

@@ -1,25 +1,31 @@
 """The processes of a run: who am I, on which device, and what do we all agree on."""
 
 import atexit
+import contextlib
+import json
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 from uuid import uuid4
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed.rendezvous import rendezvous
 
-from txl_dist.errors import RunError, UserError, first_line
+from txl_dist.engine.peers import Peer, Peers, introduce, is_loopback, ranks
+from txl_dist.errors import RunError, UserError, first_line, told
 from txl_dist.placement import Placement, placement
 
 Value = TypeVar("Value")
+
+GRACE = 5  # seconds beyond its patience after which a process that still meets the others is ended
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    peers: Peers
 
     @property
     def first(self) -> bool:
@@ -77,6 +84,9 @@ class World:
         return answer
 
 
+joined: list[World] = []  # the one process group of this process, once it is formed
+
+
 def world(patience: float | None = None) -> World:
     """Join the other processes that a launcher has started, or form a group of one; once in the life of a process.
 
@@ -87,17 +97,18 @@ def world(patience: float | None = None) -> World:
     Raises:
         UserError: where the launcher's variables are wrong, or the others do not come.
     """
-    here = placement()
-    device = device_of(here) if torch.cuda.is_available() else torch.device("cpu")
-    if not dist.is_initialized():
+    if not joined:
+        here = placement()
+        device = device_of(here) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if patience is not None:  # of the groups that DeepSpeed will make, too
             for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
                 setattr(distributed_c10d, name, timedelta(seconds=patience))
-        meet(here, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        peers = meet(here, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    return World(here.rank, here.size, device)
+        joined.append(World(here.rank, here.size, device, peers))
+    return joined[0]
 
 
 def device_of(here: Placement) -> torch.device:
@@ -114,24 +125,53 @@ def device_of(here: Placement) -> torch.device:
     return torch.device("cuda", number)
 
 
-def meet(here: Placement, backend: str) -> None:
-    """Form the process group."""
+def meet(here: Placement, backend: str) -> Peers:
+    """Form the process group, and learn who the others are."""
     patience = float(os.environ.get("TXL_DIST_PATIENCE", "600"))  # seconds
     until = time.monotonic() + patience
     where = {"MASTER_ADDR": here.address, "MASTER_PORT": here.port or free_port()}
     who = {"RANK": here.rank, "WORLD_SIZE": here.size, "LOCAL_RANK": here.local_rank}
     os.environ.update({name: str(value) for name, value in (where | who).items()})  # DeepSpeed reads them, too
-    try:
-        find_first(here, until)
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=patience)))
-        store = dist.PrefixStore(name_of_start(store, here, until), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
+    peers = Peers(here.rank, [])
+
+    def apart(why: str) -> UserError:
+        return UserError(
             f"RANK={here.rank}: the WORLD_SIZE={here.size} processes did not all come to MASTER_ADDR={here.address}, "
-            f"MASTER_PORT={here.port} within {patience:.0f} seconds (TXL_DIST_PATIENCE): {first_line(error)}\n"
+            f"MASTER_PORT={here.port} within {patience:.0f} seconds (TXL_DIST_PATIENCE): {why}\n"
             "See whether all of them were started and reach that machine, and whether its port is free"
-        ) from error
+        )
+
+    def give_up() -> None:
+        """End a process that waits for an answer which will not come: torch's store waits for ever."""
+        gone = peers.missing() or ["the first one does not answer" if here.rank else "the others do not answer"]
+        print(told(apart("; ".join(gone))), file=sys.stderr, flush=True)
+        leave(2)
+
+    try:
+        with time_limit(patience + GRACE, give_up):
+            mine, first = find_first(here, until)
+            store = open_store(here, patience)
+            me = introduce(here.rank, mine)
+            start, everyone = greet(store, me, first, here.size, until)
+            peers.all.extend(everyone)
+            choose_interface(peers.all[here.rank].address)
+            store = dist.PrefixStore(start, store)
+            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size)
+    except (OSError, RuntimeError) as error:
+        raise apart("; ".join([*peers.missing(), first_line(error)])) from error
+    return peers
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Act, in a thread, if what is done in this context takes longer."""
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leave(code: int = 0) -> NoReturn:
@@ -145,41 +185,96 @@ def leave(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
-def find_first(here: Placement, until: float) -> None:
-    """Wait until the first process is there. torch would wait as well, and print a C++ trace at each try."""
+def find_first(here: Placement, until: float) -> tuple[str, str]:
+    """Wait until the first process is there. torch would wait as well, and print a C++ trace at each try.
+
+    Returns:
+        The addresses of this process and of the first, as they see each other.
+    """
     while True:
         try:
             if here.rank == 0:
-                socket.getaddrinfo(here.address, None)
-            else:
-                socket.create_connection((here.address, here.port), timeout=10).close()
-            return
+                address = str(socket.getaddrinfo(here.address, None)[0][4][0])
+                return address, address
+            with socket.create_connection((here.address, here.port), timeout=10) as connection:
+                return connection.getsockname()[0], connection.getpeername()[0]
         except OSError as error:
             wait(until, first_line(error))
 
 
-def name_of_start(store: dist.Store, here: Placement, until: float) -> str:
-    """A name for this start of all processes, which none before has had.
+def open_store(here: Placement, patience: float) -> dist.Store:
+    """Open the store in which the processes meet: the first one's or, under torchrun, its own."""
+    theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        here.address,
+        int(os.environ["MASTER_PORT"]),
+        here.size,
+        is_master=here.rank == 0 and not theirs,
+        timeout=timedelta(seconds=patience),
+        wait_for_workers=False,  # they greet each other, and know then who is missing
+        multi_tenant=True,
+    )
+
+
+def greet(store: dist.Store, me: Peer, first: str, size: int, until: float) -> tuple[str, list[Peer]]:
+    """Agree on a name for this start of all processes, which none before has had, and learn who they are.
 
     torchrun's store outlives a restart, with the addresses of processes that have died, and on several machines it does
     not tell all the same number of restarts. So each process says hello under a name of its own, and the first one
     answers every hello that it finds until all have come; it may answer the dead, too, of whom nobody reads it.
+
+    Args:
+        first: the first one's address as this process sees it.
     """
-    if here.rank:
+    if me.rank:
         mine = uuid4().hex
-        store.set(f"hello {here.rank}", mine)
-        while not store.check([f"answer {mine}"]):
-            wait(until, "the first one does not answer")
+        store.set(f"hello {me.rank}", json.dumps([mine, first, asdict(me)]))
+        wait_for(store, f"answer {mine}", until)
         start = store.get(f"answer {mine}").decode()
         store.add(f"came {start}", 1)
-        return start
+        wait_for(store, f"all {start}", until)
+        return start, [Peer(**each) for each in json.loads(store.get(f"all {start}"))]
     start = uuid4().hex
-    while (came := store.add(f"came {start}", 0)) < here.size - 1:
-        for hello in (f"hello {rank}" for rank in range(1, here.size)):
-            if store.check([hello]):
-                store.set(f"answer {store.get(hello).decode()}", start)
-        wait(until, f"{came + 1} came")
-    return start
+    while (came := store.add(f"came {start}", 0)) < size - 1:
+        silent = []
+        for rank in range(1, size):
+            if store.check([f"hello {rank}"]):
+                store.set(f"answer {json.loads(store.get(f'hello {rank}'))[0]}", start)
+            else:
+                silent.append(rank)
+        wait(until, f"{ranks(silent)} did not come" if silent else f"{came + 1} came")
+    hellos = [json.loads(store.get(f"hello {rank}")) for rank in range(1, size)]
+    everyone = addressed([me, *(Peer(**hello[2]) for hello in hellos)], [hello[1] for hello in hellos])
+    store.set(f"all {start}", json.dumps([asdict(peer) for peer in everyone]))
+    return start, everyone
+
+
+def addressed(peers: list[Peer], first: list[str]) -> list[Peer]:
+    """Give each process an address that all can reach.
+
+    On its own host the first one may be known by a loopback address only, as 127.0.1.1 on Debian, to itself and its
+    neighbours; the other hosts have reached it by another.
+
+    Args:
+        first: its addresses as the others see it.
+    """
+    outer = [address for address in [peers[0].address, *first] if not is_loopback(address)]
+    return [replace(peer, address=outer[0]) if outer and is_loopback(peer.address) else peer for peer in peers]
+
+
+def choose_interface(address: str) -> None:
+    """Have gloo use the network on which the processes have met, unless the user has chosen one.
+
+    By itself it takes the one that the host's name stands for: on many hosts the loopback, where no other host comes.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses) and not os.environ.get("GLOO_SOCKET_IFNAME"):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def wait_for(store: dist.Store, key: str, until: float) -> None:
+    while not store.check([key]):
+        wait(until, "the first one does not answer")
 
 
 def wait(until: float, why: str) -> None:

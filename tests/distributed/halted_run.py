@@ -1,0 +1,59 @@
+"""Train, as txl_dist.train does, and halt where a test cuts the link.
+
+HALT=module:name, HALT_CALL=N, HALT_RANK, HALT_FILE: this rank makes the file when it calls that function for the Nth
+time, and goes on when a test has made HALT_FILE.over. Until it halts no rank stands still, however slowly all start: a
+short guard.stall_timeout is enough.
+"""
+
+# ruff: noqa: E402
+import os
+
+from txl_dist.preemption import hold_signals
+
+hold_signals()
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import importlib
+import itertools
+import threading
+import time
+from functools import reduce
+from pathlib import Path
+
+from txl_dist.engine.watchdog import Watchdog
+from txl_dist.train import main
+
+file = Path(os.environ.get("HALT_FILE", os.devnull))
+meet = Watchdog.meet
+
+
+def meet_and_keep_awake(watchdog, world):
+    def keep_awake():
+        while not file.is_file():
+            watchdog.idle = 0.0
+            time.sleep(0.05)
+
+    meet(watchdog, world)
+    threading.Thread(target=keep_awake, daemon=True).start()
+
+
+def halt(where, number):
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = reduce(getattr, owners, importlib.import_module(module))
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def halting(*values, **options):
+        if next(calls) == number:
+            file.touch()
+            while not file.with_suffix(".over").exists():
+                time.sleep(0.01)
+        return function(*values, **options)
+
+    setattr(owner, name, halting)
+
+
+Watchdog.meet = meet_and_keep_awake
+if os.environ.get("HALT_RANK") == os.environ["RANK"]:
+    halt(os.environ["HALT"], int(os.environ["HALT_CALL"]))
+main()
