@@ -321,6 +321,110 @@ def test_shared_u_and_v_become_each_layers(tmp_path):
         assert torch.equal(weights[f"layers.{layer}.attention.v"], model.transformer.r_r_bias)
 
 
+# ------------------------------------------------------------------------------------------------- nearly right
+
+
+def ddp(state):
+    return {f"module.{name}": value for name, value in state.items()}
+
+
+def renamed(old, new):
+    return lambda state: {re.sub(old, new, name): value for name, value in state.items()}
+
+
+NEARLY = {
+    "model": lambda state: {"model": state, "step": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "state_dict, nested": lambda state: {"epoch": 1, "state_dict": {"model": state, "args": None}},
+    "model_state_dict": lambda state: {"model_state_dict": state},
+    "module, DDP": lambda state: {"module": ddp(state), "rng": torch.zeros(9, dtype=torch.uint8)},
+    "DDP": ddp,
+    "model.": renamed("^", "model."),
+    "compile": renamed("^", "_orig_mod."),
+    "DDP of compile": renamed("^", "module._orig_mod."),
+    "compile of DDP in a trainer": renamed("^", "model._orig_mod.module."),
+    "compile of a part": renamed(r"^transformer\.", "transformer._orig_mod."),
+    "float16": lambda state: {name: value.half() for name, value in state.items()},
+    "bfloat16": lambda state: {name: value.bfloat16() for name, value in state.items()},
+    "float64": lambda state: {name: value.double() for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("case", ["full softmax", "as the paper's large model", "pre_lnorm, one u and v"])
+def test_a_checkpoint_that_is_nearly_right_is_read(case, tmp_path):
+    model = theirs(**CASES[case])
+    folder = saved(model, tmp_path / "hf", safe=False)
+    expected = weights_of(bring_in(folder, tmp_path / "run"))
+    for number, (name, change) in enumerate(NEARLY.items()):
+        torch.save(change(model.state_dict()), folder / "pytorch_model.bin")
+        found = weights_of(bring_in(folder, tmp_path / f"run-{number}"))
+        if "float16" in name:
+            expected_here = {
+                key: getattr(value, "half" if name == "float16" else "bfloat16")().float()
+                for key, value in expected.items()
+            }
+            assert_same(found, expected_here)
+        else:
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("wrap", ["model", "DDP", "DDP of compile", "state_dict, nested"])
+def test_the_authors_and_nvidias_files_are_unwrapped_too(wrap, tmp_path):
+    model = theirs(**SHARED["clusters"])
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    expected = weights_of(bring_in(saved(model, tmp_path / "hf"), tmp_path / "run"))
+    lengths = dict(tgt_len=5, mem_len=7, clamp_len=-1, same_length=False, pre_lnorm=False, cutoffs=[10, 20, 35])
+    torch.save(NEARLY[wrap](authors_names(model)), tmp_path / "model.pt")
+    given = {"tokenizer_from": tmp_path / "vocab.txt"}
+    assert_same(weights_of(bring_in(tmp_path / "model.pt", tmp_path / "a", model=lengths, **given)), expected)
+    state = {"model_config": nvidia_config(model), "model_state": ddp(nvidia_names(model))}
+    torch.save({"model": state} if wrap == "model" else state, tmp_path / "nvidia.pt")
+    assert_same(weights_of(bring_in(tmp_path / "nvidia.pt", tmp_path / "n", **given)), expected)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pytorch_model.bin"])
+def test_a_folder_in_parts_is_read(safe, tmp_path):
+    model = theirs(**CASES["clusters"])
+    model.save_pretrained(tmp_path / "parts", safe_serialization=safe, max_shard_size="4KB")
+    (tmp_path / "parts" / "vocab.txt").write_text("\n".join(WORDS))
+    parts = sorted((tmp_path / "parts").glob("*-of-*"))
+    assert len(parts) > 3
+    expected = weights_of(bring_in(saved(model, tmp_path / "hf"), tmp_path / "run"))
+    assert_same(weights_of(bring_in(tmp_path / "parts", tmp_path / "other")), expected)
+    parts[1].unlink()
+    told = refused(tmp_path / "parts", tmp_path / "third")
+    assert parts[1].name in told and len(told.splitlines()) == 1
+    index = next((tmp_path / "parts").glob("*.index.json"))
+    index.write_text(json.dumps({"weight_map": {"x": "../hf/model.safetensors"}}))
+    assert "../hf/model.safetensors" in refused(tmp_path / "parts", tmp_path / "third")
+
+
+def test_a_folder_without_a_head_has_the_softmax_that_its_config_ties(tmp_path):
+    for case, told in {"full softmax": None, "full softmax, untied": "not tied", "clusters": "has clusters"}.items():
+        model, place = theirs(**CASES[case]), tmp_path / case.replace(" ", "-").replace(",", "")
+        saved(model.transformer, place)
+        assert not [name for name in load_file(place / "model.safetensors") if name.startswith(("transformer", "crit"))]
+        if told:
+            line = refused(place, tmp_path / "run")
+            assert told in line and "TransfoXLLMHeadModel" in line and len(line.splitlines()) == 1
+            continue
+        nn.init.zeros_(model.crit.out_layers[0].bias)
+        expected = weights_of(bring_in(saved(model, tmp_path / "hf"), tmp_path / "first"))
+        assert_same(weights_of(bring_in(place, tmp_path / "other")), expected)
+
+
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
+    model = theirs()
+    folder = saved(model, tmp_path / "hf")
+    for number, state in enumerate(
+        [renamed("weight|bias", "w")(model.state_dict()), {"a": torch.ones(2)}, {"n": torch.ones(2).long()}]
+    ):
+        save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+        told = refused(folder, tmp_path / "run")
+        assert len(told.splitlines()) == 1, (number, told)
+    torch.save(model.state_dict(), tmp_path / "lone.bin")
+    assert "give the folder" in refused(tmp_path / "lone.bin", tmp_path / "run")
+
+
 # -------------------------------------------------------------------------------------------- nothing executed
 
 
@@ -388,7 +492,7 @@ def edited(folder, **changes):
     "changes, told",
     [
         ({"n_layer": 3}, "transformer.layers.2.dec_attn.qkv_net.weight: is missing"),
-        ({"n_layer": 1}, "transformer.layers.1.dec_attn.qkv_net.weight: has no place"),
+        ({"n_layer": 1}, "has no place in the model of the config"),
         ({"d_inner": 24}, "transformer.layers.0.pos_ff.CoreNet.0.weight: has the shape [20, 16]"),
         ({"d_embed": 8}, "d_embed=8"),
         ({"attn_type": 2}, "attn_type=2"),
@@ -667,3 +771,16 @@ def test_a_damaged_checkpoint_is_not_exported(runs, tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     assert path.name in refused(None, tmp_path / "run", to=tmp_path / "out") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_an_import_and_an_export_have_the_modes_of_any_new_file(umask, mode, tmp_path):
+    folder = saved(theirs(), tmp_path / "hf")
+    before = os.umask(umask)
+    try:
+        bring_in(folder, tmp_path / "run")
+        convert(job(run=tmp_path / "run", to=tmp_path / "out"))
+    finally:
+        os.umask(before)
+    files = [path for name in ("run", "out") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(files) > 8 and {oct(path.stat().st_mode & 0o777) for path in files} == {oct(mode)}

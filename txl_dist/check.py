@@ -44,6 +44,7 @@ from txl_dist.config import (
 )
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.foreign import shown
 from txl_dist.placement import placement
 from txl_dist.tracking.weights_and_biases import refused_settings
 
@@ -171,10 +172,13 @@ def stages_can_be_cut(engine: EngineConfig, model: ModelConfig) -> Iterator[str]
 def model_fits_together(model: ModelConfig) -> Iterator[str]:
     yield from lengths_fit_together("model", model)
     if sorted(set(model.cutoffs)) != model.cutoffs:
-        yield f"model.cutoffs={model.cutoffs}: must increase"
+        yield f"model.cutoffs={shown(model.cutoffs)}: must increase"
     if model.div_val > 1 and not model.cutoffs:
         yield f"model.div_val={model.div_val}: narrows the embeddings of clusters, but model.cutoffs is empty"
-    if model.d_model // model.div_val ** len(model.cutoffs) < 1:
+    width = model.d_model
+    for _ in model.cutoffs:
+        width //= model.div_val
+    if width < 1:
         yield (
             f"model.div_val={model.div_val}: leaves no dimension for cluster {len(model.cutoffs)} "
             f"of model.d_model={model.d_model}"
@@ -306,6 +310,7 @@ def tracking_is_accepted(tracking: TrackingConfig) -> Iterator[str]:
 def data_are_there(data: DataConfig, model: ModelConfig, checkpoint: CheckpointConfig) -> Iterator[str]:
     try:
         index = Index.open(data.dir)
+        index.tokenizer()
     except UserError as error:
         yield f"data.dir={error}"  # which begins with the place
         return

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from txl_dist.check import read
-from txl_dist.errors import ConfigError, RunError, UserError, told
+from txl_dist.errors import ConfigError, RunError, UserError, first_line, told
 from txl_dist.placement import placement
 from txl_dist.preemption import wait_for_signal
 
@@ -79,6 +79,10 @@ def mistakes_told() -> Iterator[None]:
         except (HydraException, OmegaConfBaseException) as error:
             words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
             raise ConfigError([" ".join(words)]) from error
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error) and not has_met_others():
+                raise RunError([f"there is not enough memory: {first_line(error)}"]) from error
+            raise
     except ConfigError as error:
         end_together(error, 2)
     except RunError as error:
@@ -122,6 +126,12 @@ def end_if_cut_off(error: RuntimeError) -> None:
         print(told(RunError(broken)), file=sys.stderr, flush=True)
         peers.end_mates()
         end_process(1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether numpy, Python or torch could not allocate; on a CPU torch has no exception of its own for that."""
+    words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def end_together(error: ConfigError | RunError, code: int) -> NoReturn:

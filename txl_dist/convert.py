@@ -24,6 +24,7 @@ from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordToke
 from txl_dist.engine.checkpoint import CheckpointWriter, find_checkpoint, save_tensors
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files import lock_of_new_folder, new_folder
+from txl_dist.foreign import shown
 from txl_dist.interchange import vocabularies
 from txl_dist.interchange.sources import Source, open_source
 from txl_dist.interchange.weights import ours
@@ -95,11 +96,15 @@ def model_config(job: ConvertJob, source: Source) -> ModelConfig:
     try:
         config = TypeAdapter(ModelConfig).validate_python(values)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, each['loc']))}={each['input']}: {each['msg']}" for each in error.errors()]
+        wrong = [
+            f"{'.'.join(map(str, each['loc']))}={shown(each['input'])}: {each['msg']}" for each in error.errors()[:5]
+        ]
         raise ConfigError([f"{job.from_}: tells {line}" for line in wrong]) from error
     problems = list(model_fits_together(config))
     if config.cutoffs and config.cutoffs[-1] >= source.vocab_size:
-        problems.append(f"model.cutoffs={config.cutoffs}: must stay below the vocabulary of {source.vocab_size:,}")
+        problems.append(
+            f"model.cutoffs={shown(config.cutoffs)}: must stay below the vocabulary of {source.vocab_size:,}"
+        )
     if problems:
         raise ConfigError(problems)
     return config

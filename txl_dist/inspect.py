@@ -51,7 +51,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "seed": config["run"]["seed"],
         "order": config["data"]["order"],
         "data": data,
-        "written_by": {"pipeline_stages": 1} | config["engine"] | state["written_by"],
+        "written_by": {"pipeline_stages": 1} | config["engine"] | (state.get("written_by") or {}),
         "optimizer": config["optimizer"]["name"],
         "holds": holds,
     }
@@ -100,6 +100,8 @@ def course(told: dict[str, Any]) -> dict[str, str]:
 
 
 def split(by: dict[str, Any]) -> str:
+    if "ranks" not in by:
+        return "an earlier version of txl_dist"
     stages = by["pipeline_stages"]
     return (
         f"{by['ranks']} ranks: data parallel {by['ranks'] // stages}, "

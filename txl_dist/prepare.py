@@ -99,7 +99,7 @@ def existing_dataset(folder: Path) -> Index | None:
 
 def check_same(folder: Path, existing: Index, corpus: dict[str, Any]) -> None:
     """Refuse to go on where `folder` holds another dataset, or shards of it are missing."""
-    if existing.corpus["fingerprint"] != corpus["fingerprint"]:
+    if existing.corpus.get("fingerprint") != corpus["fingerprint"]:
         old, new = existing.corpus, corpus
         what = [key for key in ("settings", "files", "bytes") if old.get(key) != new[key]]
         raise UserError(

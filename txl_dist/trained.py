@@ -12,7 +12,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.shards import sha256_of_file
 from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint
 from txl_dist.errors import ConfigError, UserError
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.transformer_xl import TransformerXL, parameter_shapes
 
 
 def trained_model(
@@ -25,12 +25,20 @@ def trained_model(
     """
     checkpoint = find_checkpoint(run, which)
     config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
+    vocab_size = checkpoint.data["vocab_size"]
     problems = list(model_fits_together(config))
     if average and checkpoint.config.get("optimizer", {}).get("average_from") is None:
         problems.append(f"average=true: the run {run} has kept none; train with optimizer.average_from=STEP")
     if problems:
         raise ConfigError(problems)
-    model = TransformerXL(config, checkpoint.data["vocab_size"])
+    found = checkpoint.shapes("weights")  # compared first: a damaged config may ask for a model of any size
+    if wrong := [
+        f"{checkpoint.path}: its weights of {name} are {list(found.get(name, []))}, not {list(shape)}"
+        for name, shape in parameter_shapes(config, vocab_size, len(found)).items()
+        if found.get(name) != shape
+    ]:
+        raise UserError(wrong[0])
+    model = TransformerXL(config, vocab_size)
     checkpoint.load_weights(model, average)
     if torch.cuda.is_available():
         model.cuda()
@@ -72,6 +80,10 @@ def open_data(run: str, data_dir: str | None, split: str, checkpoint: Checkpoint
             problems.append(f"data_dir={place}: its tokenizer is another than that of the imported model, {tokenizer}")
     elif index.fingerprint != checkpoint.data["fingerprint"]:
         problems.append(f"data_dir={place}: is not what the run {Path(run)} was trained on")
+    if index.vocab_size != (vocab_size := checkpoint.data["vocab_size"]):
+        problems.append(
+            f"data_dir={place}: its vocabulary is of {index.vocab_size:,} tokens, the run's of {vocab_size:,}"
+        )
     if split not in index.splits:
         problems.append(f"split={split}: {place} has {', '.join(index.splits)}")
     if problems:

@@ -9,6 +9,8 @@ import pickle
 import re
 import shutil
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -446,3 +448,196 @@ def test_a_command_is_no_place_of_data(tmp_path):
     with pytest.raises(UserError, match="is a command"):
         Index.open(f"pipe:///bin/touch {tmp_path}/made; cat")
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------- sealed with the right checksums
+
+
+def sealed(folder: Path, change=lambda index: None, tables=("samples.npy", "documents.npy")) -> None:
+    """Change a dataset's index, and make all checksums right."""
+    index = json.loads((folder / "index.json").read_text())
+    for name in tables:
+        index["splits"]["train"]["files"][name] = shards.sha256_of_file(folder / "train" / name)
+    for each in index["splits"]["train"]["shards"]:
+        each["sha256"] = shards.sha256_of_file(folder / each["name"])
+    change(index)
+    if isinstance(index.get("splits"), dict):
+        index["fingerprint"] = shards.content_fingerprint(index["tokenizer"]["files"], index["splits"])
+    index.pop("sha256", None)
+    (folder / "index.json").write_text(json.dumps(index | {"sha256": shards.sha256_of_json(index)}))
+
+
+def put(*keys, value):
+    """Set a value within the index."""
+
+    def change(index):
+        for key in keys[:-1]:
+            index = index[key]
+        index[keys[-1]] = value
+
+    return change
+
+
+HOSTILE = ["x", None, [], {}, True, -1, 0, 0.5, 1e999, 2**63, 2**70, "\ud800", [[[]]]]
+PLACES = {
+    "sample_tokens": ["sample_tokens"],
+    "shard_samples": ["shard_samples"],
+    "eos": ["tokenizer", "eos"],
+    "vocab_size": ["tokenizer", "vocab_size"],
+    "dtype": ["dtype"],
+    "tokens": ["splits", "train", "tokens"],
+    "documents": ["splits", "train", "documents"],
+    "samples": ["splits", "train", "samples"],
+    "shard's bytes": ["splits", "train", "shards", 1, "bytes"],
+    "shard's tokens": ["splits", "train", "shards", 1, "tokens"],
+    "shard's name": ["splits", "train", "shards", 1, "name"],
+    "a table's hash": ["splits", "train", "files", "samples.npy"],
+    "a split": ["splits", "valid"],
+    "shards": ["splits", "train", "shards"],
+    "corpus": ["corpus"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_a_sealed_index_of_other_types_and_numbers_is_refused_in_one_line(copy, place):
+    for value in HOSTILE:
+        if (place[-1], value) in [("corpus", {}), ("name", "x")] or (place[-1], value) == ("eos", 0):
+            continue
+        shutil.copy(copy / "index.json", copy / "index.before")
+        try:
+            sealed(copy, put(*place, value=value))
+        except (TypeError, AttributeError, KeyError):  # such an index has no fingerprint
+            continue
+        (found,) = set(read(copy))
+        assert "index.json" in found and "\n" not in found and len(found) < 600, (value, found)
+        shutil.move(copy / "index.before", copy / "index.json")
+
+
+TABLES = {
+    "shape of 2 ** 70": npy(np.zeros(3, "<u8")).replace(b"(3,)", b"(%d,)" % 2**70),
+    "empty": b"",
+    "zip": b"PK\3\4" + bytes(100),
+    "parentheses": b"\x93NUMPY\1\0" + (5000).to_bytes(2, "little") + b"(" * 5000,
+    "no header": b"\x93NUMPY\3\0\xff\xff\xff\xff",
+    "floats": npy(np.zeros(15)),
+    "two dimensions": npy(np.zeros((15, 2), "<u8")),
+}
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "documents.npy"])
+@pytest.mark.parametrize("content", TABLES.values(), ids=TABLES)
+def test_a_sealed_table_of_another_kind_is_refused_in_one_line(copy, name, content):
+    (copy / "train" / name).write_bytes(content)
+    sealed(copy)
+    one_line_each(read(copy), [f"index.json: .*{name}"])
+
+
+def changed_table(path: Path, change) -> None:
+    table = np.load(path)
+    change(table)
+    np.save(path, table)
+
+
+@pytest.mark.parametrize("start", [2**63, 2**64 - 1, 7])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_sealed_documents_ascend_from_the_first_token_to_the_last(copy, place, start):
+    changed_table(copy / "train/documents.npy", lambda table: table.__setitem__(place, start))
+    sealed(copy)
+    found = read(copy)
+    assert found == [] or "documents.npy has starts that do not ascend" in found[0]
+    assert found or (place, start) == (1, 7)
+
+
+@pytest.mark.parametrize("offset", [2**63, 2**64 - 1, SHARD_BYTES, 0])
+def test_sealed_offsets_ascend_within_their_shard(copy, offset):
+    changed_table(copy / "train/samples.npy", lambda table: table["offset"].__setitem__(4, offset))
+    sealed(copy)
+    one_line_each(read(copy), ["index.json: split train: samples.npy has offsets that do not ascend within"])
+
+
+def test_a_sealed_shard_cannot_be_shorter_than_its_tokens(copy):
+    sealed(copy, put("splits", "train", "shards", 1, "bytes", value=90))
+    one_line_each(read(copy), ["index.json: .* (too small|do not ascend)"])
+
+
+def test_the_index_and_the_tokenizer_have_one_vocabulary(copy):
+    sealed(copy, put("tokenizer", "vocab_size", value=2**30))
+    one_line_each(read(copy), ["index.json: vocab_size=1073741824 and eos=256 are not those of its tokenizer, 257"])
+
+
+def test_a_token_beyond_the_vocabulary_is_damage(copy):
+    path = copy / SHARD
+    content = bytearray(path.read_bytes())
+    content[TOKENS : TOKENS + 2] = b"\xff\xff"
+    path.write_bytes(content)
+    tokens = np.frombuffer(content[TOKENS : TOKENS + 32], "<u2")
+    crc = np.uint32(zlib.crc32(tokens.tobytes()))
+    changed_table(copy / "train/samples.npy", lambda table: table["crc32"].__setitem__(3, crc))
+    sealed(copy)
+    one_line_each(read(copy), [f"{SHARD}: sample 3: token 65535 is not in the vocabulary of 257"])
+
+
+def sparse(how: str) -> bytes:
+    """A sparse member of 64 GB in two KB."""
+    member = tarfile.TarInfo("000000004.tokens.npy")
+    size = 1 << 36
+    if how == "old":
+        member.type = tarfile.GNUTYPE_SPARSE
+        block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+        block[386:483] = bytes(97)
+        block[386:410] = b"00000000000\0" + b"00000001000\0"
+        block[483:495] = b"\x80" + size.to_bytes(11, "big")
+        block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+        return bytes(block)
+    if how == "0.1":
+        facts = {"GNU.sparse.map": f"0,1,{size},0", "GNU.sparse.size": str(size), "GNU.sparse.numblocks": "2"}
+    else:
+        facts = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+    member.pax_headers = facts | {"GNU.sparse.name": "000000004.tokens.npy"}
+    return member.tobuf(tarfile.PAX_FORMAT) + b"1\n0\n512\n".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize("how", ["old", "0.1", "1.0"])
+def test_a_sparse_member_is_not_expanded(copy, how):
+    path = copy / SHARD
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2048] + sparse(how)[:2048].ljust(2048, b"\0") + whole[4096:])
+    sealed(copy)
+    tracemalloc.start()
+    one_line_each(read(copy), ["sample 4: no sample can be read here"])
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("magic", [b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0"])
+def test_a_header_that_is_a_compressed_file_too_is_not_decompressed(copy, magic):
+    path = copy / SHARD
+    content = bytearray(path.read_bytes())
+    block = content[2048:2560]
+    block[:100] = magic.ljust(100, b"x")
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+    content[2048:2560] = block
+    path.write_bytes(content)
+    sealed(copy)
+    assert read(copy) == []  # the tokens beside it are the right ones
+
+
+@pytest.mark.parametrize("size", [b"77777777777\0", b"\x80" + b"\0" * 6 + b"\xff" * 5, b"\xff" * 12])
+def test_a_member_is_no_larger_than_its_sample(copy, size):
+    path = copy / SHARD
+    content = bytearray(path.read_bytes())
+    block = content[3072:3584]
+    block[124:136] = size
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+    content[3072:3584] = block
+    path.write_bytes(content)
+    sealed(copy)
+    one_line_each(read(copy), ["sample 4: "])
+
+
+def test_lost_samples_take_no_memory(copy):
+    """An index may say of a sample that cannot be read that it has any number of tokens."""
+    index = Index.open(str(copy))
+    reader = SampleReader(index, "train", lost=-1)
+    reader.damaged[3] = "damaged"
+    assert reader.sample(3).strides == (0,) and reader.tokens(40, 20).tolist()[8:] == [-1] * 12

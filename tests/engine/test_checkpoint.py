@@ -5,8 +5,10 @@ import os
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from txl_dist.config import CheckpointConfig
+from txl_dist.cli import CONF
+from txl_dist.config import CheckpointConfig, LengthsConfig, ModelConfig
 from txl_dist.engine.checkpoint import (
     CheckpointWriter,
     best,
@@ -15,17 +17,30 @@ from txl_dist.engine.checkpoint import (
     newest,
     open_checkpoint,
     steps,
+    write_manifest,
 )
 from txl_dist.engine.saving import Retention
 from txl_dist.errors import UserError, describe_os_error
+from txl_dist.models.transformer_xl import parameter_shapes
+from txl_dist.trained import trained_model
+
+NUMBERS = {"state": {"step": 7.0}, "group": {}, "loss_scaler": {}}
+CONFIG = {
+    "run": {"seed": 1},
+    "data": {"dir": "data", "num_lanes": 2, "order": "corpus", "reset_memory": "never"},
+    "model": OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml")),
+    "optimizer": {"name": "adam"},
+    "train": {"max_steps": 100},
+    "engine": {"zero_stage": 1, "gradient_accumulation": 1, "offload": "none"},
+}
 
 
 def write(run_dir, step, valid_loss=None, value=None):
     writers = [CheckpointWriter(str(run_dir), step, rank) for rank in range(2)]
     for rank, writer in enumerate(writers):
         writer.add("weights", {f"weight{rank}": torch.full((3,), float(step + rank if value is None else value))})
-    state = {"step": step, "valid_loss": valid_loss}
-    writers[0].commit(writers[0].files | writers[1].files, state, {"run": {}}, {"fingerprint": "x"})
+    state = {"step": step, "tokens": 8 * step, "valid_loss": valid_loss, "optimizer": NUMBERS}
+    writers[0].commit(writers[0].files | writers[1].files, state, CONFIG, {"fingerprint": "0" * 64, "vocab_size": 9})
 
 
 def flip(path, at=-1):
@@ -200,3 +215,96 @@ def test_a_manifest_that_cannot_be_written_is_named(full_disk):
         writer.commit(writer.files, {"step": 5}, {}, {})
     place = f"{full_disk}/checkpoints/.step-000000005.partial/checkpoint.json"
     assert describe_os_error(caught.value) == f"{place}: No space left on device"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_all_files_have_the_mode_of_any_new_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write(tmp_path, 5)
+    finally:
+        os.umask(before)
+    found = {path.name: oct(path.stat().st_mode & 0o777) for path in directory(tmp_path, 5).iterdir()}
+    assert len(found) == 3 and set(found.values()) == {oct(mode)}, found
+
+
+def put(*keys, value):
+    def change(manifest):
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return change
+
+
+def drop(*keys):
+    def change(manifest):
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return change
+
+
+NAME = "weights-00000.safetensors"
+MANIFESTS = {
+    **{f"no {'.'.join(keys)}": drop(*keys) for keys in [("state",), ("files",), ("config",), ("data",)]},
+    **{f"no config.{section}": drop("config", section) for section in CONFIG},
+    **{f"{section} is a list": put("config", section, value=[]) for section in CONFIG},
+    "step is a text": put("state", "step", value="5"),
+    "step is huge": put("state", "step", value=10**200),
+    "step of another": put("state", "step", value=6),
+    "tokens are negative": put("state", "tokens", value=-1),
+    "the loss is a list": put("state", "valid_loss", value=[1]),
+    "the lanes began later": put("state", "origin", value={"step": 6, "tokens": 0}),
+    "the lanes began at a text": put("state", "origin", value={"step": "0", "tokens": 0}),
+    "a new key of the lanes": put("state", "origin", value={"steps": 0}),
+    "optimizer numbers": put("state", "optimizer", value={"state": {"step": "7"}, "group": {}, "loss_scaler": {}}),
+    "optimizer group": put("state", "optimizer", value={"state": {}, "group": {"params": 3}, "loss_scaler": {}}),
+    "losses": put("state", "losses", value=["x"]),
+    "a layer's number": put("config", "model", "n_layer", value="2"),
+    "a number of layers below 1": put("config", "model", "n_layer", value=0),
+    "the lanes' number": put("config", "data", "num_lanes", value=0.5),
+    "a fingerprint that is none": put("data", "fingerprint", value=None),
+    "a vocabulary of a text": put("data", "vocab_size", value="9"),
+    "a tokenizer elsewhere": put("data", "tokenizer", value={"../../x": "0" * 64}),
+    "no hash": put("files", NAME, value={"bytes": 5}),
+    "bytes are a text": put("files", NAME, "bytes", value="5"),
+    "a file elsewhere": put("files", "../weights-00000.safetensors", value={"bytes": 5, "sha256": "0" * 64}),
+    "a file at the root": put("files", "/etc/passwd", value={"bytes": 5, "sha256": "0" * 64}),
+    "version is a list": put("version", value=[2]),
+    "imported": put("state", "imported", value={"from": "x", "title": "y"}),
+}
+
+
+@pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_sealed_manifest_of_other_types_and_places_is_refused_in_one_line(tmp_path, change):
+    write(tmp_path, 5)
+    path = directory(tmp_path, 5) / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    change(manifest)
+    write_manifest(path.parent, manifest)
+    with pytest.raises(UserError) as told:
+        open_checkpoint(path.parent)
+    assert str(path) in str(told.value) and len(str(told.value).splitlines()) == 1 and len(str(told.value)) < 800
+
+
+def test_sealed_tensors_that_do_not_fit_are_told(tmp_path):
+    write(tmp_path, 5)
+    checkpoint = open_checkpoint(directory(tmp_path, 5))
+    with pytest.raises(UserError, match=r"its weights of weight0 are \[3\], not \[4\]"):
+        checkpoint.fitting("weights", {"weight0": (4,)})
+    assert checkpoint.shapes("weights") == {"weight0": (3,), "weight1": (3,)}
+    weights(tmp_path, 5).write_bytes(b"\xff" * 8 + b"{}")
+    with pytest.raises(UserError, match=r"weights-00000\.safetensors: cannot be read"):
+        checkpoint.tensors("weights")
+
+
+def test_a_model_is_built_only_where_its_tensors_are_there(tmp_path):
+    write(tmp_path, 5)
+    for number in (10**9, 2**40):
+        with pytest.raises(UserError, match=f"n_layer={number}"):
+            parameter_shapes(ModelConfig(**CONFIG["model"] | {"n_layer": number}), 9, at_most=40)
+    with pytest.raises(UserError, match="there are only 2 tensors"):
+        trained_model(str(tmp_path), None, LengthsConfig(None, None, None, None))

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, get_args, get_type_hints
+from typing import Annotated, Any, BinaryIO, Literal, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from txl_dist.config import PublishedCorpus
 from txl_dist.data import tokenizers
 from txl_dist.data.shards import (
+    DOCUMENT_TABLE,
     FORMAT,
     SAMPLE_TABLE,
     SIDE_FILES,
@@ -27,6 +29,7 @@ from txl_dist.data.shards import (
     sha256_of_json,
 )
 from txl_dist.errors import UserError
+from txl_dist.foreign import PARSE_ERRORS, Sha256, Size, describe, shown
 from txl_dist.lock import locked
 
 PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
@@ -74,12 +77,13 @@ class Store:
             ) from error
         try:
             index = json.loads(data.getvalue())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is damaged ({error}); copy it again, or prepare it again") from error
+            written = index.pop("sha256", None) if isinstance(index, dict) else None
+            found = sha256_of_json(index)
+        except PARSE_ERRORS as error:
+            raise UserError(f"{where}: is damaged ({describe(error)}); copy it again, or prepare it again") from error
         if not isinstance(index, dict) or any(index.get(key) != value for key, value in FORMAT.items()):
             raise UserError(f"{where}: is not the index of a {FORMAT['format']}, version {FORMAT['version']}")
-        written = index.pop("sha256", None)  # indexes of earlier versions have none
-        if written is not None and (found := sha256_of_json(index)) != written:
+        if written is not None and found != written:  # indexes of earlier versions have none
             raise UserError(
                 f"{where}: is damaged (its content has the sha256 {found[:12]}, not {str(written)[:12]} as written); "
                 "copy it again, or prepare it again"
@@ -210,30 +214,33 @@ class Index:
             UserError: where there is none, or what is there is damaged or does not fit together.
         """
         store = Store(location)
-        facts = store.read_index()
+        told = store.read_index()
         where, again = f"{store.location}/index.json", "copy it again, or prepare it again"
         try:
-            if facts["fingerprint"] != content_fingerprint(facts["tokenizer"]["files"], facts["splits"]):
+            facts = IndexFile.model_validate(told)
+            if facts.fingerprint != content_fingerprint(facts.tokenizer.files, told["splits"]):
                 raise UserError(f"{where}: its fingerprint is not that of its shards; {again}")
             if strange := [name for name in names(facts) if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name)]:
-                raise UserError(f"{where}: {strange[0]!r} is no name of a file in a dataset; {again}")
+                raise UserError(f"{where}: {shown(strange[0])} is no name of a file in a dataset; {again}")
             index = cls(
                 store=store,
-                fingerprint=facts["fingerprint"],
-                corpus=facts["corpus"],
-                tokenizer_files=facts["tokenizer"]["files"],
-                vocab_size=facts["tokenizer"]["vocab_size"],
-                eos=facts["tokenizer"]["eos"],
-                dtype=np.dtype(facts["dtype"]).newbyteorder("<"),
-                sample_tokens=facts["sample_tokens"],
-                shard_samples=facts["shard_samples"],
-                splits={name: open_split(store, name, split) for name, split in facts["splits"].items()},
+                fingerprint=facts.fingerprint,
+                corpus=facts.corpus,
+                tokenizer_files=facts.tokenizer.files,
+                vocab_size=facts.tokenizer.vocab_size,
+                eos=facts.tokenizer.eos,
+                dtype=np.dtype(facts.dtype).newbyteorder("<"),
+                sample_tokens=facts.sample_tokens,
+                shard_samples=facts.shard_samples,
+                splits={name: open_split(store, name, split) for name, split in facts.splits.items()},
             )
+            if index.eos >= index.vocab_size:
+                raise UserError(f"{where}: eos={index.eos} is not in its vocabulary of {index.vocab_size:,}; {again}")
             for name, split in index.splits.items():
                 if wrong := index.contradiction(split):
                     raise UserError(f"{where}: split {name}: {wrong}; {again}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: is damaged ({type(error).__name__}: {error}); {again}") from error
+        except PARSE_ERRORS as error:
+            raise UserError(f"{where}: is damaged ({describe(error)}); {again}") from error
         return index
 
     def damages(self) -> list[str]:
@@ -248,53 +255,101 @@ class Index:
         return found
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Load the tokenizer; its files are checked."""
+        """Load the tokenizer; its files are checked, and that it has the vocabulary of the index."""
         for name, sha256 in self.tokenizer_files.items():
             self.store.checked(f"tokenizer/{name}", sha256)
-        return tokenizers.load(self.store.folder / "tokenizer")
+        tokenizer = tokenizers.load(self.store.folder / "tokenizer")
+        if (tokenizer.vocab_size, tokenizer.eos) != (self.vocab_size, self.eos):
+            raise UserError(
+                f"{self.store.location}/index.json: vocab_size={self.vocab_size} and eos={self.eos} are not those of "
+                f"its tokenizer, {tokenizer.vocab_size} and {tokenizer.eos}; copy it again, or prepare it again"
+            )
+        return tokenizer
 
     def contradiction(self, split: Split) -> str | None:
         """What in a split does not fit together, if anything."""
         for key in ("samples", "tokens", "documents"):
             if sum(getattr(shard, key) for shard in split.shards) != getattr(split, key):
                 return f"the {key} of its shards do not add up to {getattr(split, key)}"
-        for count in (split.characters, split.words):
-            if count is not None and (type(count) is not int or count < 0):
-                return f"{count!r} is not a number of characters or words"
         if split.samples != -(-split.tokens // self.sample_tokens):
             return f"{split.tokens} tokens do not make {split.samples} samples of {self.sample_tokens}"
         if any(shard.samples != self.shard_samples for shard in split.shards[:-1]):
             return f"a shard other than the last has not {self.shard_samples} samples"
         if not split.shards or not 0 < split.shards[-1].samples <= self.shard_samples:
             return "its last shard is missing, empty or too long"
+        if any(shard.tokens * self.dtype.itemsize > shard.bytes for shard in split.shards):
+            return "a shard is too small for its tokens"
         if split.sample_table.shape != (split.samples,) or split.sample_table.dtype != SAMPLE_TABLE:
             return "samples.npy is not the table of its samples"
-        if split.document_starts.shape != (split.documents + 1,) or split.document_starts[-1] != split.tokens:
+        for i, shard in enumerate(split.shards):
+            offsets = split.sample_table["offset"][i * self.shard_samples :][: shard.samples]
+            if offsets[-1] >= shard.bytes or (offsets[1:] <= offsets[:-1]).any():
+                return f"samples.npy has offsets that do not ascend within {shard.name}"
+        starts = split.document_starts
+        if starts.shape != (split.documents + 1,) or starts.dtype != DOCUMENT_TABLE:
             return "documents.npy is not the table of its documents"
+        if starts[0] != 0 or starts[-1] != split.tokens or (starts[1:] < starts[:-1]).any():
+            return f"documents.npy has starts that do not ascend from 0 to {split.tokens}"
         return None
 
 
-def names(facts: dict[str, Any]) -> Iterator[str]:
+class TokenizerEntry(BaseModel):
+    vocab_size: Annotated[Size, Field(ge=1, le=1 << 32)]
+    eos: Size
+    files: dict[str, Sha256]
+
+
+class SplitEntry(BaseModel):
+    tokens: Size
+    documents: Size
+    bytes: Size
+    characters: Size | None = None
+    words: Size | None = None
+    samples: Size
+    files: dict[str, Sha256]
+    shards: tuple[Shard, ...]
+
+
+class IndexFile(BaseModel):
+    """The schema of index.json."""
+
+    fingerprint: Sha256
+    corpus: dict[str, Any]
+    tokenizer: TokenizerEntry
+    dtype: Literal["uint16", "uint32"]
+    sample_tokens: Annotated[Size, Field(ge=1)]
+    shard_samples: Annotated[Size, Field(ge=1)]
+    splits: dict[str, SplitEntry]
+
+
+def names(facts: IndexFile) -> Iterator[str]:
     """All names of files that an index tells. They become paths, and an index may be anybody's."""
-    yield from (f"tokenizer/{name}" for name in facts["tokenizer"]["files"])
-    for split, told in facts["splits"].items():
-        yield split
-        yield from (shard["name"] for shard in told["shards"])
+    yield from (f"tokenizer/{name}" for name in facts.tokenizer.files)
+    for name, split in facts.splits.items():
+        yield name
+        yield from (shard.name for shard in split.shards)
 
 
-def open_split(store: Store, name: str, facts: dict[str, Any]) -> Split:
+def open_split(store: Store, name: str, facts: SplitEntry) -> Split:
     sample_table, document_starts = (
-        np.load(store.checked(f"{name}/{file}", facts["files"][file]), mmap_mode="r", allow_pickle=False)
-        for file in SIDE_FILES
+        open_table(store.checked(f"{name}/{file}", facts.files[file])) for file in SIDE_FILES
     )
     return Split(
-        tokens=facts["tokens"],
-        documents=facts["documents"],
-        bytes=facts["bytes"],
-        samples=facts["samples"],
-        shards=tuple(Shard(**shard) for shard in facts["shards"]),
+        tokens=facts.tokens,
+        documents=facts.documents,
+        bytes=facts.bytes,
+        samples=facts.samples,
+        shards=facts.shards,
         document_starts=document_starts,
         sample_table=sample_table,
-        characters=facts.get("characters"),
-        words=facts.get("words"),
+        characters=facts.characters,
+        words=facts.words,
     )
+
+
+def open_table(path: Path) -> np.ndarray:
+    """Map a .npy file of numbers into memory."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except PARSE_ERRORS as error:
+        raise ValueError(f"{path.name}: {describe(error)}") from error

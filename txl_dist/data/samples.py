@@ -1,13 +1,12 @@
 """Reads any tokens of a split, each sample checked as it is read."""
 
 import errno
-import io
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -65,7 +64,7 @@ class SampleReader:
                 if self.lost is None:
                     raise
                 self.damaged[number] = str(error)
-        return np.full(self._size(number), self.lost, np.int64)
+        return np.broadcast_to(np.array(self.lost, np.int64), self._size(number))
 
     def _size(self, number: int) -> int:
         return min(self.index.sample_tokens, self.split.tokens - number * self.index.sample_tokens)
@@ -83,12 +82,10 @@ class SampleReader:
         except ValueError as error:
             raise DamagedSample(f"{place}: {error}; {remedy}") from error
         try:
-            # Without the bytes that follow, in which the tar reader would look for the next sample.
-            tokens = unpack(shard.name, io.BytesIO(packed), f"{number:09d}")
+            tokens = unpack(packed, f"{number:09d}")
             self._check(tokens, number)
-        except (ValueError, EOFError, LookupError, OverflowError, tarfile.TarError) as error:
-            reason = str(error.args[0] if error.args else type(error).__name__).partition(" @ ")[0].partition("\n")[0]
-            raise DamagedSample(f"{place}: {reason}; {remedy}") from error
+        except (ValueError, tarfile.HeaderError) as error:
+            raise DamagedSample(f"{place}: {error}; {remedy}") from error
         tokens.flags.writeable = False
         return tokens
 
@@ -103,8 +100,10 @@ class SampleReader:
         if size != shard.bytes and self.lost is None:
             raise ValueError(f"the shard has {size:,} bytes, not {shard.bytes:,}")
         with open(path, "rb") as file:
-            file.seek(int(offsets[number]))
-            return file.read((shard.bytes if last else int(offsets[next_one])) - file.tell())
+            start = int(offsets[number])
+            end = shard.bytes if last else int(offsets[next_one])
+            file.seek(start)
+            return file.read(max(min(end, size) - start, 0))
 
     def _check(self, tokens: np.ndarray, number: int) -> None:
         dtype, shape = self.index.dtype, (self._size(number),)
@@ -115,28 +114,47 @@ class SampleReader:
             raise ValueError(
                 f"the tokens are not those that were written (their crc32 is {found:08x}, not {expected:08x})"
             )
+        if (largest := int(tokens.max())) >= self.index.vocab_size:
+            raise ValueError(f"token {largest} is not in the vocabulary of {self.index.vocab_size:,}")
 
 
-def unpack(url: str, stream: BinaryIO, key: str) -> np.ndarray:
-    """Let webdataset read the first sample of a tar stream; where a header is damaged it ends without a word."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    start = stream.read(tarfile.BLOCKSIZE)
-    stream.seek(0)
-    if start[257:262] != b"ustar":  # it would be taken for a compressed tar, which grows as large as its author wants
-        raise ValueError("no sample can be read here")
-    sample = next(group_by_keys(tar_file_expander([{"url": url, "stream": stream}])), None)
-    if sample is None:
-        raise ValueError("no sample can be read here")
-    if sample["__key__"] != key or "tokens.npy" not in sample:
-        members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-        raise ValueError(f"not {key} with its tokens is here, but {sample['__key__']} with {members}")
+def unpack(packed: bytes, key: str) -> np.ndarray:
+    """The tokens in the bytes of one sample, which has this key."""
+    found = dict(members(packed))
+    if f"{key}.tokens.npy" not in found:
+        other = next(iter(found), "").partition(".")[0]
+        endings = ", ".join(sorted(name.removeprefix(f"{other}.") for name in found))
+        raise ValueError(f"not {key} with its tokens is here, but {other} with {endings}")
     # Not by np.load: it has Python's compiler read the header, which fails in threads at times (CPython 106905),
     # and an intact sample would be taken for a damaged one.
-    array = NPY.fullmatch(sample["tokens.npy"])
+    array = NPY.fullmatch(found[f"{key}.tokens.npy"])
     if not array:
         raise ValueError("its tokens.npy holds no array of numbers")
     tokens = np.frombuffer(array[3], array[1].decode())
     if len(tokens) != int(array[2]):
         raise ValueError(f"its tokens.npy holds {len(tokens)} numbers, not {int(array[2])}")
     return tokens
+
+
+def members(packed: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each member of a tar file's part.
+
+    Plain files alone, as they are written here: a sparse or compressed one grows as large as its author wants, and a
+    header of another kind tells a size of its own.
+    """
+    at = 0
+    names = set()
+    while at < len(packed) and any(header := packed[at : at + tarfile.BLOCKSIZE]):
+        if header[257:262] != b"ustar":
+            raise ValueError("no sample can be read here")
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
+        start = at + tarfile.BLOCKSIZE
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= len(packed) - start:
+            raise ValueError("no sample can be read here")
+        if member.name in names:
+            raise ValueError(f"{member.name}: duplicate file name in tar file")
+        names.add(member.name)
+        yield member.name, packed[start : start + member.size]
+        at = start - -member.size // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    if not names:
+        raise ValueError("no sample can be read here")

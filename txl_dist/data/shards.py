@@ -22,9 +22,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from txl_dist.data import tokenizers
+from txl_dist.foreign import Sha256, Size
 
 FORMAT = {"format": "txl_dist dataset", "version": 1}
 SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])
+DOCUMENT_TABLE = np.dtype("<u8")
 SIDE_FILES = ("samples.npy", "documents.npy")
 
 
@@ -48,11 +50,11 @@ class Shard(NamedTuple):
     """name: relative to the dataset. documents: those that start in it. bytes: the size of the file."""
 
     name: str
-    samples: int
-    tokens: int
-    documents: int
-    bytes: int
-    sha256: str
+    samples: Size
+    tokens: Size
+    documents: Size
+    bytes: Size
+    sha256: Sha256
 
 
 class NpyWriter:
@@ -88,7 +90,7 @@ class SplitWriter:
         self.sample_tokens, self.shard_samples = sample_tokens, shard_samples
         (folder / split).mkdir()
         self.sample_table = NpyWriter(folder / split / SIDE_FILES[0], SAMPLE_TABLE)
-        self.documents = NpyWriter(folder / split / SIDE_FILES[1], np.dtype("<u8"))
+        self.documents = NpyWriter(folder / split / SIDE_FILES[1], DOCUMENT_TABLE)
         self.tokens = 0  # that went in
         self.bytes = 0  # of text that went in
         self.characters: int | None = 0

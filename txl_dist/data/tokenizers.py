@@ -188,7 +188,7 @@ class WordTokenizer(Tokenizer):
         problems = [f"it has no {word}" for word in (EOS, UNK) if word not in words]
         if len(set(words)) < len(words):
             problems.append("a word is in it twice")
-        if any(word.split() != [word] for word in words):
+        if any(word.split() != [word] for word in set(words)):
             problems.append("a word in it is empty or has white space")
         if problems:
             raise UserError(f"{path}: is no vocabulary of the word tokenizer: {', '.join(problems)}")

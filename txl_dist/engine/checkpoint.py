@@ -17,12 +17,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,10 +31,13 @@ from torch import Tensor, nn
 
 from txl_dist.config import Which
 from txl_dist.data.shards import sha256_of_file, sha256_of_json
+from txl_dist.engine.manifest import ImportedManifest, Manifest
 from txl_dist.errors import UserError
+from txl_dist.foreign import PARSE_ERRORS, describe, read_json, shown
 
 VERSION = 2  # 1 had no sha256 of the manifest itself
 
+Value = TypeVar("Value")
 Files = dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
 
 
@@ -90,46 +93,55 @@ class Checkpoint:
 
     def contents(self, kind: str) -> "Contents":
         """How much there is of one kind. Nothing but headers is read."""
-        sizes = [prod(part.get_slice(name).get_shape()) for part in self._open(kind) for name in part.keys()]  # noqa: SIM118
+        sizes = list(map(prod, self.shapes(kind).values()))
         files = [told["bytes"] for name, told in self.files.items() if name.startswith(f"{kind}-")]
         return Contents(len(sizes), sum(sizes), len(files), sum(files))
 
-    def names(self, kind: str) -> set[str]:
-        """Of all tensors of one kind (weights, optimizer, memory)."""
-        return {name for part in self._open(kind) for name in part.keys()}  # noqa: SIM118 - it is no dict
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors of one kind (weights, optimizer, memory). Nothing but headers is read."""
+        return self._read(kind, lambda file: {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
 
     def tensors(self, kind: str, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors of one kind by name; all of them, or those wanted."""
         chosen = None if wanted is None else set(wanted)
-        found: dict[str, Tensor] = {}
-        for part in self._open(kind):
-            names = part.keys() if chosen is None else chosen.intersection(part.keys())
-            found |= {name: part.get_tensor(name) for name in names}
+
+        def take(file: Any) -> dict[str, Tensor]:
+            names = file.keys() if chosen is None else chosen.intersection(file.keys())
+            return {name: file.get_tensor(name) for name in names}
+
+        found = self._read(kind, take)
         if chosen is not None and (missing := sorted(chosen - found.keys())):
             raise UserError(f"{self.path}: holds no {kind} of {', '.join(missing[:5])} ({len(missing)} missing)")
         return found
 
-    def _open(self, kind: str) -> Iterator[Any]:
-        """The files of one kind, one after the other."""
+    def fitting(self, kind: str, wanted: Mapping[str, Iterable[int]]) -> dict[str, Tensor]:
+        """The tensors of one kind by name, which must have the shapes that are wanted."""
+        found = self.tensors(kind, wanted)
+        for name, shape in wanted.items():
+            if list(found[name].shape) != list(shape):
+                raise UserError(f"{self.path}: its {kind} of {name} are {list(found[name].shape)}, not {list(shape)}")
+        return found
+
+    def _read(self, kind: str, take: Callable[[Any], dict[str, Value]]) -> dict[str, Value]:
+        """Collect by name what `take` reads in each safetensors file of one kind."""
+        found: dict[str, Value] = {}
         for name in self.files:
             if name.startswith(f"{kind}-"):
                 try:
                     with safe_open(self.path / name, framework="pt") as file:
-                        yield file
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"{self.path / name}: cannot be read: {error}") from error
+                        found |= take(file)
+                except (SafetensorError, OSError, *PARSE_ERRORS) as error:
+                    raise UserError(f"{self.path / name}: cannot be read: {describe(error)}") from error
+        return found
 
     def load_weights(self, model: nn.Module, average: bool = False) -> None:
         """Put the weights, or their average, into a model, each by its (first) name: a tied one is stored once."""
-        parameters = dict(model.named_parameters())
-        names = {name: f"average/{name}" if average else name for name in parameters}
-        kind = "optimizer" if average else "weights"
-        found = self.tensors(kind, names.values())
+        kind, prefix = ("optimizer", "average/") if average else ("weights", "")
+        parameters = {prefix + name: parameter for name, parameter in model.named_parameters()}
+        found = self.fitting(kind, {name: parameter.shape for name, parameter in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
-                if (shape := found[names[name]].shape) != parameter.shape:
-                    raise UserError(f"{self.path}: its {kind} of {name} are {list(shape)}, not {list(parameter.shape)}")
-                parameter.copy_(found[names[name]])
+                parameter.copy_(found[name])
 
 
 class Contents(NamedTuple):
@@ -183,16 +195,19 @@ class CheckpointWriter:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file with the mode of any new file; safetensors itself leaves it to its owner alone.
 
     Raises:
         OSError: with the file's name, where it cannot be written.
     """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata={"format": "pt"})
     except SafetensorError as error:  # which names no file
         raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -306,17 +321,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     file = path / "checkpoint.json"
     try:
-        told = json.loads(file.read_text())
+        told = read_json(file)
         sha256 = told.pop("sha256", None)
         if told["format"] != "txl_dist checkpoint" or told["version"] not in (1, VERSION):
-            raise UserError(f"{file}: is of version {told['version']}; this txl_dist reads version {VERSION}")
+            raise UserError(f"{file}: is of version {shown(told['version'])}; this txl_dist reads version {VERSION}")
         if sha256 != sha256_of_json(told) and (sha256 or told["version"] != 1):
             raise UserError(f"{file}: its content is not what its own sha256 tells")
+        schema = ImportedManifest if "imported" in told["state"] else Manifest
+        schema.model_validate(told)
         checkpoint = Checkpoint(path, told["state"], told["config"], told["data"], told["files"])
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: is no checkpoint's manifest ({type(error).__name__}: {error})") from error
+    except PARSE_ERRORS as error:
+        raise UserError(f"{file}: is no checkpoint's manifest ({describe(error)})") from error
     if checkpoint.path.name != directory("", checkpoint.step).name:
         raise UserError(f"{file}: is of step {checkpoint.step:,}, and does not belong here")
     return checkpoint

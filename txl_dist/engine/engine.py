@@ -284,7 +284,7 @@ class Engine(ABC):
             return
         self.origin = Origin(**checkpoint.state.get("origin", {}))
         mine = self.memory.by_name()
-        for name, states in checkpoint.tensors("memory", mine).items():
+        for name, states in checkpoint.fitting("memory", {name: each.shape for name, each in mine.items()}).items():
             mine[name].copy_(states)
 
 

@@ -64,13 +64,14 @@ class ShardedState:
         for group in optimizer.param_groups:
             group.update(numbers["group"])
         vars(self._loss_scaler).update(numbers["loss_scaler"])
-        keys = sorted({name.partition("/")[0] for name in checkpoint.names("optimizer")})
+        keys = sorted({name.partition("/")[0] for name in checkpoint.shapes("optimizer")})
+        shapes = {name: getattr(each, "ds_shape", each.shape) for name, each in self.parameters.items()}
+        weights = checkpoint.fitting("weights", shapes)
+        states = checkpoint.fitting("optimizer", {f"{key}/{name}": shapes[name] for key in keys for name in shapes})
         for flat in self._optimized():
             optimizer.state[flat] = {key: torch.zeros_like(flat) for key in keys}
             optimizer.state[flat] |= {key: torch.tensor(value) for key, value in numbers["state"].items()}
         self._link()
-        weights = checkpoint.tensors("weights", self.parameters)
-        states = checkpoint.tensors("optimizer", [f"{key}/{name}" for key in keys for name in self.parameters])
         for name, parameter in self.parameters.items():
             for key in keys:
                 self._set(parameter, key, states[f"{key}/{name}"])

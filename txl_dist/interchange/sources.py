@@ -1,7 +1,5 @@
 """What a checkpoint of another house is: its tensors, their spelling, and what it tells of its config and its words."""
 
-import json
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +15,7 @@ from torch import Tensor
 from txl_dist.config import ModelConfig
 from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.foreign import PARSE_ERRORS, describe, read_json, shown
 from txl_dist.interchange import pickles, vocabularies, weights
 from txl_dist.interchange.pickles import Inert
 from txl_dist.interchange.weights import Spelling
@@ -46,9 +45,14 @@ def open_source(path: Path) -> Source:
         UserError: where it is nothing known, cannot be read, or is a model that ours cannot be.
     """
     try:
-        return recognised(path)
-    except (ArithmeticError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"from={path}: is damaged, or no whole checkpoint ({type(error).__name__}: {error})") from error
+        source = recognised(path)
+        if type(source.vocab_size) is not int or not 1 <= source.vocab_size < 1 << 32:
+            raise ValueError(f"a vocabulary of {shown(source.vocab_size)} tokens")
+        return source
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+    except PARSE_ERRORS as error:
+        raise UserError(f"from={path}: is damaged, or no whole checkpoint ({describe(error)})") from error
 
 
 def recognised(path: Path) -> Source:
@@ -56,17 +60,68 @@ def recognised(path: Path) -> Source:
         return folder(path)
     if path.is_dir():
         raise UserError(f"from={path}: is a folder without config.json; give a Hugging Face folder, or a .pt file")
-    found = pickles.read(path)
+    found = unwrapped(read_file(path))
     if isinstance(found, Inert):
         return authors(path, pickles.state_dict(found), found)
     if isinstance(found, Mapping) and {"model_state", "model_config"} <= found.keys():
         return nvidia(path, found)
-    if isinstance(found, Mapping) and "r_w_bias" in found:
-        return authors(path, dict(found), None)
+    tensors = plain_names(found)
+    if "r_w_bias" in tensors:
+        return authors(path, tensors, None)
+    if any(".dec_attn." in name for name in tensors):
+        raise UserError(
+            f"from={path}: holds the weights of a Hugging Face folder; give the folder with its config.json"
+        )
     raise UserError(
         f"from={path}: is no checkpoint that is known here: a Hugging Face folder; the authors' model.pt or a state "
         "dict of it; NVIDIA's, a dict with model_state and model_config"
     )
+
+
+# What a training script wraps a state dict or a module in, and what modules that wrap others put into their names.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "_orig_mod")
+WRAPPING = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+FIRST = ("word_emb.emb_layers.0.weight", "embedding.table_0")
+
+
+def read_file(path: Path) -> Any:
+    """The content of a file of tensors."""
+    if path.suffix != ".safetensors":
+        return pickles.read(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, *PARSE_ERRORS) as error:
+        raise UserError(f"{path}: cannot be read ({describe(error)})") from error
+
+
+def unwrapped(found: Any) -> Any:
+    """The model's dict, or the module, within what a training script has put around it."""
+    for _ in range(10):
+        inside = vars(found).get("_modules") if isinstance(found, Inert) else found
+        if not isinstance(inside, Mapping) or (isinstance(found, Inert) and len(inside) != 1):
+            break
+        wrapped = [inside[key] for key in WRAPPERS if isinstance(inside.get(key), Mapping | Inert)]
+        if not wrapped:
+            break
+        found = wrapped[0]
+    return found
+
+
+def plain_names(found: Any, own: str = "") -> dict[str, Tensor]:
+    """The tensors of a state dict, by their names without what stands before all of them.
+
+    Args:
+        own: what stands before the embedding's name where nothing is wrapped.
+    """
+    items = found.items() if isinstance(found, Mapping) else ()
+    tensors = {
+        WRAPPING.sub("", name): value for name, value in items if isinstance(value, Tensor) and isinstance(name, str)
+    }
+    prefix = next((name.removesuffix(end) for name in tensors for end in FIRST if name.endswith(end)), "")
+    prefix = prefix.removesuffix(own)
+    if all(name.startswith(prefix) for name in tensors if re.search(r"(^|\.)(dec_attn|crit)\.", name)):
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------- Hugging Face
@@ -74,7 +129,7 @@ def recognised(path: Path) -> Source:
 
 def folder(path: Path) -> Source:
     """One that was exported from here, or a transfo-xl folder as save_pretrained writes it."""
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     kind = config["model_type"]
     if kind == "txl_dist":
         told = {field.name: config[field.name] for field in fields(ModelConfig) if field.name in config}
@@ -83,24 +138,41 @@ def folder(path: Path) -> Source:
         return Source("a folder of txl_dist", read_folder(path), None, told, config["vocab_size"], tokenizer)
     if kind != "transfo-xl":
         raise UserError(
-            f"{path / 'config.json'}: model_type={kind}: must be transfo-xl, or a folder exported from here"
+            f"{path / 'config.json'}: model_type={kind!s:.80}: must be transfo-xl, or a folder exported from here"
         )
     return hugging_face(path, HUGGING_FACE_DEFAULTS | config)
 
 
 def hugging_face(path: Path, config: dict[str, Any]) -> Source:
     tensors = read_folder(path)
+    title = "Hugging Face's transfo-xl"
+    if not any(name.startswith(("transformer.", "crit.")) for name in tensors):  # a TransfoXLModel
+        tensors = {f"transformer.{name}": value for name, value in tensors.items()}
+    if not any(name.startswith("crit.") for name in tensors):
+        add_softmax(tensors, path, config)
+        title = f"{title}, without a softmax: it takes the embedding's table, its biases are 0"
     spelling = weights.HUGGING_FACE_SHARED if "transformer.r_w_bias" in tensors else weights.HUGGING_FACE
     projections = config.get("tie_projs") or [False] + [config["proj_share_all_but_first"]] * len(config["cutoffs"])
     problems = unsupported(path / "config.json", config)
-    problems += weights.tie(tensors, spelling, config["tie_word_embeddings"], projections, clusters(config))
+    problems += weights.tie(tensors, spelling, config["tie_word_embeddings"], projections, clusters(config, tensors))
     if problems:
         raise ConfigError(problems)
     words = next((path / name for name in vocabularies.FILES if (path / name).is_file()), None)
     # A folder need not tell the length of segments: then the one that the paper's large model is evaluated with.
     told = common(config) | {"tgt_len": config.get("tgt_len", 128)} | weights.ties(tensors, spelling)
     tokenizer = partial(vocabularies.read, words) if words else None
-    return Source("Hugging Face's transfo-xl", tensors, spelling, told, config["vocab_size"], tokenizer)
+    return Source(title, tensors, spelling, told, config["vocab_size"], tokenizer)
+
+
+def add_softmax(tensors: dict[str, Tensor], path: Path, config: dict[str, Any]) -> None:
+    """Give a TransfoXLModel, which has no softmax, the one that its config ties to the embedding."""
+    table = tensors.get("transformer.word_emb.emb_layers.0.weight")
+    if table is None:
+        raise UserError(f"from={path}: has none of the names of transfo-xl, but {shown(sorted(tensors))}")
+    if config["cutoffs"] or not config["tie_word_embeddings"]:
+        why = "has clusters with weights of their own" if config["cutoffs"] else "is not tied to the embedding"
+        raise UserError(f"from={path}: holds no softmax (crit.*), and it {why}; save a TransfoXLLMHeadModel")
+    tensors["crit.out_layers.0.bias"] = torch.zeros(len(table))
 
 
 # What a config.json may leave out.
@@ -129,30 +201,32 @@ HUGGING_FACE_DEFAULTS: dict[str, Any] = {
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
-    path = folder / "pytorch_model.bin"
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin") from error
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"loading it would call {found[1]}" if found else "it is no file of weights"
-        raise UserError(f"{path}: is refused, for {why}; nothing of it was executed") from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+    """The tensors of a folder, in one file or in the parts that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path, index = folder / name, folder / f"{name}.index.json"
+        if path.is_file():
+            return plain_names(unwrapped(read_file(path)), own="transformer.")
+        if index.is_file():
+            return plain_names(read_parts(index), own="transformer.")
+    raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of their parts")
+
+
+def read_parts(index: Path) -> dict[str, Tensor]:
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = index.parent / name
+        if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file():
+            raise UserError(f"{index}: names the part {name!s:.200}, which is not in the folder")
+        tensors |= unwrapped(read_file(path))
+    return tensors
 
 
 def exported_tokenizer(folder: Path) -> Tokenizer:
     try:
-        kind = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: tells no tokenizer ({error})") from error
+        kind = read_json(folder / "tokenizer_config.json")["tokenizer_class"]
+    except (OSError, *PARSE_ERRORS) as error:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: names no tokenizer ({describe(error)})") from error
     if kind == "WordTokenizer":
         return WordTokenizer.open(folder / "vocab.txt")
     if kind == "SentencePieceTokenizer":
@@ -165,7 +239,6 @@ def exported_tokenizer(folder: Path) -> Tokenizer:
 
 def authors(path: Path, tensors: dict[str, Tensor], module: Inert | None) -> Source:
     """kimiyoung/transformer-xl: the pickled module, or its state dict, which tells no lengths."""
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     told = sizes(path, tensors)
     if module is not None:
         facts = vars(module)
@@ -225,13 +298,13 @@ def of_first_layer(facts: dict[str, Any]) -> dict[str, Any]:
 def nvidia(path: Path, found: Mapping[str, Any]) -> Source:
     """DeepLearningExamples: a dict with model_state, model_config and vocab."""
     config, spelling = dict(found["model_config"]), weights.NVIDIA
-    tensors = {name: value for name, value in found["model_state"].items() if isinstance(value, Tensor)}
+    tensors = plain_names(found["model_state"])
     needed = ["n_token", "n_layer", "d_model", "n_head", "d_head", "d_inner", "cutoffs", "div_val", "tie_weight"]
     needed += ["tie_projs", "pre_lnorm", "tgt_len", "mem_len", "same_length", "clamp_len"]
     problems = [f"{path}: its model_config tells no {key}" for key in needed if key not in config]
     if problems := problems or unsupported(path, config):
         raise ConfigError(problems)
-    problems = weights.tie(tensors, spelling, config["tie_weight"], config["tie_projs"], clusters(config))
+    problems = weights.tie(tensors, spelling, config["tie_weight"], config["tie_projs"], clusters(config, tensors))
     if problems:
         raise ConfigError(problems)
     told = common({"dropout": 0.0, "dropatt": 0.0, "init_std": 0.02} | config) | weights.ties(tensors, spelling)
@@ -255,19 +328,26 @@ def common(config: Mapping[str, Any]) -> dict[str, Any]:
     return told | {"clamp_len": max(told["clamp_len"], 0) or -1}
 
 
-def clusters(config: Mapping[str, Any]) -> int:
+def clusters(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     """How many have a table of their own."""
-    return 1 + len(config["cutoffs"]) if config["div_val"] > 1 else 1
+    count = 1 + len(config["cutoffs"]) if config["div_val"] > 1 else 1
+    if count > len(tensors):
+        raise ValueError(f"{count:,} clusters, but only {len(tensors)} tensors")
+    return count
 
 
 def unsupported(path: Path, config: Mapping[str, Any]) -> list[str]:
     """What a config says of a model that ours cannot be."""
     problems = []
     if config.get("attn_type", 0) != 0:
-        problems.append(f"{path}: attn_type={config['attn_type']}: must be 0, Transformer-XL's relative attention")
+        problems.append(
+            f"{path}: attn_type={shown(config['attn_type'])}: must be 0, Transformer-XL's relative attention"
+        )
     d_embed = config.get("d_embed")
     if d_embed is not None and d_embed != config["d_model"]:
-        problems.append(f"{path}: d_embed={d_embed}, d_model={config['d_model']}: must be equal; {EMBEDDED}")
+        problems.append(
+            f"{path}: d_embed={shown(d_embed)}, d_model={shown(config['d_model'])}: must be equal; {EMBEDDED}"
+        )
     if abs(config.get("layer_norm_epsilon", 1e-5) - 1e-5) > 1e-12:
-        problems.append(f"{path}: layer_norm_epsilon={config['layer_norm_epsilon']}: must be 1e-05")
+        problems.append(f"{path}: layer_norm_epsilon={shown(config['layer_norm_epsilon'])}: must be 1e-05")
     return problems

@@ -6,6 +6,7 @@ from typing import Any
 
 from txl_dist.data.tokenizers import WordTokenizer
 from txl_dist.errors import UserError
+from txl_dist.foreign import describe, shown
 from txl_dist.interchange import pickles
 
 # Of Hugging Face (vocab.*) and of the authors (cache.pt: the whole corpus, pickled), by preference.
@@ -34,10 +35,15 @@ def of_pickled(found: Any, path: Path) -> WordTokenizer:
     words = facts.get("idx2sym")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{path}: holds no vocabulary of words (no idx2sym); give tokenizer_from=DATASET_DIR")
-    if facts.get("lower_case") or facts.get("delimiter") is not None:
+    lower_case = facts.get("lower_case")
+    if not (lower_case is None or lower_case is False) or facts.get("delimiter") is not None:
         raise UserError(
-            f"{path}: its words were made with lower_case={facts.get('lower_case')} and "
-            f"delimiter={facts.get('delimiter')!r}, and ours of text as it is, between white space; "
+            f"{path}: its words were made with lower_case={shown(lower_case)} and "
+            f"delimiter={shown(facts.get('delimiter'))}, and ours of text as it is, between white space; "
             "give tokenizer_from=DATASET_DIR"
         )
+    try:
+        "".join(set(words)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: a word in it is not text ({describe(error)})") from error
     return WordTokenizer.checked(words, path)

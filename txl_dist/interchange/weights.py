@@ -12,13 +12,15 @@ Hugging Face's names are the common ones; a `Spelling` tells how a file's names 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from txl_dist.config import ModelConfig
 from txl_dist.errors import ConfigError
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.foreign import shown
+from txl_dist.models.transformer_xl import parameter_shapes
 
 LAYER = {
     "attention.r_net.weight": "dec_attn.r_net.weight",
@@ -175,12 +177,11 @@ def ours(
     Raises:
         ConfigError: with every tensor that is missing, misshapen or too much for this config.
     """
-    with torch.device("meta"):
-        parameters = dict(TransformerXL(config, vocab_size).named_parameters())
+    parameters = parameter_shapes(config, vocab_size, at_most=len(tensors))
+    check_size(tensors, parameters)
     if spelling is None:
-        wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        check_shapes(tensors, wanted)
-        return {name: tensors[name].float() for name in parameters}
+        check_shapes(tensors, parameters)
+        return {name: tensors[name].to(torch.float32, copy=True) for name in parameters}
     check_shapes(tensors, {spelling(name): shape for name, shape in shapes(config, vocab_size).items()})
 
     def theirs(name: str) -> Tensor:
@@ -190,17 +191,37 @@ def ours(
     return {name: value for name, value in translate(theirs, config) if name in parameters}
 
 
+def check_size(tensors: Mapping[str, Tensor], parameters: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a model far larger than its file: tensors of a pickle may be views of the same few numbers."""
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors.values()}
+    held = sum(storage.nbytes() for storage in storages.values())
+    asked = sum(map(prod, parameters.values()))
+    if asked > max(
+        held, 4096
+    ):  # float16 as float32 is twice the bytes, a tied table that is not tied here is twice that
+        raise ConfigError([f"the model of the config has {asked:,} parameters, but all tensors only {held:,} bytes"])
+
+
 def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    problems = []
-    for name, shape in wanted.items():
-        if name not in tensors:
-            problems.append(f"{name}: is missing; its shape would be {list(shape)}")
-        elif (found := tuple(tensors[name].shape)) != shape:
-            problems.append(f"{name}: has the shape {list(found)}, but the config asks for {list(shape)}")
-    for name in tensors:
-        if name not in wanted and not NO_WEIGHTS.fullmatch(name):
-            problems.append(
-                f"{name}: has no place in the model of the config; its shape is {list(tensors[name].shape)}"
-            )
-    if problems:
-        raise ConfigError(problems)
+    """Refuse tensors that are not those that are wanted; of many that are wrong in one way the first is named."""
+    given = {name: value for name, value in tensors.items() if name in wanted or not NO_WEIGHTS.fullmatch(name)}
+    if not wanted.keys() & given.keys():
+        raise ConfigError([f"none of the tensors is known: they are {shown(list(given))}, not {shown(list(wanted))}"])
+    both = [(name, list(given[name].shape), list(shape)) for name, shape in wanted.items() if name in given]
+    problems = [
+        [f"{name}: is missing; its shape would be {list(wanted[name])}" for name in wanted if name not in given],
+        [f"{name}: has the shape {has}, but the config asks for {asked}" for name, has, asked in both if has != asked],
+        [
+            f"{name}: is of {given[name].dtype}, not of floats"
+            for name, *_ in both
+            if not given[name].is_floating_point()
+        ],
+        [
+            f"{name}: has no place in the model of the config; its shape is {list(value.shape)}"
+            for name, value in given.items()
+            if name not in wanted
+        ],
+    ]
+    told = [line for kind in problems for line in (kind if len(kind) <= 3 else [f"{kind[0]} ({len(kind) - 1} more)"])]
+    if told:
+        raise ConfigError(told)

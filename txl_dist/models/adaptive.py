@@ -95,7 +95,7 @@ class AdaptiveSoftmax(Clusters):
         super().__init__(config, vocab_size)
         for name, parameter in embedding.named_parameters():
             tied = config.tie_weights if name.startswith("table") else config.tie_projections and name != "projection_0"
-            self.register_parameter(name, parameter if tied else nn.Parameter(torch.empty_like(parameter)))
+            self.register_parameter(name, parameter if tied else nn.Parameter(torch.empty(parameter.shape)))
         self.bias = nn.Parameter(torch.empty(vocab_size))
         if config.cutoffs:
             self.cluster_weight = nn.Parameter(torch.empty(len(config.cutoffs), config.d_model))

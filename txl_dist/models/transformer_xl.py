@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from txl_dist.config import ModelConfig
+from txl_dist.errors import ConfigError
+from txl_dist.foreign import describe
 from txl_dist.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, send
 from txl_dist.models.attend import Sight
 from txl_dist.models.attention import Attention, attention_of_layer, encode_distances
@@ -56,6 +59,35 @@ class Layer(nn.Module):
         """Arguments and results are those of Attention."""
         hidden, remembered = self.attention(hidden, memory, encoding, sight)
         return self.feed_forward(hidden), remembered
+
+
+class Uninitialised(TorchFunctionMode):
+    """Initialise nothing: on the meta device the first random number costs a second of imports."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
+
+def parameter_shapes(config: ModelConfig, vocab_size: int, at_most: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters. Nothing is allocated for them.
+
+    Raises:
+        ConfigError: where a model of this config would have more than `at_most` parameter tensors.
+    """
+    clusters = len(config.cutoffs) if config.div_val > 1 else 0
+    if config.n_layer + clusters > at_most:
+        raise ConfigError(
+            [f"model.n_layer={config.n_layer} and {clusters} model.cutoffs: there are only {at_most} tensors for them"]
+        )
+    try:
+        with torch.device("meta"), Uninitialised():
+            model = TransformerXL(config, vocab_size)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError([f"model: no tensor has the sizes of this config ({describe(error)})"]) from error
+    return {name: tuple(each.shape) for name, each in model.named_parameters()}
 
 
 class TransformerXL(nn.Module):

@@ -1,0 +1,109 @@
+"""What is valid, and small: a dataset of each tokenizer, a run of each, an export, checkpoints of other houses."""
+
+import importlib
+import io
+import json
+import pickle
+import random
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from txl_dist.config import ModelConfig
+from txl_dist.data.index import Index
+from txl_dist.data.tokenizers import SentencePieceTokenizer
+from txl_dist.engine.checkpoint import CheckpointWriter, newest
+from txl_dist.interchange.weights import shapes
+from txl_dist.models.transformer_xl import TransformerXL
+
+from .isolate import call, command
+
+MODEL = dict(n_layer=2, d_model=16, n_head=2, d_head=6, d_inner=20, mem_len=7, tgt_len=5, clamp_len=-1)
+MODEL |= dict(same_length=False, dropout=0.0, dropatt=0.0, pre_lnorm=False, div_val=2, cutoffs=[10, 20], init_std=0.02)
+WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
+TRAIN = ["data.num_lanes=2", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.d_head=8"]
+TRAIN += ["model.d_inner=16", "model.tgt_len=8", "model.mem_len=8", "train.max_steps=4", "train.stop_at=2"]
+TRAIN += ["checkpoint.every=2", "train.eval_every=2", "tracking.mode=disabled", "tracking.log_every=1"]
+COMMANDS = ("train", "prepare", "evaluate", "generate", "score", "recl", "inspect", "convert")
+TOKENIZERS = ("bytes", "word", "sentencepiece")
+
+
+def warm_up() -> None:
+    """Import what all commands need, once; no thread is started, so that a fork holds all of the process."""
+    torch.set_num_threads(1)
+    for name in COMMANDS:
+        importlib.import_module(f"txl_dist.{name}")
+
+
+def make(folder: Path) -> None:
+    """Make all specimens: DATA and RUN folders by tokenizer, an export, and files of other houses."""
+    dice = random.Random(1)
+    text = "".join(" ".join(dice.choices(WORDS[2:], k=dice.randint(1, 9))) + "\n" for _ in range(250))
+    (folder / "book.txt").write_text(text)
+    for name in TOKENIZERS:
+        data, run = f"data.dir={folder / name}", f"run.dir={folder / f'run-{name}'}"
+        size = ["tokenizer.vocab_size=305"] if name == "sentencepiece" else []
+        cut = ["data.sample_tokens=64", "data.shard_samples=8", "corpus.valid_share=0.1", "corpus.test_share=0.1"]
+        prepare = ["corpus=text", f"corpus.path={folder / 'book.txt'}", f"tokenizer={name}", "workers=1", data]
+        done(folder, command("txl_dist.prepare", *prepare, *size, *cut))
+        train = command("txl_dist.train", *TRAIN, data, run)
+        done(folder, train if name == "bytes" else partial(untrained, folder, name))
+    done(folder, command("txl_dist.convert", f"run={folder / 'run-word'}", f"to={folder / 'export'}"))
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "given.model").write_bytes((folder / "sentencepiece" / "tokenizer" / "sentencepiece.model").read_bytes())
+    SentencePieceTokenizer.open(folder / "given.model")
+    other_houses(folder)
+
+
+def untrained(folder: Path, tokenizer: str) -> None:
+    """A run like that with bytes, of other data, in a moment."""
+    index, like = Index.open(str(folder / tokenizer)), newest(folder / "run-bytes")
+    run = folder / f"run-{tokenizer}"
+    config = like.config | {"data": like.config["data"] | {"dir": str(folder / tokenizer)}}
+    model = TransformerXL(ModelConfig(**config["model"]), index.vocab_size)
+    writer = CheckpointWriter(str(run), like.step, rank=0)
+    writer.add("weights", dict(model.named_parameters()))
+    for kind in ("optimizer", "memory"):
+        writer.add(kind, like.tensors(kind))
+    facts = {"fingerprint": index.fingerprint, "vocab_size": index.vocab_size, "tokenizer": index.tokenizer_files}
+    writer.commit(writer.files, like.state, config, facts)
+    index.tokenizer().save(run / "tokenizer")
+
+
+def done(folder: Path, run) -> None:
+    outcome = call(run, folder / "log")
+    if outcome.code:
+        raise SystemExit(f"a specimen cannot be made:\n{outcome.output}")
+
+
+def other_houses(folder: Path) -> None:
+    """Hugging Face's folder, in both formats and in parts; the authors' and NVIDIA's files; a pickled vocabulary."""
+    config = ModelConfig(name="transformer_xl", tie_weights=True, tie_projections=True, **MODEL)
+    torch.manual_seed(1)
+    tensors = {name: torch.randn(shape) for name, shape in shapes(config, len(WORDS)).items()}
+    for name in [name for name in tensors if name.startswith("crit.out_") and not name.endswith("bias")]:
+        del tensors[name]
+    hub = MODEL | {"model_type": "transfo-xl", "vocab_size": len(WORDS), "d_embed": 16, "tie_projs": [True] * 3}
+    for kind in ("safe", "bin", "parts"):
+        (folder / kind).mkdir()
+        (folder / kind / "config.json").write_text(json.dumps(hub))
+        (folder / kind / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "safe" / "model.safetensors").write_bytes(save(tensors))
+    torch.save(tensors, folder / "bin" / "pytorch_model.bin")
+    (folder / "parts" / "one.safetensors").write_bytes(save(tensors))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "one.safetensors")}
+    (folder / "parts" / "model.safetensors.index.json").write_text(json.dumps(index))
+    authors = {re.sub(r"layers\.\d+\.dec_attn\.(r_[wr]_bias)", r"\1", name): each for name, each in tensors.items()}
+    authors = {name.removeprefix("transformer."): each for name, each in authors.items()}
+    nvidia_config = MODEL | {"n_token": len(WORDS), "tie_weight": True, "tie_projs": [True] * 3, "d_embed": 16}
+    words = {"idx2sym": WORDS, "sym2idx": {word: i for i, word in enumerate(WORDS)}, "lower_case": False}
+    nvidia = {"model_config": nvidia_config, "model_state": authors, "epoch": 1, "optimizer": {"state": {0: [1.5]}}}
+    for name, content in {"authors": {"model": authors, "step": 3}, "nvidia": nvidia}.items():
+        for new in (True, False):
+            stream = io.BytesIO()
+            torch.save(content, stream, _use_new_zipfile_serialization=new)
+            (folder / f"{name}-{'zip' if new else 'old'}.pt").write_bytes(stream.getvalue())
+    (folder / "vocab.pkl").write_bytes(pickle.dumps(words, protocol=2))
