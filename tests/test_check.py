@@ -1,15 +1,28 @@
 """Every problem of a config at once, in plain words, with its key."""
 
+import copy
+import os
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from txl_dist.check import continues, read
-from txl_dist.cli import CONF, spell_out
-from txl_dist.config import EvaluateJob, GenerateJob, PrepareJob, TrainJob
+from txl_dist.config import (
+    ConvertJob,
+    EvaluateJob,
+    GenerateJob,
+    InspectJob,
+    PrepareJob,
+    ReclJob,
+    ScoreJob,
+    TrainJob,
+    checked_path,
+)
 from txl_dist.errors import ConfigError
+from txl_dist.overrides import CONF, spell_out
 
 JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}
 
@@ -211,6 +224,81 @@ def test_a_checkpoint_is_a_step_or_the_best_or_the_newest():
             f"checkpoint={wrong}: should be a step, best"
             in "\n".join(problems("evaluate", f"checkpoint={wrong}")).lower()
         )
+
+
+SCHEMAS = JOBS | {"score": ScoreJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
+# A number can be a name; and a step that is not there is refused by the run.
+NAMES = ("prompt", "text", "tracking.project", "tracking.name", "tokenizer.model", "checkpoint")
+
+
+def changes(name, values):
+    """Yield (key, value, problems) of each key of an entry point's default config with each of some values."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(
+            name, [f"data.dir={os.environ['DATASET']}"] if name == "train" else ["+run=x"] * (name != "prepare")
+        )
+    plain = OmegaConf.to_container(config, resolve=True)
+    keys = [(key, None) for key, value in plain.items() if not isinstance(value, dict)]
+    keys += [(section, key) for section, value in plain.items() if isinstance(value, dict) for key in value]
+    for section, key in keys:
+        for value in values:
+            changed = copy.deepcopy(plain)
+            if key is None:
+                changed[section] = value
+            else:
+                changed[section][key] = value
+            try:
+                read(SCHEMAS[name], changed)
+                found = []
+            except ConfigError as error:
+                found = error.problems
+            yield ".".join(filter(None, (section, key))), value, found
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_number_has_an_end(name):
+    """What is not finite or far too large is refused with its key, and nothing ends in a trace."""
+    paths = [key for key, value, found in changes(name, [""]) if any("is empty" in problem for problem in found)]
+    for key, value, found in changes(name, [inf, -inf, nan, 10**40, -(10**40)]):
+        assert found and any(problem.startswith(f"{key}=") for problem in found) or key in (*NAMES, *paths), (
+            key,
+            value,
+        )
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("train", {"run.dir", "data.dir"}),
+        ("prepare", {"data.dir"}),
+        ("evaluate", {"run", "data_dir"}),
+        ("recl", {"run", "data_dir"}),
+        ("generate", {"run"}),
+        ("convert", {"run", "from", "to", "tokenizer_from"}),
+    ],
+)
+def test_an_empty_path_is_refused_with_its_key(name, keys):
+    told = {key: found for key, _, found in changes(name, [""])}
+    for key in keys:
+        assert f"{key}=: is empty; give a path" in told[key]
+
+
+def test_a_list_of_paths_or_prompts_is_not_empty():
+    for name, key in (("evaluate", "run"), ("recl", "run"), ("generate", "prompt")):
+        found = {each: problems for each, _, problems in changes(name, [[]])}
+        assert f"{key}=[]: should have 1 or more items" in found[key]
+
+
+def test_a_home_directory_is_found_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checked_path("~/x") == f"{tmp_path}/x" and checked_path("~") == str(tmp_path)
+    assert checked_path("~nobody-of-this-name/x") == f"{os.getcwd()}/~nobody-of-this-name/x"
+    assert f"run={tmp_path}/x" in one("evaluate", "run=~/x") and f"run={tmp_path}/x" in one("generate", "run='~/x'")
+
+
+def test_a_section_is_not_a_value():
+    assert "run.dir, run.on_lane_change, run.seed" in one("train", "run=x", "data.dir=${oc.env:DATASET}")
+    assert one("prepare", "corpus.name=nope").startswith("corpus.name=nope: should be 'stdlib'")
 
 
 def test_a_run_that_is_not_there(tmp_path):

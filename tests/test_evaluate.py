@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ import torch
 from txl_dist.config import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
-from txl_dist.engine.checkpoint import directory, open_checkpoint
-from txl_dist.trained import trained_model
+from txl_dist.engine.checkpoint import directory, newest, open_checkpoint
+from txl_dist.errors import ConfigError
+from txl_dist.trained import no_average, place_of_data, trained_model
 
 LENGTHS = LengthsConfig(None, None, None, None)
 
@@ -124,6 +128,38 @@ def test_several_runs_are_one_table(run, trained, tmp_path):
     assert "matches no run" in run("txl_dist.evaluate", f"run={tmp_path}/*", expect=2).stderr
 
 
+def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_rows(run, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    shutil.copytree(trained, tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    shutil.copytree(trained, tmp_path / "c")
+    for weights in (tmp_path / "c" / "checkpoints").glob("*/weights-*"):
+        weights.unlink()
+    runs = f"run=[{','.join(str(tmp_path / name) for name in 'bcda')}]"
+    done = run("txl_dist.evaluate", runs, "split=valid", "max_tokens=20", "format=json", expect=2)
+    *broken, sound = json.loads(done.stdout)
+    assert [Path(each["run"]).name for each in broken] == ["b", "c", "d"]
+    for each, why in zip(broken, ("holds no checkpoint", "is missing", "there is no such run directory"), strict=True):
+        assert why in each["error"]
+    assert sound["run"] == f"{tmp_path}/a" and sound["loss"] > 0
+    done = run("txl_dist.evaluate", f"run={tmp_path}/[ac]", "split=valid", "max_tokens=20", expect=2)
+    assert re.search(r" 40 +16 +24 ", done.stdout) and "is missing" in done.stdout
+    assert not [line for line in done.stderr.splitlines() if not line]  # no bar where no one looks
+
+
+def test_the_data_are_found_from_any_folder(trained, dataset, tmp_path):
+    checkpoint = newest(str(trained))
+    assert checkpoint.data["place"] == str(dataset)
+    moved = {"place": f"{tmp_path}/gone"}
+    here = replace(checkpoint, config={"data": {"dir": str(tmp_path)}})
+    assert place_of_data("r", here) == str(dataset)
+    assert place_of_data("r", replace(here, data=moved)) == str(tmp_path)
+    assert place_of_data("r", replace(here, data={})) == str(tmp_path)  # of an earlier version
+    assert place_of_data("r", replace(here, data={}, config={"data": {"dir": None}})) is None
+    with pytest.raises(ConfigError, match="data_dir: is missing; the data of r are no longer at .*/gone"):
+        place_of_data("r", replace(here, data=moved, config={"data": {"dir": "d/word"}}))
+
+
 @pytest.fixture(scope="module")
 def one_layer(run, small, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("one_layer") / "run"
@@ -167,3 +203,9 @@ def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_pat
 def test_an_average_that_was_not_kept_is_refused(run, trained):
     done = run("txl_dist.evaluate", f"run={trained}", "average=true", expect=2)
     assert "optimizer.average_from" in done.stderr and "Traceback" not in done.stderr
+    checkpoint = newest(str(trained))
+    assert "only a run that was started with" in no_average(checkpoint)
+    later = {"optimizer": {"average_from": 41}}
+    assert "keeps them from step 41 on" in no_average(replace(checkpoint, config=later))
+    assert no_average(replace(checkpoint, config={"optimizer": {"average_from": 40}})) is None
+    assert "imported" in no_average(replace(checkpoint, state={"imported": {}}))

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from txl_dist.config import GenerateJob, LengthsConfig
-from txl_dist.generate import continuations, sample
+from txl_dist.data.tokenizers import BytesTokenizer, WordTokenizer
+from txl_dist.errors import UserError
+from txl_dist.generate import Text, continuations, sample
 from txl_dist.trained import trained_model
 
 
@@ -66,6 +68,30 @@ def test_temperature_sharpens():
     die = torch.Generator().manual_seed(0)
     draws = [sample(log_probs, job("x", temperature=0.25), die) for _ in range(2000)]
     assert sum(draws) / 2000 == pytest.approx(0.4**4 / (0.4**4 + 0.6**4), abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40, 1e-9])
+def test_a_temperature_next_to_zero_is_zero(temperature):
+    log_probs = torch.tensor([-1e-3, -7.0, -float("inf")]).repeat(3)
+    assert sample(log_probs, job("x", temperature=temperature), torch.Generator().manual_seed(0)) == 0
+
+
+def test_a_prompt_is_bytes_to_the_tokenizer_of_bytes():
+    tokenizer = BytesTokenizer()
+    for prompt in (b"caf\xe9", "caf\udce9"):  # of standard input, and of an argument
+        text = Text(tokenizer, prompt)
+        assert text.prompt == [256, *b"caf\xe9"] and text.text == "caf"
+        assert text.end() == "\ufffd"
+    assert Text(tokenizer, "é\r\n").text == "é\r\n"
+
+
+def test_a_prompt_of_words_is_utf8():
+    tokenizer = WordTokenizer(["<eos>", "<unk>"])
+    for prompt in (b"a caf\xe9", "a caf\udce9"):
+        with pytest.raises(UserError, match=r"prompt: byte 6 \(0xE9\) is not UTF-8.*\(word\).*iconv"):
+            Text(tokenizer, prompt)
+    with pytest.raises(UserError, match="surrogate"):
+        Text(tokenizer, "\ud800")
 
 
 def test_the_command_reads_prompts_from_everywhere(run, trained):

@@ -3,7 +3,7 @@
 import pytest
 
 from txl_dist.errors import UserError
-from txl_dist.placement import SRUN, TORCHRUN, Placement, first_host, placement
+from txl_dist.placement import SRUN, TORCHRUN, Placement, first_host, patience, placement
 
 TORCHRUN_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
 # As Slurm 22.05 sets them in a batch script, and in addition in a task of a step.
@@ -53,6 +53,10 @@ def test_launchers_are_understood(told, variables, found):
         (TORCHRUN_2 | {"MASTER_ADDR": ""}, ["MASTER_ADDR: not set, and the processes must meet"]),
         (TORCHRUN_2 | {"MASTER_PORT": "http"}, ["MASTER_PORT=http: must be the number of a port"]),
         (STEP | {"SLURM_PROCID": "8"}, ["SLURM_PROCID=8: must be less than SLURM_STEP_NUM_TASKS=8"]),
+        (
+            STEP | {"SLURM_STEP_NODELIST": "", "SLURM_JOB_ID": "x"},
+            ["SLURM_STEP_NODELIST: not set", "SLURM_JOB_ID=x: must"],
+        ),
     ],
 )
 def test_nonsense_is_told_with_the_names_of_the_variables(told, variables, problems):
@@ -60,6 +64,14 @@ def test_nonsense_is_told_with_the_names_of_the_variables(told, variables, probl
         told(variables)
     lines = str(error.value).splitlines()
     assert len(lines) == len(problems) and all(map(str.startswith, lines, problems))
+
+
+@pytest.mark.parametrize("given", ["abc", "", "0", "-1", "nan", "inf", "1e10"])
+def test_patience_is_a_number_of_seconds(monkeypatch, given):
+    assert patience() == 600
+    monkeypatch.setenv("TXL_DIST_PATIENCE", given)
+    with pytest.raises(UserError, match=f"TXL_DIST_PATIENCE={given}: must be a number of seconds"):
+        patience()
 
 
 @pytest.mark.parametrize(

@@ -39,4 +39,6 @@ def test_runs_are_compared_in_one_table(run, small, tmp_path):
     assert list(told) == [str(tmp_path / "with"), str(tmp_path / "without")]
     assert all(length in (4, 8, 12) for row in told.values() for length in row.values())
     assert "r = 0.5" in run("txl_dist.recl", *options).stdout
+    done = run("txl_dist.recl", f"run={tmp_path}/*", "split=test", "step=4", "max_context=99999999", expect=2)
+    assert done.stderr.count("max_context=99999999: the split test") == 2
     assert "max_context=5" in run("txl_dist.recl", options[0], "step=4", "max_context=5", expect=2).stderr

@@ -46,4 +46,6 @@ def test_json_and_table_tell_the_same(trained, run):
 
 def test_an_empty_text_has_a_next_token(trained, run):
     told = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=2").stdout)
+    more = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=9999").stdout)
+    assert len(more["next"]) == 257  # all that there are
     assert told["tokens"] == [] and told["log_prob"] == 0 and len(told["next"]) == 2

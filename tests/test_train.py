@@ -64,6 +64,16 @@ def test_a_finished_run_is_only_told_again(trained, run, small, metrics):
     assert again.split("test bits per byte")[1] == printed.split("test bits per byte")[1]
 
 
+@pytest.mark.parametrize("end", ["train.max_steps=19", "train.stop_at=3"])
+def test_a_run_beyond_its_end_is_left_alone(trained, run, small, tmp_path, end):
+    shutil.copytree(trained[0], tmp_path / "run")
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    more = ["train.max_steps=40"] if "stop" in end else ["schedule.warmup_steps=0"]
+    done = run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", *more, end)
+    assert done.stdout == f"{tmp_path / 'run'}: is at step 20, beyond {end}; nothing to do\n"
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(trained, run, small, metrics, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", "train.max_steps=23")

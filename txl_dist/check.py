@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from importlib.util import find_spec
+from itertools import chain
 from math import lcm
 from pathlib import Path
 from shutil import which
@@ -65,7 +66,8 @@ def read(schema: type[Job], values: Any) -> Job:
     problems = [unknown_key(str(key), sections) for key in values if key not in sections]
     found: dict[str, Any] = {}
     for name, kind in sections.items():
-        if values.get(name, "???") == "???":
+        may_be_null = type(None) in get_args(kind)  # such a key is never missing: there "???" is a text
+        if name not in values or (values[name] == "???" and not may_be_null):
             problems.append(f"{name}: is missing; give {name}=...")
             continue
         try:
@@ -83,11 +85,19 @@ def plain_words(section: str, kind: Any, value: Any, error: ValidationError) -> 
     for detail in error.errors():
         # Of a group with several shapes pydantic names the shape too; a user's key does not hold it.
         path = [str(part) for i, part in enumerate(detail["loc"]) if not (i == 0 and part == tag)]
-        key = ".".join([section, *path])
+        # A single value that stands for a list of it has no place in a list either.
+        key = ".".join([section, *path]) if isinstance(value, dict | list) else section
         if detail["type"] == "unexpected_keyword_argument":
             yield unknown_key(key, [f"{section}.{field}" for field in field_names(kind)])
         elif detail["type"] == "missing":
             yield f"{key}: is missing"
+        elif detail["type"] == "too_short":
+            yield f"{key}={detail['input']}: should have {detail['ctx']['min_length']} or more items"
+        elif detail["type"] in ("dataclass_type", "union_tag_not_found"):
+            keys = ", ".join(f"{key}.{field}" for field in sorted(field_names(kind)))
+            yield f"{key}={detail['input']}: is a section, not a value; its keys are {keys}"
+        elif detail["type"] == "union_tag_invalid":
+            yield f"{key}.name={tag}: should be {detail['ctx']['expected_tags']}"
         else:
             given = "null" if detail["input"] is None else detail["input"]
             yield f"{key}={given}: {detail['msg'].replace('Input should', 'should')}"
@@ -404,14 +414,25 @@ IDENTITY = [
 ]
 
 
-@check(EvaluateJob, GenerateJob, InspectJob, ScoreJob)
-def run_is_there(run: str | list[str], checkpoint: Which) -> Iterator[str]:
-    yield from runs_are_there([run] if isinstance(run, str) else run, checkpoint)
+@check(GenerateJob, InspectJob, ScoreJob)
+def run_is_there(run: str, checkpoint: Which) -> Iterator[str]:
+    yield from run_problems(run, checkpoint)
+
+
+@check(EvaluateJob)
+def a_run_is_there(run: list[str], checkpoint: Which) -> Iterator[str]:
+    """Of several runs those that can be evaluated are; the rows of the others say why not."""
+    yield from globs_match(run)
+    problems = [list(run_problems(path, checkpoint)) for path in run_dirs(run)]
+    if all(problems):
+        yield from chain(*problems)
 
 
 @check(ReclJob)
-def runs_have_newest(run: list[str]) -> Iterator[str]:
-    yield from runs_are_there(run, None)
+def runs_are_there(run: list[str]) -> Iterator[str]:
+    yield from globs_match(run)
+    for path in run_dirs(run):
+        yield from run_problems(path, None)
 
 
 @check(ReclJob)
@@ -420,29 +441,41 @@ def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
         yield f"max_context={max_context}: must be at least two steps of {step}, to compare a context with a longer one"
 
 
-def runs_are_there(patterns: list[str], which: Which) -> Iterator[str]:
-    from txl_dist.engine.checkpoint import best, newest, run_dirs, steps
-
+def globs_match(patterns: list[str]) -> Iterator[str]:
     for pattern in patterns:
-        found = run_dirs([pattern])
-        if not found:
+        if not run_dirs([pattern]):
             yield f"run={pattern}: matches no run directory with a checkpoint"
-        for path in found:
-            if not Path(path).is_dir():
-                yield f"run={path}: there is no such run directory"
-            elif not steps(path):
-                yield f"run={path}: holds no checkpoint"
-            elif isinstance(which, int):
-                if which not in steps(path):
-                    yield f"checkpoint={which}: {path} has checkpoints of steps {', '.join(map(str, steps(path)))}"
-            else:
-                try:
-                    newest(path)
-                except UserError as error:
-                    yield from str(error).splitlines()
-                else:
-                    if which == "best" and best(path) is None:
-                        yield f"checkpoint=best: no checkpoint of {path} was evaluated on valid at its very step"
+
+
+def run_dirs(patterns: list[str]) -> list[str]:
+    from txl_dist.engine import checkpoint  # torch: seconds to import, and `prepare` never needs it
+
+    return checkpoint.run_dirs(patterns)
+
+
+def run_problems(path: str, which: Which) -> Iterator[str]:
+    """Say why a run's checkpoint cannot be read."""
+    from txl_dist.engine.checkpoint import best, newest, steps
+
+    if not Path(path).is_dir():
+        hint = "; a list is given as run=[one,other]" if "," in path else ""
+        yield f"run={path}: there is no such run directory{hint}"
+    elif not steps(path):
+        yield f"run={path}: holds no checkpoint"
+    elif isinstance(which, int):
+        if which not in steps(path):
+            yield f"checkpoint={which}: {path} has checkpoints of steps {', '.join(map(str, steps(path)))}"
+    else:
+        try:
+            newest(path)
+        except UserError as error:
+            yield from str(error).splitlines()
+        else:
+            if which == "best" and best(path) is None:
+                yield (
+                    f"checkpoint=best: no checkpoint of {path} was evaluated on valid at its very step; "
+                    "leave it out for the newest"
+                )
 
 
 @check(ConvertJob)
@@ -453,9 +486,9 @@ def conversion_has_one_direction(
         yield "from, to: give one of them: from=PATH imports a model as the run, to=FOLDER exports the run"
         return
     key, target = ("run", run) if from_ else ("to", to)
-    if (place := Path(str(target)).expanduser()).exists() and not (place.is_dir() and not any(place.iterdir())):
+    if (place := Path(str(target))).exists() and not (place.is_dir() and not any(place.iterdir())):
         yield f"{key}={target}: is there already, and nothing is overwritten; give another folder"
-    if from_ is not None and not Path(from_).expanduser().exists():
+    if from_ is not None and not Path(from_).exists():
         yield f"from={from_}: there is no such file or folder"
     if to is not None:
         given = {"tokenizer_from": tokenizer_from, "model.cutoffs": model.cutoffs, "model.pre_lnorm": model.pre_lnorm}
@@ -467,7 +500,7 @@ def conversion_has_one_direction(
 @check(ConvertJob)
 def exported_run_is_there(run: str, to: str | None, checkpoint: Which) -> Iterator[str]:
     if to is not None:
-        yield from runs_are_there([run], checkpoint)
+        yield from run_problems(run, checkpoint)
 
 
 @check(EvaluateJob)

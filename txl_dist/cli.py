@@ -6,64 +6,112 @@ one screen, once, and ends every rank with exit code 2.
 
 import contextlib
 import ctypes
+import io
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from txl_dist.check import read
-from txl_dist.errors import ConfigError, RunError, UserError, first_line, told
+from txl_dist.errors import ConfigError, RunError, UserError, describe_os_error, first_line, told
+from txl_dist.overrides import CONF, CommandLine
 from txl_dist.placement import placement
 from txl_dist.preemption import wait_for_signal
 
 Job = TypeVar("Job")
-
-PACKAGE = Path(__file__).resolve().parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-
-# The keys whose values are texts, and what is Hydra's grammar all the same: a quoted text, and a list of prompts.
-TEXTS = {
-    "prompt": re.compile(r"""\[.*\]|(['"])((?!\1).)*\1""", re.DOTALL),
-    "text": re.compile(r"""(['"])((?!\1).)*\1""", re.DOTALL),
-}
 
 # Seconds that a rank waits before it tells an error. Where another has stopped, and said why, the connections to it
 # break; the launcher ends this rank in the meantime.
 FAREWELL = 10
 PARTING = 30  # seconds that a rank which ends with all others waits for them
 
-# What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
-OURS = [
-    "hydra.run.dir=.",
-    "hydra.output_subdir=null",
-    "hydra/job_logging=disabled",
-    "hydra/hydra_logging=disabled",
-    "hydra/help=txl_dist",
-]
-
 
 def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
     """Run one entry point: compose conf/`name`.yaml with the command line's overrides, check it, call `run`."""
-    given = [each for each in sys.argv[1:] if not each.startswith("--local_rank=")]  # deepspeed adds it, and LOCAL_RANK
-    sys.argv[1:] = [*map(spell_out, given), *OURS]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors whole, and they are told here like all others
-
-    @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
-    def job(config: DictConfig) -> None:
-        with mistakes_told():
-            run(read(schema, OmegaConf.to_container(config, resolve=True)))
-
+    sys.stdout = Output.replace(sys.stdout)
     keep_freed_memory()
     with mistakes_told():
         placement()  # a wrong one is told before all else
-        job()
+        line = CommandLine(sys.argv[1:])
+        sys.argv[1:] = line.for_hydra()
+        composing = True
+
+        @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
+        def job(config: DictConfig) -> None:
+            nonlocal composing
+            with mistakes_told():
+                with line.errors_described():
+                    values = OmegaConf.to_container(config, resolve=True)
+                composing = False
+                run(read(schema, values))
+                composing = True  # the next one of a sweep
+
+        with line.errors_described(lambda: composing):
+            job()
+
+
+class OutputFailed(Exception):
+    """Standard output cannot be written; the cause is the OSError."""
+
+
+class Output(io.TextIOWrapper):
+    """Standard output: what its encoding lacks, lone surrogates of file names among it, is written as an escape."""
+
+    @classmethod
+    def replace(cls, stream: TextIO | None) -> TextIO | None:
+        """Return the stream anew as an Output; one that is closed, or no file, stays."""
+        if not isinstance(stream, io.TextIOWrapper):
+            return stream
+        encoding, buffered = stream.encoding, stream.line_buffering
+        return cls(stream.detach(), encoding, "backslashreplace", line_buffering=buffered)
+
+    def write(self, text: str) -> int:
+        with failure_marked():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with failure_marked():
+            super().flush()
+
+
+@contextlib.contextmanager
+def failure_marked() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputFailed from error
+
+
+def flush_output() -> None:
+    if sys.stdout is not None:  # it is closed
+        sys.stdout.flush()
+
+
+def end_without_output(cause: BaseException | None) -> NoReturn:
+    """End with exit code 1: quietly where the reader of standard output has left (`... | head`), else with a reason."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+    if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):
+        print(f"Stopped:\n  standard output: {describe_os_error(cause)}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from None
+
+
+def read_standard_input(key: str) -> bytes:
+    """Read all of standard input, which stands in where `key` is not given.
+
+    Raises:
+        UserError: where there is none that can be read.
+    """
+    if sys.stdin is None:
+        raise UserError(f"{key}: is missing, and standard input is closed; give {key}=...")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise UserError(f"{key}: standard input cannot be read: {describe_os_error(error)}") from error
 
 
 @contextlib.contextmanager
@@ -76,12 +124,14 @@ def mistakes_told() -> Iterator[None]:
     try:
         try:
             yield
-        except (HydraException, OmegaConfBaseException) as error:
-            words = str(error).partition("Config search path")[0].split()  # of Hydra's answer, what helps
-            raise ConfigError([" ".join(words)]) from error
+            flush_output()
+        except SystemExit:
+            flush_output()
+            raise
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error) and not has_met_others():
-                raise RunError([f"there is not enough memory: {first_line(error)}"]) from error
+                lack = f"there is not enough memory: {first_line(error)}; take shorter lengths or fewer lanes"
+                raise RunError([lack]) from error
             raise
     except ConfigError as error:
         end_together(error, 2)
@@ -90,6 +140,8 @@ def mistakes_told() -> Iterator[None]:
     except UserError as error:
         print(told(error), file=sys.stderr, flush=True)
         end_process(2)
+    except OutputFailed as error:
+        end_without_output(error.__cause__)
     except KeyboardInterrupt:
         end_process(130)
     except Exception as error:
@@ -178,20 +230,3 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def spell_out(argument: str) -> str:
-    """Make an override say what its author meant.
-
-    `a.b=1` becomes `++a.b=1`, so that an unknown key reaches our check and is reported with all other problems (Hydra
-    would stop at the first). A text is no grammar of Hydra's: it is quoted, unless it is quoted already.
-    """
-    key, equals, value = argument.partition("=")
-    if not equals or argument.startswith("-"):
-        return argument
-    if key in TEXTS and not TEXTS[key].fullmatch(value):
-        quoted = value.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
-        return f"{key}='{quoted}'"
-    if key[:1] in ("+", "~") or "@" in key or key.startswith("hydra") or (CONF / key).is_dir():
-        return argument
-    return "++" + argument

@@ -1,22 +1,62 @@
 """The schema of conf/: its values' types and meanings. What else must hold of them stands in check.py."""
 
+import os
 from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, Strict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, Strict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 SCHEMA = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # a folder may be named 2024
 
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+FLOAT32_MAX = 3.4e38
+
+
+def listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def checked_path(value: str) -> str:
+    """Expand `~`; one whose user is not known is the beginning of a name."""
+    if not value.strip():
+        raise PydanticCustomError("path", "is empty; give a path")
+    if "\0" in value:
+        raise PydanticCustomError("path", "holds a NUL character; give a path")
+    path = os.path.expanduser(value)
+    return os.path.abspath(path) if path.startswith("~") else path
+
+
+def checked_run(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "run", "is not UTF-8, and safetensors opens no such file; give another name"
+        ) from None
+    return path
+
+
 # Strict: "12" in quotes is no number, and 1 is no yes.
 Yes = Annotated[bool, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Natural = Annotated[int, Strict(), Field(ge=0)]
-Positive = Annotated[float, Strict(), Field(gt=0)]
-NonNegative = Annotated[float, Strict(), Field(ge=0)]
-Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Count = Annotated[int, Strict(), Field(ge=1, le=INT64_MAX)]
+Natural = Annotated[int, Strict(), Field(ge=0, le=INT64_MAX)]
+Size = Annotated[int, Strict(), Field(ge=1, le=INT32_MAX)]  # of a dimension of tensors
+SizeOrZero = Annotated[int, Strict(), Field(ge=0, le=INT32_MAX)]
+Clamp = Annotated[int, Strict(), Field(ge=-1, le=INT32_MAX)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch takes
+Workers = Annotated[int, Strict(), Field(ge=1, le=1024)]
+Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
+NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Strict(), Field(gt=0, le=1e9, allow_inf_nan=False)]
+Texts = Annotated[list[str], BeforeValidator(listed)]
+Prompts = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
+PathStr = Annotated[str, AfterValidator(checked_path)]  # or a URL, or a glob
+RunDir = Annotated[PathStr, AfterValidator(checked_run)]
+RunDirs = Annotated[list[RunDir], Field(min_length=1), BeforeValidator(listed)]
 
 
 def step_or_best(value: object) -> object:
@@ -78,7 +118,7 @@ MIN_PIECES = 300  # of a SentencePiece vocabulary: 256 are bytes
 @dataclass(config=SCHEMA, frozen=True)
 class SentencePieceTokenizer:
     name: Literal["sentencepiece"]
-    vocab_size: Annotated[int, Strict(), Field(ge=MIN_PIECES)]
+    vocab_size: Annotated[int, Strict(), Field(ge=MIN_PIECES, le=INT32_MAX)]
     type: Literal["unigram", "bpe"]
     model: str | None
 
@@ -91,9 +131,9 @@ TokenizerConfig = Annotated[BytesTokenizer | WordTokenizer | SentencePieceTokeni
 class DatasetConfig:
     """Where a dataset goes and how it is cut into samples (tokens) and shards (samples)."""
 
-    dir: str
-    sample_tokens: Annotated[int, Strict(), Field(ge=16)]
-    shard_samples: Count
+    dir: PathStr
+    sample_tokens: Annotated[int, Strict(), Field(ge=16, le=INT32_MAX)]
+    shard_samples: Size
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -101,7 +141,7 @@ class PrepareJob:
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
     data: DatasetConfig
-    workers: Count | None
+    workers: Workers | None
 
 
 # -------------------------------------------------------------------------------------------------------- train
@@ -115,8 +155,8 @@ class RunConfig:
     but with empty memories.
     """
 
-    dir: str
-    seed: Natural
+    dir: RunDir
+    seed: Seed
     on_lane_change: Literal["refuse", "reset_memory"]
 
 
@@ -128,11 +168,11 @@ class DataConfig:
     after them is read as if a document began there. Evaluation never skips: the score of a part is a wrong number.
     """
 
-    dir: str
-    num_lanes: Count
+    dir: PathStr
+    num_lanes: Size
     order: Literal["corpus", "documents"]
     reset_memory: Literal["never", "document"]
-    workers: Count  # background threads that read ahead; they change nothing in what comes out
+    workers: Workers  # background threads that read ahead; they change nothing in what comes out
     on_error: Literal["fail", "skip_sample"] = "fail"
 
 
@@ -147,16 +187,16 @@ class ModelConfig:
     """
 
     name: Literal["transformer_xl"]
-    n_layer: Count
-    d_model: Annotated[int, Strict(), Field(ge=2, multiple_of=2)]
-    n_head: Count
-    d_head: Count
-    d_inner: Count
+    n_layer: Size
+    d_model: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX, multiple_of=2)]
+    n_head: Size
+    d_head: Size
+    d_inner: Size
     attention: Literal["relative", "shaw", "absolute", "al_rfou"] = "relative"
-    max_distance: Count = 1023  # shaw, al_rfou: the farthest distance that has an embedding of its own
-    tgt_len: Count  # tokens in a segment
-    mem_len: Natural  # hidden states remembered for each layer and lane
-    clamp_len: Annotated[int, Strict(), Field(ge=-1)]  # distances beyond are treated as this one; -1: none are
+    max_distance: Size = 1023  # shaw, al_rfou: the farthest distance that has an embedding of its own
+    tgt_len: Size  # tokens in a segment
+    mem_len: SizeOrZero  # hidden states remembered for each layer and lane
+    clamp_len: Clamp  # distances beyond are treated as this one; -1: none are
     same_length: Yes  # every token attends to mem_len tokens, itself included
     dropout: Share
     dropatt: Share  # of the attention's probabilities
@@ -165,7 +205,7 @@ class ModelConfig:
     dropout_ff: Share | None = None  # within the feed-forward sublayers; null: dropout
     dropout_output: Share | None = None  # before the softmax; null: dropout
     variational: Yes = False  # dropout and its kin drop the same numbers at all positions of a segment
-    div_val: Count  # each cluster's embedding is this much narrower than the one before
+    div_val: Size  # each cluster's embedding is this much narrower than the one before
     cutoffs: list[Count]  # the adaptive clusters' first tokens; empty: one full softmax
     tie_weights: Yes  # the softmax uses the embedding's table
     tie_projections: Yes  # ... and the tail clusters the embedding's projections
@@ -177,9 +217,9 @@ class ModelConfig:
 class LengthsConfig:
     """Lengths that may differ from training's; null: as in training."""
 
-    tgt_len: Count | None
-    mem_len: Natural | None
-    clamp_len: Annotated[int, Strict(), Field(ge=-1)] | None
+    tgt_len: Size | None
+    mem_len: SizeOrZero | None
+    clamp_len: Clamp | None
     same_length: Yes | None
 
     def of(self, model: ModelConfig) -> ModelConfig:
@@ -274,9 +314,9 @@ class GuardConfig:
 
     on_bad_step: Literal["stop", "skip", "rollback"]
     spike: Positive | None
-    window: Annotated[int, Strict(), Field(ge=2)]
+    window: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX)]
     max_bad_steps: Count
-    stall_timeout: Positive | None
+    stall_timeout: Seconds | None
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -327,27 +367,27 @@ LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 class EvaluateJob:
     """max_tokens: the first of the split. sliding_window: each token is read from the tgt_len tokens before it."""
 
-    run: Texts
+    run: RunDirs
     split: Literal["train", "valid", "test"]
     format: Literal["table", "json"]
     checkpoint: Which
-    num_lanes: Count
+    num_lanes: Size
     max_tokens: Count | None
     sliding_window: Yes
-    data_dir: str | None
+    data_dir: PathStr | None
     average: Yes
     model: LengthsConfig
 
 
 @dataclass(config=SCHEMA, frozen=True)
 class GenerateJob:
-    run: str
-    prompt: Texts | None
+    run: RunDir
+    prompt: Prompts | None
     max_tokens: Natural
     temperature: NonNegative
     top_k: Natural
-    top_p: Annotated[float, Strict(), Field(gt=0, le=1)]
-    seed: Natural
+    top_p: Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)]
+    seed: Seed
     checkpoint: Which
     average: Yes
     model: LengthsConfig
@@ -355,7 +395,7 @@ class GenerateJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class InspectJob:
-    run: str
+    run: RunDir
     checkpoint: Which
     verify: Yes
     format: Literal["table", "json"]
@@ -363,7 +403,7 @@ class InspectJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class ScoreJob:
-    run: str
+    run: RunDir
     text: str | None
     next: Natural
     format: Literal["table", "json"]
@@ -376,14 +416,14 @@ class ScoreJob:
 class ReclJob:
     """positions: tokens that are looked at, evenly spread over the split. step, max_context: in tokens."""
 
-    run: Texts
+    run: RunDirs
     split: Literal["train", "valid", "test"]
-    step: Count
-    max_context: Count
+    step: Size
+    max_context: Size
     positions: Count
-    num_lanes: Count
+    num_lanes: Size
     format: Literal["table", "json"]
-    data_dir: str | None
+    data_dir: PathStr | None
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -398,9 +438,9 @@ class ConvertedModelConfig(LengthsConfig):
 class ConvertJob:
     """One of `from_` (the user's key is `from`) and `to` is given: a model comes in as a run, or a run goes out."""
 
-    run: str
-    from_: str | None
-    to: str | None
-    tokenizer_from: str | None
+    run: RunDir
+    from_: PathStr | None
+    to: RunDir | None
+    tokenizer_from: PathStr | None
     checkpoint: Which
     model: ConvertedModelConfig

@@ -5,6 +5,7 @@ Out: a run becomes a folder that transformers 5 loads with trust_remote_code=Tru
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from txl_dist.check import model_fits_together
 from txl_dist.cli import command
+from txl_dist.commands import command_to_paste
 from txl_dist.config import ConvertJob, ModelConfig
 from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
@@ -37,10 +39,10 @@ HUB = Path(__file__).parent / "interchange" / "hub"
 def convert(job: ConvertJob) -> None:
     """Import or export; nothing is there under its name before all of it is."""
     key = "run" if job.from_ is not None else "to"
-    folder = Path(getattr(job, key)).expanduser()
+    folder = Path(getattr(job, key))
     with lock_of_new_folder(key, folder, "converting a checkpoint") as lock:
         if job.from_ is not None:
-            bring_in(job, Path(job.from_).expanduser(), folder, lock)
+            bring_in(job, Path(job.from_), folder, lock)
         else:
             send_out(job, folder, lock)
 
@@ -68,7 +70,7 @@ def bring_in(job: ConvertJob, path: Path, target: Path, lock: Lock) -> None:
         write_checkpoint(run_dir, job, source, config, weights)
     parameters = sum(map(Tensor.numel, weights.values()))
     print(f"{job.run}: {source.title}, {parameters:,} parameters, tokenizer of {tokenizer.kind}")
-    print(f"Next: python -m txl_dist.generate run={job.run}")
+    print(f"Next: {command_to_paste('python -m txl_dist.generate', run=job.run)}")
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def find_tokenizer(job: ConvertJob, source: Source) -> Tokenizer:
         UserError: where there is none, or its vocabulary has another size.
     """
     if job.tokenizer_from is not None:
-        path, key = Path(job.tokenizer_from).expanduser(), f"tokenizer_from={job.tokenizer_from}"
+        path, key = Path(job.tokenizer_from), f"tokenizer_from={job.tokenizer_from}"
         tokenizer = vocabularies.read(path) if path.is_file() else Index.open(job.tokenizer_from).tokenizer()
     elif source.tokenizer is not None:
         tokenizer, key = source.tokenizer(), f"from={job.from_}"
@@ -138,14 +140,15 @@ def write_checkpoint(
     run_dir: Path, job: ConvertJob, source: Source, config: ModelConfig, weights: dict[str, Tensor]
 ) -> None:
     """A checkpoint of step 0 that holds weights alone; no data are known that it was trained on."""
-    dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).expanduser().is_dir() else None
+    dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).is_dir() else None
+    place = {"place": os.path.abspath(dataset)} if dataset else {}
     writer = CheckpointWriter(str(run_dir), step=0, rank=0)
     writer.add("weights", weights)
     writer.commit(
         writer.files,
         state={"step": 0, "tokens": 0, "imported": {"from": str(job.from_), "title": source.title}},
         config={"model": asdict(config), "data": {"dir": dataset, "reset_memory": "never"}},
-        data={"fingerprint": None, "vocab_size": source.vocab_size},
+        data={"fingerprint": None, "vocab_size": source.vocab_size} | place,
     )
 
 
@@ -176,7 +179,8 @@ def send_out(job: ConvertJob, target: Path, lock: Lock) -> None:
             shutil.copyfile(HUB / name, folder / name)
         write_tokenizer(folder, tokenizer)
     print(f"{job.to}: step {checkpoint.step:,} of {job.run}, for transformers 5")
-    print(f'Next: AutoModelForCausalLM.from_pretrained("{job.to}", trust_remote_code=True)')
+    folder_in_quotes = json.dumps(job.to, ensure_ascii=False)
+    print(f"Next: AutoModelForCausalLM.from_pretrained({folder_in_quotes}, trust_remote_code=True)")
 
 
 def hub_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from rich.progress import track
 from rich.table import Column, Table
 
+from txl_dist.check import run_problems
 from txl_dist.cli import command
 from txl_dist.config import EvaluateJob, LengthsConfig
 from txl_dist.data.index import Index
@@ -18,6 +19,7 @@ from txl_dist.data.segments import whole_split
 from txl_dist.data.text_size import size_of_text
 from txl_dist.engine.checkpoint import run_dirs
 from txl_dist.engine.evaluation import Score, losses_in_context, perplexity, score
+from txl_dist.errors import ConfigError, UserError
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.tracking.console import PlainConsole
 from txl_dist.trained import open_data, trained_model
@@ -26,14 +28,27 @@ LENGTHS = [field.name for field in fields(LengthsConfig)]
 
 
 def evaluate(job: EvaluateJob) -> None:
-    """Print a table, or JSON, of the checkpoints' scores."""
-    told = [score_of_run(job, run) for run in run_dirs(job.run)]
+    """Print a table, or JSON, of the checkpoints' scores; of a run that cannot be evaluated its row says why."""
+    runs = run_dirs(job.run)
+    told = [score_of_run(job, runs[0])] if len(runs) == 1 else [row_of_run(job, run) for run in runs]
     if job.format == "json":
         print(json.dumps(told[0] if len(told) == 1 else told))
     elif len(told) == 1:
         show(told[0])
     else:
         compare(told)
+    if any("error" in each for each in told):
+        raise SystemExit(2)
+
+
+def row_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
+    """The score of one run of several, or `error`: why it has none."""
+    try:
+        if problems := list(run_problems(run, job.checkpoint)):
+            raise ConfigError(problems)
+        return score_of_run(job, run)
+    except UserError as error:
+        return {"run": run, "error": str(error)}
 
 
 def score_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
@@ -83,7 +98,8 @@ def by_sliding_window(job: EvaluateJob, model: TransformerXL, index: Index, toke
 
 
 def watched(steps: Any, what: str, total: int) -> Any:
-    return track(steps, what, total, console=PlainConsole(stderr=True), transient=True)
+    console = PlainConsole(stderr=True)
+    return track(steps, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def show(told: dict[str, Any]) -> None:
@@ -94,13 +110,16 @@ def show(told: dict[str, Any]) -> None:
 
 
 def compare(told: list[dict[str, Any]]) -> None:
-    """One row a run."""
+    """Print one row per run, and below the table why a run has no numbers in its row."""
     keys = ["step", "tgt_len", "mem_len", "loss", "word_perplexity", "bits_per_character"]
     columns = Column("run", overflow="fold"), *(Column(title(key), justify="right") for key in keys)
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for each in told:
-        table.add_row(each["run"], *(number(each[key]) for key in keys))
+        table.add_row(each["run"], *(number(each.get(key, "-")) for key in keys))
     PlainConsole().print(table)
+    for each in told:
+        if "error" in each:
+            print("", f"{each['run']}:", *(f"  {line}" for line in each["error"].splitlines()), sep="\n")
 
 
 def title(key: str) -> str:

@@ -1,25 +1,27 @@
 """Text that goes on from a prompt: `python -m txl_dist.generate run=RUN_DIR prompt="def main("`."""
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from txl_dist.cli import command
+from txl_dist.cli import command, read_standard_input
 from txl_dist.config import GenerateJob
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.memory import States, side_by_side
 from txl_dist.models.transformer_xl import TransformerXL
-from txl_dist.trained import trained_model, trained_tokenizer
+from txl_dist.trained import encode_text, trained_model, trained_tokenizer
+
+COLDEST = 1e-6  # below it, log-probabilities divided by the temperature leave float32: the likeliest token it is
 
 
 def generate(job: GenerateJob) -> None:
     """Print each prompt and what follows: one prompt as it comes, several one after the other."""
     model, checkpoint = trained_model(job.run, job.checkpoint, job.model, job.average)
     tokenizer = trained_tokenizer(job.run, checkpoint)
-    texts = [Text(tokenizer, prompt) for prompt in (job.prompt if job.prompt is not None else [sys.stdin.read()])]
+    prompts = job.prompt if job.prompt is not None else [read_standard_input("prompt")]
+    texts = [Text(tokenizer, prompt) for prompt in prompts]
     shown = texts if len(texts) == 1 else []
     for text in shown:
         print(text.text, end="", flush=True)
@@ -36,14 +38,19 @@ def generate(job: GenerateJob) -> None:
 class Text:
     """A prompt and what is added to it, token by token. `prompt`: its tokens, after `<eos>` as in a document."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str):
-        self.text, self.ended = prompt, False
-        self.prompt = [tokenizer.eos, *tokenizer.encode(prompt.encode(), end=False).tolist()]
+    def __init__(self, tokenizer: Tokenizer, prompt: str | bytes):
+        self.ended = False
+        self.prompt = [tokenizer.eos, *encode_text(tokenizer, prompt, "prompt")]
         # `<eos>` ends the text, unless it is the tokenizer's line end.
         self.last = tokenizer.eos if tokenizer.decode([tokenizer.eos]) == "" else None
         self.decoder = tokenizer.decoder()
-        for token in self.prompt[1:]:
-            self.decoder.feed(token)  # what comes next may depend on it: a word wants a space before it
+        # What comes next may depend on what was before: a word wants a space before it.
+        decoded = "".join(self.decoder.feed(token) for token in self.prompt[1:])
+        try:
+            self.text = prompt.decode() if isinstance(prompt, bytes) else prompt
+            self.text.encode()
+        except UnicodeError:  # of bytes that are not text, what can be shown
+            self.text = decoded
 
     def add(self, token: int) -> str:
         """The text that has become settled by one more token."""
@@ -91,7 +98,7 @@ def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[State
 
 def sample(log_probs: Tensor, job: GenerateJob, die: torch.Generator) -> int:
     """Draw from [vocab_size] log-probabilities at a temperature, among the top_k and the top_p likeliest tokens."""
-    if job.temperature == 0:
+    if job.temperature < COLDEST:
         return int(log_probs.argmax())
     ordered, tokens = (log_probs / job.temperature).log_softmax(-1).sort(descending=True)
     probabilities = ordered.exp()

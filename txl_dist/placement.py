@@ -41,6 +41,7 @@ def placement() -> Placement:
     elif SRUN[1] in os.environ:
         rank, size, local_rank = numbers(SRUN)
         if size > 1:
+            require("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
             first, port = first_host(os.environ["SLURM_STEP_NODELIST"]), port_of_step()
             return Placement(rank, size, local_rank, *meeting_point(first, port), by_srun=True)
     return Placement()
@@ -65,6 +66,27 @@ def numbers(names: tuple[str, str, str]) -> tuple[int, int, int]:
         raise UserError("\n".join(problems))
     rank, size, local_rank = (int(told[name]) for name in names)
     return rank, size, local_rank
+
+
+def require(*names: str) -> None:
+    """Raise UserError where a variable that srun sets beside the others is missing, or is not the number that it is."""
+    problems = [f"{name}: not set, but {SRUN[1]} is; {LAUNCHERS}" for name in names if not os.environ.get(name)]
+    given = {name: os.environ[name] for name in names if name.endswith("_ID") and os.environ.get(name)}
+    problems += [f"{name}={value}: must be a whole number" for name, value in given.items() if not value.isdecimal()]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def patience() -> float:
+    """Return the seconds for which processes wait for each other at the start."""
+    given = os.environ.get("TXL_DIST_PATIENCE", "600")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e9:
+        raise UserError(f"TXL_DIST_PATIENCE={given}: must be a number of seconds above 0, as 600")
+    return seconds
 
 
 def meeting_point(address: str = "", port: int = 0) -> tuple[str, int]:

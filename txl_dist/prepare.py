@@ -22,6 +22,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from txl_dist.commands import command_to_paste
 from txl_dist.config import BytesTokenizer, PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
 from txl_dist.data import corpora, published, shards, tokenizers
 from txl_dist.data.corpora import Piece, Plan
@@ -343,7 +344,8 @@ def show(folder: Path) -> None:
         table.add_row(name, *(f"{number:,}" for number in numbers))
     PlainConsole().print(table)
     print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}")
-    print(f"Next: torchrun --nproc_per_node=2 -m txl_dist.train +experiment=quickstart data.dir={folder}")
+    program = "torchrun --nproc_per_node=2 -m txl_dist.train"
+    print(f"Next: {command_to_paste(program, '+experiment=quickstart', data__dir=folder)}")
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from rich.table import Table
 from txl_dist.cli import command
 from txl_dist.config import LengthsConfig, ReclJob
 from txl_dist.data.samples import SampleReader
-from txl_dist.engine.checkpoint import newest, run_dirs
+from txl_dist.engine.checkpoint import find_checkpoint, run_dirs
 from txl_dist.engine.evaluation import losses_in_context
-from txl_dist.errors import ConfigError
+from txl_dist.errors import ConfigError, UserError
 from txl_dist.tracking.console import PlainConsole
 from txl_dist.trained import open_data, trained_model
 
@@ -35,12 +35,10 @@ def recl(job: ReclJob) -> None:
         ConfigError: where the runs are not all of the same data.
     """
     runs = run_dirs(job.run)
-    checkpoints = {run: newest(run) for run in runs}
-    fingerprints = {run: checkpoint.data["fingerprint"] for run, checkpoint in checkpoints.items() if checkpoint}
-    if others := [run for run in runs if fingerprints[run] != fingerprints[runs[0]]]:
-        raise ConfigError([f"run={run}: was trained on other data than {runs[0]}" for run in others])
+    check_data(job, runs)
     contexts = range(job.step, job.max_context + 1, job.step)
-    with Progress(console=PlainConsole(stderr=True), transient=True) as progress:
+    console = PlainConsole(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=len(runs) * sum(contexts))
         losses = [losses_of_run(job, run, contexts, lambda done: progress.advance(task, done)) for run in runs]
     table = dict(zip(runs, table_8(np.array(losses), contexts), strict=True))
@@ -48,6 +46,34 @@ def recl(job: ReclJob) -> None:
         print(json.dumps({run: dict(zip(map(str, RATIOS), row, strict=True)) for run, row in table.items()}))
     else:
         show(table)
+
+
+def check_data(job: ReclJob, runs: list[str]) -> None:
+    """Open the data of all runs before anything is computed.
+
+    Raises:
+        ConfigError: with every run whose data cannot be read, or are not those of the first one.
+    """
+    problems: list[str] = []
+    fingerprints: dict[str, str] = {}
+    for run in runs:
+        try:
+            index = open_data(run, job.data_dir, job.split, find_checkpoint(run, None))
+        except UserError as error:
+            problems += [f"run={run}: {line}" for line in str(error).splitlines()]
+            continue
+        fingerprints[run] = index.fingerprint
+        tokens = index.splits[job.split].tokens
+        if job.max_context > tokens:
+            problems.append(f"max_context={job.max_context}: the split {job.split} of {run} has {tokens:,} tokens only")
+    first = next(iter(fingerprints), None)
+    problems += [
+        f"run={run}: was trained on other data than {first}"
+        for run, fingerprint in fingerprints.items()
+        if first is not None and fingerprint != fingerprints[first]
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def losses_of_run(job: ReclJob, run: str, contexts: range, advance: Callable[[int], None]) -> list[np.ndarray]:

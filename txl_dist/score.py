@@ -4,7 +4,6 @@ In Python: `scores, after = Scorer.open("runs/mine").read("It was a")`; `after` 
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from math import exp
 from typing import NamedTuple
@@ -13,12 +12,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from txl_dist.cli import command
+from txl_dist.cli import command, read_standard_input
 from txl_dist.config import LengthsConfig, ScoreJob, Which
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.tracking.console import PlainConsole
-from txl_dist.trained import trained_model, trained_tokenizer
+from txl_dist.trained import encode_text, trained_model, trained_tokenizer
 
 
 class TokenScore(NamedTuple):
@@ -45,12 +44,12 @@ class Scorer:
         return cls(model, trained_tokenizer(run, checkpoint))
 
     @torch.no_grad()
-    def read(self, text: str) -> tuple[list[TokenScore], Tensor]:
+    def read(self, text: str | bytes) -> tuple[list[TokenScore], Tensor]:
         """The score of each token of a text, and log P of each token of the vocabulary to be the one after it.
 
         The latter is float32 [vocab_size], in nats.
         """
-        tokens, pieces = self.tokenizer.encode(text.encode(), end=False).tolist(), self.tokenizer.decoder()
+        tokens, pieces = encode_text(self.tokenizer, text, "text"), self.tokenizer.decoder()
         inputs, memory = torch.tensor([self.tokenizer.eos, *tokens]), self.model.empty_cache(1)
         length = self.model.config.tgt_len
         found: list[float] = []
@@ -68,9 +67,8 @@ class Scorer:
 def score(job: ScoreJob) -> None:
     """Print a table, or one JSON object."""
     scorer = Scorer.open(job.run, job.checkpoint, job.model, job.average)
-    text = job.text if job.text is not None else sys.stdin.read()
-    scores, after = scorer.read(text)
-    log_probs, tokens = after.topk(job.next)
+    scores, after = scorer.read(job.text if job.text is not None else read_standard_input("text"))
+    log_probs, tokens = after.topk(min(job.next, len(after)))
     follow = [
         TokenScore(token, scorer.tokenizer.decode([token]), log_prob)
         for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True)

@@ -55,14 +55,28 @@ def train(job: TrainJob) -> None:
                 while not over:  # it goes back to its newest checkpoint as another start would
                     gc.collect()  # the engine of the start before, which refers to itself
                     checkpoint, over = standing(job, index, ranks)
+                    beyond = None if over else end_passed(job, checkpoint)
+                    if beyond:
+                        break
                     preemption.ask("before the model was built")
                     with out_of_memory_told(job, ranks):
                         over = over or Training(job, index, checkpoint, ranks, watchdog, preemption, lock).run()
                 preemption.finish()
-                if ranks.first:
-                    show_result(job)
+                if ranks.first and beyond:
+                    print(f"{job.run.dir}: {beyond}; nothing to do", flush=True)
+                elif ranks.first:
+                    show_result(job, index.splits)
         except Preempted as where:
             stop(where, ranks)
+
+
+def end_passed(job: TrainJob, checkpoint: Checkpoint | None) -> str | None:
+    """Say which end of training a checkpoint lies beyond; None where it lies beyond neither."""
+    step = checkpoint.step if checkpoint else 0
+    for key, end in (("train.max_steps", job.train.max_steps), ("train.stop_at", job.train.stop_at)):
+        if end is not None and step > end:
+            return f"is at step {step:,}, beyond {key}={end}"
+    return None
 
 
 class Training:
@@ -163,6 +177,7 @@ class Training:
     def save(self, valid_loss: float | None, **more: Any) -> None:
         index = self.index
         data = {"fingerprint": index.fingerprint, "vocab_size": index.vocab_size, "tokenizer": index.tokenizer_files}
+        data |= {"place": index.store.place}
         with self.meter.saving():
             self.engine.save(data | more, valid_loss)
         self.watchdog.beat(f"the checkpoint of step {self.engine.step}")

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 
 from txl_dist import prepare as entry
 from txl_dist.check import read
-from txl_dist.cli import CONF, spell_out
 from txl_dist.config import BytesTokenizer, DatasetConfig, PrepareJob, PublishedCorpus, WordTokenizer
 from txl_dist.data import corpora, published
 from txl_dist.data.download import Download
@@ -23,6 +22,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.published import LM1B, PUBLISHED, VOCABULARY, Text
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.overrides import CONF, spell_out
 from txl_dist.prepare import prepare
 
 REPO = Path(__file__).resolve().parents[2]

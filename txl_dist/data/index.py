@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, Field
 
+from txl_dist.commands import command_to_paste
 from txl_dist.config import PublishedCorpus
 from txl_dist.data import tokenizers
+from txl_dist.data.cache import cache_folder
 from txl_dist.data.shards import (
     DOCUMENT_TABLE,
     FORMAT,
@@ -39,8 +41,8 @@ def how_to_prepare(location: str) -> str:
     """The command that makes a dataset; prepare's own names are CORPUS-TOKENIZER, each corpus with its tokenizer."""
     corpus = Path(location).name.rpartition("-")[0]
     known = ("stdlib", *get_args(get_type_hints(PublishedCorpus)["name"]))
-    chosen = f"corpus={corpus} " if corpus in known else ""
-    return f"python -m txl_dist.prepare {chosen}data.dir={location}"
+    chosen = [f"corpus={corpus}"] if corpus in known else []
+    return command_to_paste("python -m txl_dist.prepare", *chosen, data__dir=location)
 
 
 class Store:
@@ -58,6 +60,11 @@ class Store:
             check_url(location)
         self.location = location.rstrip("/") or "/"
         self.folder = Path(location).expanduser()  # of a remote dataset: its cache, once the fingerprint is known
+
+    @property
+    def place(self) -> str:
+        """The location, independent of the working directory."""
+        return self.location if self.remote else os.path.abspath(self.folder)
 
     def remedy(self, path: Path) -> str:
         return f"delete {path}, it is fetched again" if self.remote else "copy it again, or prepare it again"
@@ -89,8 +96,7 @@ class Store:
                 "copy it again, or prepare it again"
             )
         if self.remote:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            self.folder = cache / "txl_dist" / re.sub(r"\W", "", str(index.get("fingerprint")))
+            self.folder = cache_folder() / re.sub(r"\W", "", str(index.get("fingerprint")))
         return index
 
     def local(self, name: str, sha256: str) -> Path:

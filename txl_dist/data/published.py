@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from txl_dist.config import PublishedCorpus
+from txl_dist.data.cache import cache_folder
 from txl_dist.data.download import ARCHIVES, Download, difference, download, unpack
 from txl_dist.data.paths import flaw
 from txl_dist.errors import UserError
@@ -208,8 +209,7 @@ def place(config: PublishedCorpus) -> Path:
 
 
 def cache(config: PublishedCorpus) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "txl_dist" / "corpora" / config.name
+    return cache_folder() / "corpora" / config.name
 
 
 def archives(config: PublishedCorpus) -> list[Path]:

@@ -47,8 +47,8 @@ class Checkpoint:
 
     state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split,
     "valid_loss": valid/loss as evaluated at this very step, else None}
-    config: the run's whole config. data: {"fingerprint", "vocab_size", "tokenizer": file -> sha256} of what it was
-    trained on.
+    config: the run's whole config. data: {"fingerprint", "vocab_size", "tokenizer": file -> sha256, "place": absolute}
+    of what it was trained on.
     Of an imported model (txl_dist.convert): state is {"step": 0, "tokens": 0, "imported": whence}, config has `model`
     and `data` alone, and the fingerprint is None.
     """
@@ -287,7 +287,8 @@ def run_dirs(patterns: Iterable[str]) -> list[str]:
     """The run directories that paths and globs stand for; of what a glob matches only those with a checkpoint."""
     found: list[str] = []
     for pattern in patterns:
-        matches = [path for path in sorted(glob.glob(pattern)) if steps(path)] if glob.has_magic(pattern) else [pattern]
+        literal = not glob.has_magic(pattern) or Path(pattern).is_dir()  # a folder's name may hold [brackets]
+        matches = [pattern] if literal else [path for path in sorted(glob.glob(pattern)) if steps(path)]
         found += [path for path in matches if path not in found]
     return found
 

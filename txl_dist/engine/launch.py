@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 from txl_dist.engine.peers import Peer, Peers, introduce, is_loopback, ranks
 from txl_dist.errors import RunError, UserError, first_line, told
-from txl_dist.placement import Placement, placement
+from txl_dist.placement import Placement, patience, placement
 
 Value = TypeVar("Value")
 
@@ -127,8 +127,8 @@ def device_of(here: Placement) -> torch.device:
 
 def meet(here: Placement, backend: str) -> Peers:
     """Form the process group, and learn who the others are."""
-    patience = float(os.environ.get("TXL_DIST_PATIENCE", "600"))  # seconds
-    until = time.monotonic() + patience
+    seconds = patience()
+    until = time.monotonic() + seconds
     where = {"MASTER_ADDR": here.address, "MASTER_PORT": here.port or free_port()}
     who = {"RANK": here.rank, "WORLD_SIZE": here.size, "LOCAL_RANK": here.local_rank}
     os.environ.update({name: str(value) for name, value in (where | who).items()})  # DeepSpeed reads them, too
@@ -137,7 +137,7 @@ def meet(here: Placement, backend: str) -> Peers:
     def apart(why: str) -> UserError:
         return UserError(
             f"RANK={here.rank}: the WORLD_SIZE={here.size} processes did not all come to MASTER_ADDR={here.address}, "
-            f"MASTER_PORT={here.port} within {patience:.0f} seconds (TXL_DIST_PATIENCE): {why}\n"
+            f"MASTER_PORT={here.port} within {seconds:.0f} seconds (TXL_DIST_PATIENCE): {why}\n"
             "See whether all of them were started and reach that machine, and whether its port is free"
         )
 
@@ -148,9 +148,9 @@ def meet(here: Placement, backend: str) -> Peers:
         leave(2)
 
     try:
-        with time_limit(patience + GRACE, give_up):
+        with time_limit(seconds + GRACE, give_up):
             mine, first = find_first(here, until)
-            store = open_store(here, patience)
+            store = open_store(here, seconds)
             me = introduce(here.rank, mine)
             start, everyone = greet(store, me, first, here.size, until)
             peers.all.extend(everyone)

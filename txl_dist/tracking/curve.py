@@ -26,7 +26,8 @@ def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
         if points:
             axes.plot(*zip(*points, strict=True), **style)
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats a token)")
-    axes.set_title(Path(run_dir).name, parse_math=False)  # dollars in a name are not a formula
+    name = Path(run_dir).name.encode(errors="backslashreplace").decode()  # a font has no lone surrogates
+    axes.set_title(name, parse_math=False)  # nor is a dollar sign TeX
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:

@@ -3,13 +3,14 @@
 import math
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.text import Text
 
+from txl_dist.commands import command_to_paste
 from txl_dist.config import TrainJob
 from txl_dist.errors import describe_os_error, first_line
 from txl_dist.tracking.console import PlainConsole, going_on_unheard
@@ -26,8 +27,8 @@ def is_tested(job: TrainJob) -> bool:
     return last is not None and "test/loss" in last and last["step"] == job.train.max_steps
 
 
-def show_result(job: TrainJob) -> None:
-    """Draw RUN_DIR/curve.png and print the table."""
+def show_result(job: TrainJob, splits: Collection[str]) -> None:
+    """Draw RUN_DIR/curve.png and print the table. splits: of the data."""
     run_dir, lines = job.run.dir, read_metrics(job.run.dir)
     rows = [*measured(lines)]
     if lines:
@@ -41,8 +42,9 @@ def show_result(job: TrainJob) -> None:
     rows += [("W&B run", str(each)) for each in wandb_runs[-1:]]
     if lines and step < job.train.max_steps:
         rows.append(("go on", "start the same command again, without train.stop_at"))
-    rows.append(("look further", f"python -m txl_dist.evaluate run={run_dir} split=valid"))
-    rows.append(("", f'python -m txl_dist.generate run={run_dir} prompt="..."'))
+    split = next(name for name in ("valid", "test", "train") if name in splits)
+    rows.append(("look further", command_to_paste("python -m txl_dist.evaluate", run=run_dir, split=split)))
+    rows.append(("", command_to_paste("python -m txl_dist.generate", run=run_dir) + ' prompt="..."'))
     rows += [("", command) for command in wandb_sync(run_dir)]
     # Lines, not a rich table: that would cut or pad commands and paths that are longer than the screen is wide.
     texts = [Text(f"{label:<22}").append(value) for label, value in rows]
