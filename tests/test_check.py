@@ -85,7 +85,7 @@ def test_all_problems_are_told_at_once(small):
     assert len(found) == 8, found  # data.dir is looked at once the section can be read
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\rb", "a\udcffb", "a\u2028b"])
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\rb", "a\u2028b"])
 def test_a_run_dir_that_cannot_be_printed_is_refused(name):
     job = OmegaConf.create({"run": {"dir": name, "seed": 1, "on_lane_change": "refuse"}})
     with pytest.raises(ConfigError) as refused:

@@ -8,12 +8,14 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fuzz.mutators import BOMBS, DOUBLED, nested
 from safetensors.torch import save_file
 from test_convert import SHARED, WORDS, authors_names, edited, job, refused, saved, theirs
 
+from txl_dist.cli import mistakes_told
 from txl_dist.convert import convert
 from txl_dist.errors import UserError
 from txl_dist.foreign import describe, read_json, shown
@@ -182,3 +184,10 @@ def test_a_safetensors_file_and_an_index_of_parts_are_refused_in_words(tmp_path)
     for index in ({}, [], {"weight_map": 5}, {"weight_map": {"a": 5}}, {"weight_map": {"a": "/etc/passwd"}}):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert len(refused(folder, tmp_path / "run").splitlines()) == 1
+
+
+def test_a_lack_of_memory_is_told_in_words(capsys):
+    for allocate in (lambda: torch.empty(2**45), lambda: np.ones(2**40), lambda: bytes(2**45)):
+        with pytest.raises(SystemExit) as end, mistakes_told():
+            allocate()
+        assert end.value.code == 1 and "not enough memory" in capsys.readouterr().err

@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 def test_some_cases_of_each_kind_end_in_words():
     """In a process of its own: one that has threads cannot fork."""
-    command = [sys.executable, "-m", "tests.fuzz", "--seed", "1", "--cases", "50", "--minutes", "0.5"]
+    command = [sys.executable, "-m", "tests.fuzz", "--seed", "3", "--cases", "50", "--minutes", "0.5"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0 and " 0 failed" in done.stdout, done.stdout + done.stderr
     assert all(kind in done.stdout for kind in KINDS)

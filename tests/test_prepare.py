@@ -207,7 +207,7 @@ def test_workers_that_are_killed_end_it_in_words(tmp_path):
 
 
 def piece(data):
-    return corpora.Piece(corpora.Source(Path("a"), "a", None), "train", 0, data, True, True, None)
+    return corpora.Piece(corpora.Source(Path("a"), "a", None), "train", 0, data, True, True, None, False)
 
 
 def kill_yourself(pieces):

@@ -306,7 +306,7 @@ def rates_are_in_order(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> 
 @check(TrainJob)
 def run_dir_can_be_printed(run: RunConfig) -> Iterator[str]:
     """Its name stands in messages and in the commands that a run ends with."""
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in run.dir):
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in run.dir):
         yield f"run.dir={run.dir!r}: holds a line break or another control character; give a name without"
 
 
@@ -421,7 +421,7 @@ def run_is_there(run: str, checkpoint: Which) -> Iterator[str]:
 
 @check(EvaluateJob)
 def a_run_is_there(run: list[str], checkpoint: Which) -> Iterator[str]:
-    """Of several runs those that can be evaluated are; the rows of the others say why not."""
+    """Refuse runs of which none can be evaluated; where some can, the rows of the others say why not."""
     yield from globs_match(run)
     problems = [list(run_problems(path, checkpoint)) for path in run_dirs(run)]
     if all(problems):

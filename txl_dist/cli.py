@@ -19,7 +19,7 @@ from txl_dist.check import read
 from txl_dist.errors import ConfigError, RunError, UserError, describe_os_error, first_line, told
 from txl_dist.overrides import CONF, CommandLine
 from txl_dist.placement import placement
-from txl_dist.preemption import wait_for_signal
+from txl_dist.preemption import signal_within
 
 Job = TypeVar("Job")
 
@@ -173,7 +173,8 @@ def end_if_cut_off(error: RuntimeError) -> None:
     from txl_dist.engine.launch import world
 
     peers = world().peers
-    wait_for_signal(FAREWELL + peers.turn, then=lambda: end_process(1))
+    if signal_within(FAREWELL + peers.turn):
+        end_process(1)
     if broken := peers.broken(error):
         print(told(RunError(broken)), file=sys.stderr, flush=True)
         peers.end_mates()

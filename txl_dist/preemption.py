@@ -11,11 +11,12 @@ This module needs no torch, so that signals are held back while that is being im
 """
 
 import signal
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-END = signal.SIGVTALRM  # by which a rank ends the others on its host: held back, too, until the watchdog takes it
+END = signal.SIGVTALRM  # by which a rank ends the others on its host: held back, too, until the watchdog looks
 REQUEUE = 75  # the exit code that says: start the same command again (EX_TEMPFAIL of sysexits.h)
 
 
@@ -27,12 +28,20 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {END})
 
 
-def wait_for_signal(seconds: float, then: Callable[[], object]) -> None:
-    """Wait for a signal from the launcher or from a rank of this host. One that came before asks for something else."""
-    while signal.sigtimedwait(SIGNALS, 0):
-        pass
-    if signal.sigtimedwait(SIGNALS | {END}, seconds):
-        then()
+def signal_within(seconds: float) -> bool:
+    """Wait for a signal from the launcher or from a rank of this host; one that came before asks for something else."""
+    before = signal.sigpending()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if signal.sigpending() - before:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def is_to_end() -> bool:
+    """Whether another rank of this host has ended the run, and said why."""
+    return END in signal.sigpending()
 
 
 def pending() -> list[str]:

@@ -195,7 +195,7 @@ def test_a_network_that_is_cut_while_the_ranks_end_does_not_hold_them(hosts, job
     starts = hosts.start(tmp_path, *job, **halted(tmp_path, "while they end"))
     cut_then(hosts, "silent", starts, tmp_path)
     for told in ended_in_words(starts, 1):
-        assert told.count("Stopped:") == 1 and "config.yaml: Is a directory" in told, told
+        assert told.count("Stopped:") == 1 and "Is a directory" in told, told
 
 
 def test_a_process_that_dies_is_named_by_the_other_host(hosts, job, tmp_path):

@@ -72,7 +72,7 @@ def run_limited(function: Callable[[], object], log: Path) -> NoReturn:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGE_SIZE") + ADDRESSES * MIB
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         function()
         code = 0

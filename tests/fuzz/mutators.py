@@ -92,9 +92,9 @@ def json_value(value: Any, dice: Random) -> Any:
         elif kind == "key" and isinstance(container, dict):
             container[dice.choice(TEXTS)] = container.pop(key)
         elif kind == "deep":
-            container[key] = nested(dice.choice([10, 400, 900]))
+            container[key] = nested(dice.choice([10, 100, 200]))
         else:
-            container[key] = dice.choice(VALUES)
+            container[key] = copy.deepcopy(dice.choice(VALUES))  # which the next change may be within
     return value
 
 

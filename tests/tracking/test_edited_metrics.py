@@ -43,7 +43,7 @@ def test_a_line_of_anything_but_numbers_is_named_and_left_out(job, capsys, line)
     before = json.dumps(LAST | {"step": 10})
     write(job, f"{before}\n{line}\n")
     assert not is_tested(job) and [each["step"] for each in read_metrics(job.run.dir)] == [10]
-    show_result(job)
+    show_result(job, ["train", "valid"])
     told = capsys.readouterr()
     assert "10 of 20, 2,560 tokens" in told.out and "metrics.jsonl: line 2 cannot be read" in told.err
 
@@ -51,5 +51,5 @@ def test_a_line_of_anything_but_numbers_is_named_and_left_out(job, capsys, line)
 def test_numbers_that_are_not_finite_are_shown(job, capsys):
     write(job, json.dumps(LAST | {"train/loss": float("nan"), "valid/perplexity": float("inf")}) + "\n")
     assert is_tested(job)
-    show_result(job)
+    show_result(job, ["train", "valid"])
     assert "20 of 20" in capsys.readouterr().out

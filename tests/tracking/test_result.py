@@ -24,7 +24,8 @@ LINES = [
 
 
 def show(run_dir, max_steps=3):
-    show_result(SimpleNamespace(run=SimpleNamespace(dir=str(run_dir)), train=SimpleNamespace(max_steps=max_steps)))
+    job = SimpleNamespace(run=SimpleNamespace(dir=str(run_dir)), train=SimpleNamespace(max_steps=max_steps))
+    show_result(job, ["train", "valid"])
 
 
 def write(run_dir, lines=LINES):
@@ -105,14 +106,15 @@ def test_a_matplotlib_that_cannot_work_is_said(tmp_path):
     (tmp_path / "latex/matplotlibrc").write_text("text.usetex: true\n")
     code = (
         "from types import SimpleNamespace as N\nfrom txl_dist.tracking.result import show_result\n"
-        f"show_result(N(run=N(dir={str(tmp_path / 'run')!r}), train=N(max_steps=3)))"
+        f"show_result(N(run=N(dir={str(tmp_path / 'run')!r}), train=N(max_steps=3)), ['valid'])"
     )
     root = str(Path(__file__).resolve().parents[2])
+    nowhere = str(tmp_path / "cache/in")  # which is below a file
     for change, drawn in (
-        ({"MPLCONFIGDIR": str(tmp_path / "cache/in")}, True),
-        ({"HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere", "XDG_CONFIG_HOME": "/nowhere"}, True),
+        ({"MPLCONFIGDIR": nowhere}, True),
+        ({"HOME": nowhere, "XDG_CACHE_HOME": nowhere, "XDG_CONFIG_HOME": nowhere}, True),
         ({"MPLBACKEND": "nonsense"}, False),
-        ({"MATPLOTLIBRC": str(tmp_path / "latex"), "PATH": "/nowhere"}, False),
+        ({"MATPLOTLIBRC": str(tmp_path / "latex"), "PATH": nowhere}, False),
     ):
         environment = os.environ | {"PYTHONPATH": root} | change
         done = subprocess.run(

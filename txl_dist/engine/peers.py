@@ -25,7 +25,7 @@ from txl_dist.preemption import END
 
 PROBING = 5.0  # seconds that a process has to answer: two packets may be lost
 PRINTING = 0.5  # seconds that a process has for its stacks
-ENDING = 1.0  # seconds that the ranks of this host have to end by themselves
+ENDING = 2.0  # seconds that the ranks of this host have to end by themselves
 BACKLOG = 4096  # connections that nobody accepts
 CONTINUES = "The same command continues from the last checkpoint."
 SHOWN = 8  # hosts that a message names

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from txl_dist.engine.launch import World
 from txl_dist.engine.peers import CONTINUES, PRINTING
-from txl_dist.preemption import END, pending
+from txl_dist.preemption import is_to_end, pending
 
 STDERR = 2  # the file itself, whatever sys.stderr has become
 
@@ -59,11 +59,9 @@ class Watchdog:
 
     def _watch(self, timeout: float) -> None:
         tick = min(1.0, timeout / 10)
-        while not self.ended.is_set():
-            if len(self.peers.mates) == 1:
-                self.ended.wait(tick)
-            elif signal.sigtimedwait({END}, tick):
-                os._exit(1)  # another rank of this host has ended the run, and said why
+        while not self.ended.wait(tick):
+            if is_to_end():
+                os._exit(1)
             self.idle += tick
             # For the case that something in C holds Python's lock in all processes, and this thread stands still too.
             faulthandler.dump_traceback_later(2 * timeout + 30, file=STDERR, exit=True)
