@@ -84,7 +84,8 @@ def rates(tokens: int, work: Callable[[], object]) -> Rates:
 def our_training(lanes: int, **shape: Any) -> Rates:
     model = our_model(**shape).train()
     config = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer/adam.yaml"))
-    optimizer = build_optimizer(OptimizerConfig(**config), dict(model.named_parameters()))
+    parameters = dict(model.named_parameters())
+    optimizer = build_optimizer(OptimizerConfig(**config), parameters, parameters)
     tokens, reach = text(lanes, 129, shape["vocab_size"]), torch.full((lanes, 128), 10**6)
     inputs, targets, memory = tokens[:, :-1], tokens[:, 1:], model.empty_memory(lanes)
 

@@ -21,7 +21,7 @@ from txl_dist.train import Training
 with initialize_config_dir(str(CONF), version_base="1.3"):
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
         job = read(TrainJob, OmegaConf.to_container(compose("train", overrides), resolve=True))
-        training = Training(job, Index.open(job.data.dir), None, world(), Watchdog(None), Preemption(world()))
+        training = Training(job, Index.open(job.data.dir), None, world(), Watchdog(None), Preemption(world()), None)
         engine, write = training.engine, training.engine.saver._write
 
         def late(writer, step, *more, engine=engine, write=write, stop=training.stop):

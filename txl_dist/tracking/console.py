@@ -12,11 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 
+FILE_WIDTH = 1000  # characters: a table in a file is as wide as its cells, and a path in it can be searched for
+
+
 class PlainConsole(Console):
     """Prints texts as they are: to rich, the [brackets] and :colons: of a path or a token would be markup."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        if not self.is_terminal:
+            self.width = FILE_WIDTH
 
 
 @contextlib.contextmanager
