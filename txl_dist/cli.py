@@ -54,8 +54,8 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
             job()
 
 
-class OutputFailed(Exception):
-    """Standard output cannot be written; the cause is the OSError."""
+class OutputFailed(OSError):
+    """Standard output cannot be written. A run goes on without it (tracking/console.py), all else ends."""
 
 
 class Output(io.TextIOWrapper):
@@ -83,7 +83,7 @@ def failure_marked() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputFailed from error
+        raise OutputFailed(error.errno, error.strerror) from error
 
 
 def flush_output() -> None:
@@ -128,6 +128,10 @@ def mistakes_told() -> Iterator[None]:
         except SystemExit:
             flush_output()
             raise
+        except OutputFailed:
+            raise
+        except OSError as error:  # of a file that no part of ours has answered for, as on a full disk
+            raise RunError([describe_os_error(error)]) from error
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error) and not has_met_others():
                 lack = f"there is not enough memory: {first_line(error)}; take shorter lengths or fewer lanes"

@@ -4,8 +4,9 @@ A lock is a file that names its owner. It appears with its content, by a hard li
 systems, too. Whether its owner lives is known
 
     on the same machine    from the process table, so at once after a SIGKILL
-    elsewhere              from flock, where the file system shares it between hosts, else from the file's time, which
-                           the owner renews every BEAT seconds: after SILENCE seconds without that it counts as dead
+    elsewhere              it lives while flock is held; that it is not says nothing, because many file systems do not
+                           share it between hosts: then from the file's time, which the owner renews every BEAT
+                           seconds, and after SILENCE seconds without that it counts as dead
 
 A copy of a locked folder is not locked: the file in it has neither the path nor the inode that its owner gave it.
 """
@@ -15,7 +16,6 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -27,12 +27,12 @@ from threading import Event, Thread
 from uuid import uuid4
 
 from txl_dist.errors import UserError
+from txl_dist.preemption import SIGNALS
 
 BEAT = 5.0  # seconds between an owner's signs of life
 SILENCE = 60.0  # seconds without one, after which an owner on another host counts as dead
 POLL = 0.2  # seconds between attempts to take a lock
 NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}  # from file systems without them
-STOPPING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Owner:
         except OSError:
             return False
         masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd:", "ShdPnd:"))]
-        return any(mask >> (number - 1) & 1 for mask in masks for number in STOPPING)
+        return any(mask >> (number - 1) & 1 for mask in masks for number in SIGNALS)
 
 
 class InUse(UserError):

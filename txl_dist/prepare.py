@@ -47,7 +47,7 @@ def prepare(job: PrepareJob) -> None:
     """
     if "://" in job.data.dir:
         raise UserError(f"data.dir={job.data.dir}: is written to a local folder; give one, and copy it from there")
-    folder = Path(job.data.dir).expanduser()
+    folder = Path(job.data.dir)
     existing = existing_dataset(folder)
     tokenizer = given_tokenizer(job)
     problems: list[str] = []

@@ -17,10 +17,10 @@ from txl_dist.engine.launch import World
 from txl_dist.errors import ConfigError, UserError, describe_os_error
 from txl_dist.files import make_folder
 from txl_dist.lock import InUse, Lock, Owner, acquire
+from txl_dist.placement import patience
 from txl_dist.preemption import Preemption, pending
 from txl_dist.tracking.result import is_tested
 
-PATIENCE = 600  # seconds that a start waits for the one before it, which is about to end
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")  # above 0: another process may have run this before
 
 
@@ -63,7 +63,7 @@ def patiently(job: TrainJob) -> Callable[[Owner | None], bool]:
     """Return whether to wait for the owner of a run's lock, as `acquire` asks again and again."""
     restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
     stall = job.guard.stall_timeout
-    until = time.monotonic() + (PATIENCE if stall is None else min(PATIENCE, stall / 2))
+    until = time.monotonic() + (patience() if stall is None else min(patience(), stall / 2))
 
     def wait(owner: Owner | None) -> bool:
         ending = restarted or (owner is not None and owner.is_stopping())

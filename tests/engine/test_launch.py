@@ -276,6 +276,28 @@ def test_processes_that_do_not_find_each_other_are_told_so(small, tmp_path, envi
     assert "Traceback" not in start.told() and "frame #" not in start.told() and not start.run_dir.exists()
 
 
+def test_a_config_problem_of_one_rank_ends_all_of_them(small, tmp_path):
+    """As data that are not on its host. The others are past their checks, and wait for it."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [[], ["data.dir=nowhere"]]
+    starts = [
+        Start(tmp_path / f"run{rank}", [*small, *more], RANK=str(rank), LOCAL_RANK=str(rank), **together)
+        for rank, more in enumerate(places)
+    ]
+    assert [start.end() for start in starts] == [2, 2], starts[0].told() + starts[1].told()
+    assert "data.dir=nowhere: no dataset can be read here" in starts[0].told() and not starts[1].told()
+    assert "Traceback" not in starts[0].told() and not (tmp_path / "run0").exists()
+
+
+def test_a_run_goes_on_where_its_log_takes_no_more(small, metrics, tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "txl_dist.train", *small, f"run.dir={tmp_path}", "train.max_steps=3"]
+        done = subprocess.run(command, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("No space left on device; the run goes on without it") == 1
+    assert len(metrics(tmp_path)) == 4
+
+
 def test_deepspeed_launches(small, tmp_path):
     """It adds --local_rank=N to each process's command line."""
     launcher = ["-m", "deepspeed.launcher.launch", "--module", f"--world_info={WORLD_INFO}", "--master_port=29418"]

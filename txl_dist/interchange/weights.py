@@ -196,9 +196,8 @@ def check_size(tensors: Mapping[str, Tensor], parameters: Mapping[str, tuple[int
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors.values()}
     held = sum(storage.nbytes() for storage in storages.values())
     asked = sum(map(prod, parameters.values()))
-    if asked > max(
-        held, 4096
-    ):  # float16 as float32 is twice the bytes, a tied table that is not tied here is twice that
+    # A parameter is a byte at least: float16 as float32 is twice the bytes, a table that is tied there twice that.
+    if asked > max(held, 4096):
         raise ConfigError([f"the model of the config has {asked:,} parameters, but all tensors only {held:,} bytes"])
 
 

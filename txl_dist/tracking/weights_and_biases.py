@@ -94,10 +94,8 @@ class WandbRun:
 
     def finish(self, summary: dict[str, Any], preempted: bool) -> None:
         self._tell(lambda: self.run.summary.update(summary))
-        if preempted:
-            self._tell(
-                lambda: self.run.mark_preempting()
-            )  # with an exit code it is shown as preempted, not as finished
+        if preempted:  # with an exit code it is shown as preempted, not as finished
+            self._tell(lambda: self.run.mark_preempting())
         self._tell(lambda: self.run.finish(exit_code=REQUEUE if preempted else None))
         with contextlib.suppress(Exception, SystemExit):  # of a broken one, so that a run after this one has another
             self.wandb.teardown()
