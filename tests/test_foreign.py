@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fuzz.mutators import BOMBS, DOUBLED, nested
 from safetensors.torch import save_file
-from test_convert import SHARED, WORDS, authors_names, edited, job, refused, saved, theirs
 
+from tests.fuzz.mutators import BOMBS, DOUBLED, nested
+from tests.test_convert import SHARED, WORDS, authors_names, edited, job, refused, saved, theirs
 from txl_dist.cli import mistakes_told
 from txl_dist.convert import convert
 from txl_dist.errors import UserError

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from fuzz import isolate
-from fuzz.kinds import KINDS
+
+from tests.fuzz import isolate
+from tests.fuzz.kinds import KINDS
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_shards import STREAM, TRAIN, VALID, made_up, write
 
+from tests.data.test_shards import STREAM, TRAIN, VALID, made_up, write
 from txl_dist.data import shards
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader

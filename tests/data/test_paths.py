@@ -5,8 +5,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from test_corpora import made, names, text_corpus
 
+from tests.data.test_corpora import made, names, text_corpus
 from txl_dist.data import corpora
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from test_corpora import BOOK, documents, made, planned, text_corpus
 
+from tests.data.test_corpora import BOOK, documents, made, planned, text_corpus
 from txl_dist.data import corpora
 from txl_dist.errors import UserError
 

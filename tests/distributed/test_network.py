@@ -4,8 +4,8 @@ import signal
 import time
 
 import pytest
-from two_hosts import HERE, Hosts
 
+from tests.distributed.two_hosts import HERE, Hosts
 from txl_dist.engine.checkpoint import directory, open_checkpoint, steps
 from txl_dist.preemption import REQUEUE
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import MISSING, Cluster
 
+from tests.distributed.slurm_cluster import MISSING, Cluster
 from txl_dist.engine.checkpoint import steps
 
 REPO = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import wandb
-from wandb_files import told
 
+from tests.tracking.wandb_files import told
 from txl_dist.config import TrackingConfig
 from txl_dist.tracking.weights_and_biases import WandbRun, default_mode, refused_settings
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wandb_files import records, told
 
+from tests.tracking.wandb_files import records, told
 from txl_dist.preemption import REQUEUE
 
 REPO = Path(__file__).resolve().parents[2]
