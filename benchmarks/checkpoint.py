@@ -23,12 +23,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from txl_dist.check import read
+from txl_dist.checkpoint.format import directory, latest, write_manifest
 from txl_dist.cli import CONF, keep_freed_memory
-from txl_dist.config import TrainJob
+from txl_dist.config.checks import parse_config
+from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
-from txl_dist.engine.checkpoint import directory, newest, write_manifest
-from txl_dist.engine.launch import leave, world
+from txl_dist.distributed.process_group import exit_process, process_group
 from txl_dist.engine.zero import ZeroEngine
 
 TURNS, FAR = 5, 1_000_000
@@ -49,25 +49,25 @@ def waits(overrides: list[str], data: str, run_dir: str) -> dict[str, float]:
     given = [f"run.dir={run_dir}", f"data.dir={data}", "data.num_lanes=4", "model.tgt_len=64", "model.mem_len=64"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [*overrides, *given, "data.reset_memory=never"])
-    job = read(TrainJob, OmegaConf.to_container(config, resolve=True))
-    engine = ZeroEngine(job, 257, world(), None)
+    job = parse_config(TrainJob, OmegaConf.to_container(config, resolve=True))
+    engine = ZeroEngine(job, 257, process_group(), None)
     tokens = np.random.default_rng(0).integers(257, size=(4, 64))
 
     def step() -> None:
         engine.train_step(Segment(engine.step, tokens, tokens, np.full_like(tokens, 10**6)))
 
     found: dict[str, list[float]] = {"wait": [], "whole": [], "step": [], "step_meanwhile": []}
-    with engine.saver:
+    with engine.checkpointer:
         step()
         for _ in range(TURNS):
             found["step"].append(seconds(step))
             began = time.perf_counter()
             found["wait"].append(seconds(lambda: engine.save({}, None)))
-            while engine.saver.pending and not engine.saver.pending.done():
+            while engine.checkpointer.pending and not engine.checkpointer.pending.done():
                 found["step_meanwhile"].append(seconds(step))
-            engine.saver.wait()
+            engine.checkpointer.wait()
             found["whole"].append(time.perf_counter() - began)
-    size = sum(each["bytes"] for each in newest(run_dir).files.values())
+    size = sum(each["bytes"] for each in latest(run_dir).files.values())
     return {"parameters": engine.size, "bytes": size} | {name: median(each) for name, each in found.items()}
 
 
@@ -77,7 +77,7 @@ def start(data: str, run_dir: str, step: int) -> float:
     given += [f"train.max_steps={2 * FAR}", "train.eval_every=100000000", "tracking.mode=disabled"]
     command = [sys.executable, "-m", "txl_dist.train", *given]
     subprocess.run([*command, "train.stop_at=1"], check=True, capture_output=True)
-    made = newest(run_dir)
+    made = latest(run_dir)
     assert made
     manifest = json.loads((made.path / "checkpoint.json").read_text())
     manifest["state"] |= {"step": step, "tokens": step * manifest["state"]["tokens"]}
@@ -133,4 +133,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    exit_process()

@@ -27,12 +27,12 @@ from rich.progress import track
 from rich.table import Table
 
 from txl_dist.cli import CONF, keep_freed_memory
-from txl_dist.config import ModelConfig, OptimizerConfig
+from txl_dist.config.schema import ModelConfig, OptimizerConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
-from txl_dist.engine.optimization import build_optimizer
+from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.models.transformer_xl import TransformerXL
 
 TURNS = 5
@@ -86,12 +86,12 @@ def our_training(lanes: int, **shape: Any) -> Rates:
     config = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer/adam.yaml"))
     parameters = dict(model.named_parameters())
     optimizer = build_optimizer(OptimizerConfig(**config), parameters, parameters)
-    tokens, reach = text(lanes, 129, shape["vocab_size"]), torch.full((lanes, 128), 10**6)
+    tokens, lookback = text(lanes, 129, shape["vocab_size"]), torch.full((lanes, 128), 10**6)
     inputs, targets, memory = tokens[:, :-1], tokens[:, 1:], model.empty_memory(lanes)
 
     def step() -> None:
         nonlocal memory
-        loss, memory = model(inputs, targets, reach, memory)
+        loss, memory = model(inputs, targets, lookback, memory)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -119,13 +119,13 @@ def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
     """Evaluation by segments of `length`; 1: generation, each step's distribution in full."""
     model = our_model(**shape).eval()
     model.store_long_rows()
-    tokens, reach = text(lanes, length, shape["vocab_size"]), torch.full((lanes, length), 10**6)
+    tokens, lookback = text(lanes, length, shape["vocab_size"]), torch.full((lanes, length), 10**6)
     targets, memory = tokens if length > 1 else None, model.empty_cache(lanes)
 
     @torch.no_grad()
     def read() -> None:
         nonlocal memory
-        _, memory = model(tokens, targets, reach, memory)
+        _, memory = model(tokens, targets, lookback, memory)
 
     return rates(lanes * length, read)
 
@@ -183,7 +183,7 @@ def bare_loop(data: str) -> Rates:
     def step() -> None:
         nonlocal memory
         segment = next(coming)
-        loss, memory = model(*map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach)), memory)
+        loss, memory = model(*map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback)), memory)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
         optimizer.step()

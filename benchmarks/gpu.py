@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from txl_dist.cli import CONF
-from txl_dist.config import TrainJob
+from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
-from txl_dist.engine.launch import world
+from txl_dist.distributed.process_group import process_group
 from txl_dist.engine.zero import ZeroEngine
-from txl_dist.models.attend import WAYS, Distances, Sight, attend
 from txl_dist.models.flops import training_flops
+from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, RelativePositions, attend
 from txl_dist.models.transformer_xl import TransformerXL
 
 TURNS, STEPS = 5, 4
@@ -64,7 +64,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def errors(
-    way: str, dtype: torch.dtype, length: int, mem_len: int, n_head: int, d_head: int, reach: int
+    way: str, dtype: torch.dtype, length: int, mem_len: int, n_head: int, d_head: int, lookback: int
 ) -> list[float]:
     """The largest difference from float64 of the result and of the six gradients, as shares of the largest number."""
     torch.manual_seed(0)
@@ -73,14 +73,14 @@ def errors(
     query, key, value, r = (torch.randn(*shape, n_head, d_head, device=DEVICE) for shape in shapes)
     u, v = (torch.randn(n_head, d_head, device=DEVICE) for _ in range(2))
     weight = torch.randn(query.shape, device=DEVICE)
-    sees = torch.full((lanes, length), reach, device=DEVICE)
+    sees = torch.full((lanes, length), lookback, device=DEVICE)
 
     def results(way: str, dtype: torch.dtype) -> list[torch.Tensor]:
         # Rounded first, so that all compute from the same numbers.
         given = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value, r, u, v)]
         q, k, val, told, bias_u, bias_v = given
-        distances = Distances(q + bias_v, told, None)
-        out = attend(way, q + bias_u, k, val, distances, Sight(sees, mem_len, dtype), 0.0)
+        distances = RelativePositions(q + bias_v, told, None)
+        out = attend(way, q + bias_u, k, val, distances, AttentionWindow(sees, mem_len, dtype), 0.0)
         return [out, *torch.autograd.grad(out, given, weight.bfloat16().to(dtype))]
 
     pairs = zip(results(way, dtype), results("reference", torch.float64), strict=True)
@@ -94,7 +94,7 @@ def kernels() -> Table:
     )
     for shape in KERNELS:
         plain = errors("reference", torch.bfloat16, *shape)
-        for way in WAYS:
+        for way in BACKENDS:
             found = errors(way, torch.bfloat16, *shape)
             told = [f"{1000 * error:.2f}" for error in found]
             length, mem_len, n_head, d_head, _ = shape
@@ -113,13 +113,13 @@ def training(name: str, way: str, compiled: bool) -> dict[str, float]:
     keys = ["optimizer=adam", "engine.zero_stage=1", "engine.precision=bf16"]
     given = job(name, lanes, *keys, f"engine.attention={way}", f"engine.compile={str(compiled).lower()}")
     torch.cuda.reset_peak_memory_stats()
-    engine = ZeroEngine(given, vocab_size, world(), None)
+    engine = ZeroEngine(given, vocab_size, process_group(), None)
     tokens = text(lanes, given.model.tgt_len, vocab_size).numpy()
-    reach = np.full_like(tokens, 10**6)
+    lookback = np.full_like(tokens, 10**6)
 
     def steps() -> None:
         for _ in range(STEPS):
-            engine.train_step(Segment(engine.step, tokens, tokens, reach))
+            engine.train_step(Segment(engine.step, tokens, tokens, lookback))
 
     steps()
     rate = STEPS * tokens.size / median(seconds(steps) for _ in range(TURNS))
@@ -145,13 +145,13 @@ def inference(lanes: int) -> dict[str, float]:
     theirs = TransfoXLLMHeadModel(TransfoXLConfig(vocab_size=267735, d_embed=config.d_model, **shape))
     theirs = theirs.to(DEVICE, torch.bfloat16).eval()
     tokens = text(lanes, config.tgt_len, 267735)  # as evaluation does, ours sends them itself
-    given, reach = tokens.to(DEVICE), torch.full_like(tokens, 10**6, device=DEVICE)
+    given, lookback = tokens.to(DEVICE), torch.full_like(tokens, 10**6, device=DEVICE)
     memory, mems = ours.empty_cache(lanes), None
 
     def our_turn() -> None:
         nonlocal memory
         for _ in range(STEPS):
-            _, memory = ours(tokens, tokens, reach, memory)
+            _, memory = ours(tokens, tokens, lookback, memory)
 
     def their_turn() -> None:
         nonlocal mems
@@ -173,7 +173,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {"training": {}, "inference": {}}
     table = Table("", "attention by", "tokens/s", "goal", "MFU", "GiB", box=None)
     for name, (_, _, goal) in TRAINING.items():
-        for way, compiled in [*((way, False) for way in WAYS), ("triton", True)]:
+        for way, compiled in [*((way, False) for way in BACKENDS), ("triton", True)]:
             words = f"{way}, compiled" if compiled else way
             row = found["training"][f"{name}, {words}"] = training(name, way, compiled)
             mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""

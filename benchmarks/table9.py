@@ -21,8 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from txl_dist.cli import CONF
-from txl_dist.config import ModelConfig
-from txl_dist.engine.evaluation import losses_in_context
+from txl_dist.config.schema import ModelConfig
+from txl_dist.evaluation.likelihood import losses_in_context
 from txl_dist.models.transformer_xl import TransformerXL
 
 PAPER = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}  # how many times as fast, by the length of attention
@@ -55,12 +55,12 @@ def measure(length: int) -> dict[str, float]:
     stream = np.random.default_rng(0).integers(VOCAB, size=length + 1)
     position = np.array([length])
     tokens = torch.randint(VOCAB, (1, SEGMENT), device=device)
-    reach = torch.full((1, SEGMENT), 10 * length, device=device)
+    lookback = torch.full((1, SEGMENT), 10 * length, device=device)
     memory = with_memory.empty_cache(1)
     times: dict[str, list[float]] = {"vanilla": [], "memory": []}
     for turn in range(TURNS + 1):
         window = seconds(lambda: losses_in_context(vanilla, stream, position, length, eos=0))
-        segment = seconds(lambda: with_memory(tokens, tokens, reach, memory)) / SEGMENT
+        segment = seconds(lambda: with_memory(tokens, tokens, lookback, memory)) / SEGMENT
         if turn:  # the first warms up
             times["vanilla"].append(window)
             times["memory"].append(segment)

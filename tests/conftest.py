@@ -12,10 +12,10 @@ import torch
 from hypothesis import settings
 from omegaconf import OmegaConf
 
+from txl_dist.checkpoint.format import latest
 from txl_dist.cli import CONF
-from txl_dist.config import ModelConfig
+from txl_dist.config.schema import ModelConfig
 from txl_dist.data.index import Index
-from txl_dist.engine.checkpoint import newest
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -54,10 +54,10 @@ def run():
 def corpus(tmp_path_factory):
     """A folder of 60 small documents in a made-up language, each with words of its own to remember."""
     folder = tmp_path_factory.mktemp("corpus")
-    dice = random.Random(1)
+    rng = random.Random(1)
     for number in range(60):
-        names = ["".join(dice.choices("abcdefgh", k=4)) for _ in range(5)]
-        lines = (" ".join(dice.choices(["the", "and", "of", *names], k=8)) for _ in range(dice.randint(5, 30)))
+        names = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(5)]
+        lines = (" ".join(rng.choices(["the", "and", "of", *names], k=8)) for _ in range(rng.randint(5, 30)))
         (folder / f"{number:03d}.txt").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -137,9 +137,9 @@ def check_identical(metrics):
             for run_dir in (one, other)
         )
         assert mine == theirs
-        assert newest(one).state == newest(other).state
+        assert latest(one).state == latest(other).state
         for kind in ("weights", "optimizer", "memory"):
-            found, wanted = newest(one).tensors(kind), newest(other).tensors(kind)
+            found, wanted = latest(one).tensors(kind), latest(other).tensors(kind)
             assert found.keys() == wanted.keys()
             assert not [name for name in found if not torch.equal(found[name], wanted[name])], kind
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from txl_dist.cli import mistakes_told
+from txl_dist.cli import errors_reported
 from txl_dist.data.index import how_to_prepare
 from txl_dist.tracking.result import show_result
 
@@ -93,6 +93,6 @@ def test_flags_may_come_after_the_overrides(run):
 
 def test_what_the_operating_system_refuses_is_no_trace(capsys):
     """Whichever file it was, also where nothing else has answered for it."""
-    with pytest.raises(SystemExit) as end, mistakes_told():
+    with pytest.raises(SystemExit) as end, errors_reported():
         Path("/proc/none/such").write_text("")
     assert end.value.code == 1 and "/proc/none/such: No such file or directory" in capsys.readouterr().err

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
-from txl_dist.check import read
-from txl_dist.config import ConvertJob, GenerateJob, LengthsConfig
+from txl_dist.checkpoint.format import latest
+from txl_dist.config.checks import parse_config
+from txl_dist.config.schema import ConvertJob, GenerateJob, LengthsConfig
 from txl_dist.convert import convert
 from txl_dist.data import tokenizers
-from txl_dist.engine.checkpoint import newest
 from txl_dist.errors import UserError
 from txl_dist.generate import continuations
-from txl_dist.trained import trained_model
+from txl_dist.runs.load import load_model
 
 VOCAB, LANES = 50, 3
 WORDS = ["<eos>", *(f"w{i}" for i in range(VOCAB - 2)), "<unk>"]  # with `<unk>` at another place than we would put it
@@ -37,7 +37,7 @@ LENGTHS = dict.fromkeys(["tgt_len", "mem_len", "clamp_len", "same_length", "cuto
 def job(**values):
     given = {"from": None, "to": None, "tokenizer_from": None, "checkpoint": None}
     texts = {key: value if value is None else str(value) for key, value in values.items() if key != "model"}
-    return read(ConvertJob, given | texts | {"model": LENGTHS | values.get("model", {})})
+    return parse_config(ConvertJob, given | texts | {"model": LENGTHS | values.get("model", {})})
 
 
 def bring_in(source, run_dir, **values):
@@ -53,11 +53,11 @@ def refused(*args, **values):
 
 def model_of(run_dir, **lengths):
     given = LengthsConfig(**(dict(tgt_len=None, mem_len=None, clamp_len=None, same_length=None) | lengths))
-    return trained_model(str(run_dir), None, given)[0]
+    return load_model(str(run_dir), None, given)[0]
 
 
 def weights_of(run_dir):
-    return newest(run_dir).tensors("weights")
+    return latest(run_dir).tensors("weights")
 
 
 def assert_same(mine, theirs):
@@ -120,7 +120,7 @@ def test_losses_with_memory_are_hugging_faces(case, safe, tmp_path):
     for step in range(5):
         inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=50 + step)
         read = model.config.mem_len + 5 * step
-        nll, memory = model(inputs, targets, torch.arange(read, read + 5).expand(LANES, 5), memory)
+        nll, memory = model(inputs, targets, torch.arange(parse_config, read + 5).expand(LANES, 5), memory)
         output = reference(inputs, mems=mems)
         mems = output.mems
         expected = -output.prediction_scores.gather(-1, targets[..., None]).squeeze(-1)
@@ -660,7 +660,7 @@ def exported(runs, transformers5, tmp_path_factory):
         case = place / name.replace(" ", "_").replace(",", "")
         case.mkdir()
         convert(job(run=run_dir, to=case / "folder"))
-        size = newest(run_dir).data["vocab_size"]
+        size = latest(run_dir).data["vocab_size"]
         stream = torch.randint(size, (LANES, LONG), generator=torch.Generator().manual_seed(3))
         save_file({"stream": stream}, case / "input.safetensors")
         (case / "texts.json").write_text(json.dumps(TEXTS))
@@ -689,8 +689,8 @@ def log_probs(model, stream):
     """Of ours, read in segments from an empty memory."""
     memory, start, out = model.empty_memory(len(stream)), 0, []
     for segment in stream.split(model.config.tgt_len, dim=1):
-        reach = torch.arange(start, start + segment.size(1)).expand_as(segment)
-        found, memory = model(segment, None, reach, memory)
+        lookback = torch.arange(start, start + segment.size(1)).expand_as(segment)
+        found, memory = model(segment, None, lookback, memory)
         out.append(found)
         start += segment.size(1)
     return torch.cat(out, dim=1)
@@ -700,7 +700,7 @@ def test_transformers_5_finds_our_numbers(case):
     run_dir, place, found, _ = case
     stream = load_file(place / "input.safetensors")["stream"]
     expected = log_probs(model_of(run_dir), stream)
-    assert newest(run_dir).config["model"]["mem_len"] + newest(run_dir).config["model"]["tgt_len"] < LONG
+    assert latest(run_dir).config["model"]["mem_len"] + latest(run_dir).config["model"]["tgt_len"] < LONG
     assert (found["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (found["pieces"] - found["logits"]).abs().max() <= 1e-5 * expected.abs().max()
     loss = -expected[:, :-1].gather(-1, stream[:, 1:, None]).mean()
@@ -736,9 +736,9 @@ def test_the_tokenizer_is_ours(case):
 def test_weights_come_back_to_the_bit(case, tmp_path):
     """What is exported, and what transformers 5 has saved of it, imported again."""
     run_dir, place, _, facts = case
-    before = newest(run_dir)
+    before = latest(run_dir)
     for name in ("folder", "again"):
-        after = newest(bring_in(place / name, tmp_path / name))
+        after = latest(bring_in(place / name, tmp_path / name))
         assert_same(after.tensors("weights"), before.tensors("weights"))
         assert after.config["model"] == before.config["model"]
         assert after.data["vocab_size"] == before.data["vocab_size"]
@@ -766,7 +766,7 @@ def test_other_attention_is_not_exported(run, small, tmp_path):
 
 def test_a_damaged_checkpoint_is_not_exported(runs, tmp_path):
     shutil.copytree(runs["full softmax"], tmp_path / "run")
-    path = next(newest(tmp_path / "run").path.glob("weights-*"))
+    path = next(latest(tmp_path / "run").path.glob("weights-*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from txl_dist.check import read
-from txl_dist.config import GenerateJob, LengthsConfig
-from txl_dist.engine.checkpoint import find_checkpoint, newest, steps
+from txl_dist.checkpoint.format import find_checkpoint, latest, steps
+from txl_dist.config.checks import parse_config
+from txl_dist.config.schema import GenerateJob, LengthsConfig
 from txl_dist.errors import UserError
 from txl_dist.generate import generate
-from txl_dist.trained import trained_model
+from txl_dist.runs.load import load_model
 
 HERE = Path(__file__).parent
 LENGTHS = LengthsConfig(None, None, None, None)
@@ -289,7 +289,7 @@ def test_the_run_goes_on_from_the_newest_whole_checkpoint(gone_on, whole, metric
         "step-000000015",
         "step-000000020",
     ]
-    one, two = newest(whole), newest(folder / name, contents=True)
+    one, two = latest(whole), latest(folder / name, contents=True)
     assert (one.step, one.state, one.data) == (two.step, two.state, two.data)
     for kind in ("weights", "optimizer", "memory"):
         mine, theirs = two.tensors(kind), one.tensors(kind)
@@ -382,7 +382,7 @@ def test_metrics_that_cannot_be_kept_end_the_run(copy, run, job, full_disk):
     (copy / "metrics.jsonl").symlink_to(full_disk / "metrics")
     told = refused(run, *job, f"run.dir={copy}", expect=1)
     assert f"{copy / 'metrics.jsonl'}: cannot be written: No space left on device" in told
-    assert newest(copy, contents=True).step == 15
+    assert latest(copy, contents=True).step == 15
 
 
 # ------------------------------------------------------------------------------------ those who ask a trained run
@@ -390,13 +390,13 @@ def test_metrics_that_cannot_be_kept_end_the_run(copy, run, job, full_disk):
 
 def test_the_newest_that_is_damaged_is_passed_over_and_named(copy, capsys, whole):
     (copy / NEWEST / OPTIMIZER).unlink()
-    model, checkpoint = trained_model(str(copy), None, LENGTHS)
+    model, checkpoint = load_model(str(copy), None, LENGTHS)
     assert checkpoint.step == 10 and f"step 15 passed over: {copy / NEWEST / OPTIMIZER}" in capsys.readouterr().err
     kept = checkpoint.tensors("weights")
     assert all(torch.equal(kept[name], each) for name, each in model.named_parameters() if each.is_contiguous())
     assert find_checkpoint(str(copy), "best").step == 10  # the one evaluated at its very step
     with pytest.raises(UserError, match=OPTIMIZER):
-        trained_model(str(copy), 15, LENGTHS)
+        load_model(str(copy), 15, LENGTHS)
 
 
 def test_a_checkpoint_that_is_asked_for_and_damaged_is_named(copy, run):
@@ -415,4 +415,4 @@ def test_a_damaged_tokenizer_is_named(copy, harm):
     given = dict.fromkeys(["tgt_len", "mem_len", "clamp_len", "same_length"])
     job = {"run": str(copy), "prompt": "the", "max_tokens": 1, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 1}
     with pytest.raises(UserError, match="tokenizer"):
-        generate(read(GenerateJob, job | {"checkpoint": None, "average": False, "model": given}))
+        generate(parse_config(GenerateJob, job | {"checkpoint": None, "average": False, "model": given}))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.config import LengthsConfig
+from txl_dist.checkpoint.format import directory, latest, open_checkpoint
+from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
-from txl_dist.engine.checkpoint import directory, newest, open_checkpoint
 from txl_dist.errors import ConfigError
-from txl_dist.trained import no_average, place_of_data, trained_model
+from txl_dist.runs.load import load_model, no_average, place_of_data
 
 LENGTHS = LengthsConfig(None, None, None, None)
 
@@ -51,7 +51,7 @@ def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
     tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
     inputs = torch.cat([torch.full((1, 1), index.eos), tokens[:, :-1]], dim=1)
     lengths = LengthsConfig(total, 0, None, None)
-    model, _ = trained_model(str(trained), None, lengths)
+    model, _ = load_model(str(trained), None, lengths)
     with torch.no_grad():
         nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
     for tgt_len in (16, 50):
@@ -148,7 +148,7 @@ def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_rows(run, traine
 
 
 def test_the_data_are_found_from_any_folder(trained, dataset, tmp_path):
-    checkpoint = newest(str(trained))
+    checkpoint = latest(str(trained))
     assert checkpoint.data["place"] == str(dataset)
     moved = {"place": f"{tmp_path}/gone"}
     here = replace(checkpoint, config={"data": {"dir": str(tmp_path)}})
@@ -190,7 +190,7 @@ def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_pat
     every = ["checkpoint.every=1", "checkpoint.keep_last=20", "optimizer.average_from=18"]
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", *every)
     kept = [open_checkpoint(directory(tmp_path / "run", step)).tensors("weights") for step in (18, 19, 20)]
-    model, checkpoint = trained_model(str(tmp_path / "run"), None, LENGTHS, average=True)
+    model, checkpoint = load_model(str(tmp_path / "run"), None, LENGTHS, average=True)
     parameters = dict(model.named_parameters())
     for name, value in checkpoint.tensors("weights").items():
         mean = torch.stack([weights[name] for weights in kept]).mean(0)
@@ -203,7 +203,7 @@ def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_pat
 def test_an_average_that_was_not_kept_is_refused(run, trained):
     done = run("txl_dist.evaluate", f"run={trained}", "average=true", expect=2)
     assert "optimizer.average_from" in done.stderr and "Traceback" not in done.stderr
-    checkpoint = newest(str(trained))
+    checkpoint = latest(str(trained))
     assert "only a run that was started with" in no_average(checkpoint)
     later = {"optimizer": {"average_from": 41}}
     assert "keeps them from step 41 on" in no_average(replace(checkpoint, config=later))

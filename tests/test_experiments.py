@@ -6,9 +6,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
-from txl_dist.check import model_fits_together
 from txl_dist.cli import CONF
-from txl_dist.config import TrainJob
+from txl_dist.config.checks import model_fits_together
+from txl_dist.config.schema import TrainJob
 from txl_dist.models.transformer_xl import TransformerXL
 
 # Millions of parameters, of all and of the layers alone, as published; and the vocabulary.

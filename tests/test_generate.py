@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from txl_dist.config import GenerateJob, LengthsConfig
+from txl_dist.config.schema import GenerateJob, LengthsConfig
 from txl_dist.data.tokenizers import BytesTokenizer, WordTokenizer
 from txl_dist.errors import UserError
 from txl_dist.generate import Text, continuations, sample
-from txl_dist.trained import trained_model
+from txl_dist.runs.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def job(run_dir, **changes):
 
 def tokens(run_dir, prompts, count=30, **changes):
     asked = job(run_dir, **changes)
-    model, _ = trained_model(asked.run, asked.checkpoint, asked.model)
+    model, _ = load_model(asked.run, asked.checkpoint, asked.model)
     stream = continuations(model, prompts, asked)
     return [list(lane) for lane in zip(*(next(stream) for _ in range(count)), strict=True)]
 
@@ -34,7 +34,7 @@ def tokens(run_dir, prompts, count=30, **changes):
 def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained):
     prompt = [256, *b"the and of the"]
     (generated,) = tokens(trained, [prompt])
-    model, _ = trained_model(str(trained), None, job(trained).model)
+    model, _ = load_model(str(trained), None, job(trained).model)
     whole = torch.tensor([[*prompt, *generated]])
     with torch.no_grad():
         log_probs, _ = model(whole, None, torch.arange(whole.size(1))[None], model.empty_memory(1))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from txl_dist.engine.checkpoint import newest
+from txl_dist.checkpoint.format import latest
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def pipelined(run, small, tmp_path_factory):
 
 def test_json_tells_what_is_in_the_files(pipelined, run):
     told = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "verify=true").stdout)
-    checkpoint = newest(pipelined)
+    checkpoint = latest(pipelined)
     assert (told["step"], told["max_steps"], told["tokens"], told["other_steps"]) == (20, 20, 20 * 8 * 16, [10])
     assert (told["num_lanes"], told["tgt_len"], told["lanes_since"]) == (8, 16, 0)
     by = told["written_by"]
@@ -46,7 +46,7 @@ def test_the_best_is_that_of_the_least_loss_in_valid(pipelined, run, metrics):
 
 
 def test_damage_is_told(pipelined, run):
-    path = next((newest(pipelined).path).glob("memory-*"))
+    path = next((latest(pipelined).path).glob("memory-*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

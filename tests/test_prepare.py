@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from txl_dist import prepare as entry
-from txl_dist.config import (
+from txl_dist.config.schema import (
     BytesTokenizer,
     DatasetConfig,
     PrepareJob,
@@ -24,8 +24,8 @@ from txl_dist.config import (
     TextCorpus,
     WordTokenizer,
 )
-from txl_dist.data import corpora
 from txl_dist.data.index import Index
+from txl_dist.data.preparing import corpora
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError, RunError, UserError
 from txl_dist.prepare import Work, prepare
@@ -179,7 +179,7 @@ def test_two_at_once_make_one_dataset(tmp_path):
     assert sorted("Nothing to do" in out for out, _ in outputs) == [False, True]
     assert "preparing a dataset since" in "".join(err for _, err in outputs)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["data"]
-    assert not Index.open(str(tmp_path / "deep" / "data")).damages()
+    assert not Index.open(str(tmp_path / "deep" / "data")).validate()
 
 
 def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_path, monkeypatch):

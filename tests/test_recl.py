@@ -7,11 +7,11 @@ import numpy as np
 from txl_dist.recl import table_8
 
 
-def losses(reach, contexts, positions=100, hard=20):
+def losses(lookback, contexts, positions=100, hard=20):
     """A model whose loss of the hard tokens falls by 0.05 a context up to `reach`, and whose other losses are 1."""
     found = np.ones((len(contexts), positions))
     for i, context in enumerate(contexts):
-        found[i, :hard] = 5 - 0.05 * (min(context, reach) // contexts.step)
+        found[i, :hard] = 5 - 0.05 * (min(context, lookback) // contexts.step)
     return found
 
 

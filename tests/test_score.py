@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.config import LengthsConfig
+from txl_dist.config.schema import LengthsConfig
 from txl_dist.score import Scorer
 
 TEXT = "the and of the\nabcd"

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.config import LengthsConfig
+from txl_dist.checkpoint.format import latest
+from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
-from txl_dist.engine.checkpoint import newest
-from txl_dist.trained import trained_model
+from txl_dist.runs.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(trained, run, small, 
     for key in ("step", "train/loss", "valid/loss", "test/loss"):
         told = [[line[key] for line in metrics(each) if key in line] for each in (whole, tmp_path / "run")]
         assert told[0] == told[1], key
-    one, two = (newest(each).tensors("weights") for each in (whole, tmp_path / "run"))
+    one, two = (latest(each).tensors("weights") for each in (whole, tmp_path / "run"))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -130,8 +130,8 @@ def test_other_lanes_go_on_from_the_same_share_of_the_epoch(run, small, metrics,
     lines = [line for line in metrics(changed) if "train/loss" in line]
     tokens = 10 * 8 * 16
     assert [line["tokens"] for line in lines[10:]] == [tokens + step * 4 * 24 for step in range(1, 11)]
-    assert newest(changed).state["origin"] == {"step": 10, "tokens": tokens}
-    memory = newest(changed).tensors("memory")
+    assert latest(changed).state["origin"] == {"step": 10, "tokens": tokens}
+    memory = latest(changed).tensors("memory")
     assert memory.keys() == {f"layer.{layer}.lane.{lane}" for layer in range(2) for lane in range(4)}
     assert {tuple(each.shape) for each in memory.values()} == {(30, 32)}
 
@@ -139,20 +139,20 @@ def test_other_lanes_go_on_from_the_same_share_of_the_epoch(run, small, metrics,
     assert [line["train/loss"] for line in metrics(parts) if "train/loss" in line] == [
         line["train/loss"] for line in lines
     ]
-    assert all(torch.equal(each, newest(parts).tensors("memory")[name]) for name, each in memory.items())
+    assert all(torch.equal(each, latest(parts).tensors("memory")[name]) for name, each in memory.items())
 
     # By hand: the same weights, new memories, and each lane at its share of the text.
     run("txl_dist.train", *still, f"run.dir={fresh}", "train.stop_at=1")
-    model, _ = trained_model(str(fresh), None, LengthsConfig(24, 30, None, None))
+    model, _ = load_model(str(fresh), None, LengthsConfig(24, 30, None, None))
     index = Index.open(str(dataset))
     stream = SampleReader(index, "train")
     size, memory = index.splits["train"].tokens, model.empty_memory(4)
     for step in range(10):
         begins = [lane * size // 4 + tokens // 4 + step * 24 for lane in range(4)]
         read = torch.tensor(np.stack([stream.tokens(begin - 1, 25) for begin in begins]).astype(np.int64))
-        reach = torch.arange(step * 24, step * 24 + 24).expand(4, -1)
+        lookback = torch.arange(step * 24, step * 24 + 24).expand(4, -1)
         with torch.no_grad():
-            loss, memory = model(read[:, :-1], read[:, 1:], reach, memory)
+            loss, memory = model(read[:, :-1], read[:, 1:], lookback, memory)
         assert lines[10 + step]["train/loss"] == pytest.approx(loss.mean().item(), rel=1e-5), step
 
 
@@ -227,12 +227,12 @@ def test_only_the_second_half_counts_where_it_is_asked_for(run, small, metrics, 
     still = [*small, "optimizer.lr=1e-30", "train.loss=second_half", "train.stop_at=3", f"run.dir={tmp_path}"]
     run("txl_dist.train", *still)
     told = [line["train/loss"] for line in metrics(tmp_path) if "train/loss" in line]
-    model, _ = trained_model(str(tmp_path), None, LengthsConfig(None, None, None, None))
+    model, _ = load_model(str(tmp_path), None, LengthsConfig(None, None, None, None))
     index = Index.open(str(dataset))
     plan = LanePlan(index.splits["train"].document_starts, 8, 16, seed=1)
     memory = model.empty_memory(8)
     for segment in Segments(plan, SampleReader(index, "train"), range(8), index.eos, 0, 3):
-        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach))
+        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))
         with torch.no_grad():
             nats, memory = model(*arrays, memory)
         assert told[segment.step] == pytest.approx(nats[:, 8:].mean().item(), rel=1e-5)

@@ -15,11 +15,11 @@ from typing import NoReturn, TextIO, TypeVar
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from txl_dist.check import read
-from txl_dist.errors import ConfigError, RunError, UserError, describe_os_error, first_line, told
-from txl_dist.overrides import CONF, CommandLine
-from txl_dist.placement import placement
-from txl_dist.preemption import signal_within
+from txl_dist.config.checks import parse_config
+from txl_dist.config.overrides import CONF, CommandLine
+from txl_dist.distributed.launcher import launcher_env
+from txl_dist.distributed.preemption import signal_within
+from txl_dist.errors import ConfigError, RunError, UserError, describe_os_error, first_line, format_error
 
 Job = TypeVar("Job")
 
@@ -34,8 +34,8 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors whole, and they are told here like all others
     sys.stdout = Output.replace(sys.stdout)
     keep_freed_memory()
-    with mistakes_told():
-        placement()  # a wrong one is told before all else
+    with errors_reported():
+        launcher_env()  # a wrong one is told before all else
         line = CommandLine(sys.argv[1:])
         sys.argv[1:] = line.for_hydra()
         composing = True
@@ -43,11 +43,11 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
         @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
         def job(config: DictConfig) -> None:
             nonlocal composing
-            with mistakes_told():
+            with errors_reported():
                 with line.errors_described():
                     values = OmegaConf.to_container(config, resolve=True)
                 composing = False
-                run(read(schema, values))
+                run(parse_config(schema, values))
                 composing = True  # the next one of a sweep
 
         with line.errors_described(lambda: composing):
@@ -115,7 +115,7 @@ def read_standard_input(key: str) -> bytes:
 
 
 @contextlib.contextmanager
-def mistakes_told() -> Iterator[None]:
+def errors_reported() -> Iterator[None]:
     """Turn a user's mistake into words on standard error and exit code 2, and what else ends a run into exit code 1.
 
     A mistake in the config is every rank's: they agree on what is wrong, the first tells it, and all end together. What
@@ -142,7 +142,7 @@ def mistakes_told() -> Iterator[None]:
     except RunError as error:
         end_together(error, 1)
     except UserError as error:
-        print(told(error), file=sys.stderr, flush=True)
+        print(format_error(error), file=sys.stderr, flush=True)
         end_process(2)
     except OutputFailed as error:
         end_without_output(error.__cause__)
@@ -166,21 +166,21 @@ def has_met_others() -> bool:
 def end_process(code: int) -> NoReturn:
     """End this process. One of several goes without Python's shutdown, which would wait for the others."""
     if has_met_others():
-        from txl_dist.engine.launch import leave
+        from txl_dist.distributed.process_group import exit_process
 
-        leave(code)
+        exit_process(code)
     raise SystemExit(code) from None
 
 
 def end_if_cut_off(error: RuntimeError) -> None:
     """End the ranks of this host in words, with exit code 1, where an error says that a connection broke."""
-    from txl_dist.engine.launch import world
+    from txl_dist.distributed.process_group import process_group
 
-    peers = world().peers
+    peers = process_group().peers
     if signal_within(FAREWELL + peers.turn):
         end_process(1)
     if broken := peers.broken(error):
-        print(told(RunError(broken)), file=sys.stderr, flush=True)
+        print(format_error(RunError(broken)), file=sys.stderr, flush=True)
         peers.end_mates()
         end_process(1)
 
@@ -193,35 +193,35 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
     """Tell the problems of all ranks, once, and end all ranks with an exit code."""
-    if placement().size == 1:
-        print(told(error), file=sys.stderr, flush=True)
+    if launcher_env().size == 1:
+        print(format_error(error), file=sys.stderr, flush=True)
         raise SystemExit(code) from None
     import torch.distributed as dist  # seconds to import, and only processes that are several need it
 
-    from txl_dist.engine.launch import leave, time_limit, world
+    from txl_dist.distributed.process_group import exit_process, process_group, time_limit
 
     untold = [error]
 
     def end_alone() -> None:
         for each in untold:
-            print(told(each), file=sys.stderr, flush=True)
-        leave(code)
+            print(format_error(each), file=sys.stderr, flush=True)
+        exit_process(code)
 
     agreed = dist.is_initialized()  # then the problems are those of all ranks already
     try:
-        ranks = world()
+        group = process_group()
         with time_limit(PARTING, end_alone):
-            problems = error.problems if agreed else ranks.gather(error.problems)
-            if ranks.first:
-                print(told(type(error)(problems)), file=sys.stderr, flush=True)
+            problems = error.problems if agreed else group.gather(error.problems)
+            if group.is_rank_zero:
+                print(format_error(type(error)(problems)), file=sys.stderr, flush=True)
                 untold.clear()
-            ranks.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
+            group.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
     except RuntimeError:
         end_alone()
     except UserError:
-        print(told(error), file=sys.stderr, flush=True)
+        print(format_error(error), file=sys.stderr, flush=True)
         raise
-    leave(code)
+    exit_process(code)
 
 
 def keep_freed_memory() -> None:

@@ -16,24 +16,24 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from txl_dist.check import model_fits_together
+from txl_dist.checkpoint.format import CheckpointWriter, find_checkpoint, save_tensors
 from txl_dist.cli import command
-from txl_dist.commands import command_to_paste
-from txl_dist.config import ConvertJob, ModelConfig
+from txl_dist.config.checks import model_fits_together
+from txl_dist.config.quoting import command_to_paste
+from txl_dist.config.schema import ConvertJob, ModelConfig
+from txl_dist.conversion import vocabularies
+from txl_dist.conversion.sources import Source, open_source
+from txl_dist.conversion.weights import ours
 from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer
-from txl_dist.engine.checkpoint import CheckpointWriter, find_checkpoint, save_tensors
 from txl_dist.errors import ConfigError, UserError
-from txl_dist.files import lock_of_new_folder, new_folder
-from txl_dist.foreign import shown
-from txl_dist.interchange import vocabularies
-from txl_dist.interchange.sources import Source, open_source
-from txl_dist.interchange.weights import ours
-from txl_dist.lock import Lock
-from txl_dist.trained import trained_tokenizer
+from txl_dist.files.atomic import lock_of_new_folder, new_folder
+from txl_dist.files.lock import Lock
+from txl_dist.files.parsing import shown
+from txl_dist.runs.load import load_tokenizer
 
-HUB = Path(__file__).parent / "interchange" / "hub"
+HUB = Path(__file__).parent / "conversion" / "hub"
 
 
 def convert(job: ConvertJob) -> None:
@@ -170,7 +170,7 @@ def send_out(job: ConvertJob, target: Path, lock: Lock) -> None:
         problems.append("model.mem_len=0: a folder generates with memory; give model.mem_len=...")
     if problems:
         raise ConfigError(problems)
-    tokenizer = trained_tokenizer(job.run, checkpoint)
+    tokenizer = load_tokenizer(job.run, checkpoint)
     with new_folder(target, lock) as folder:
         save_tensors(checkpoint.tensors("weights"), folder / "model.safetensors")
         write_json(folder / "config.json", hub_config(config, checkpoint.data["vocab_size"]))

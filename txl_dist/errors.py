@@ -33,7 +33,7 @@ def describe_os_error(error: OSError, path: object = None) -> str:
     return f"{name}: {reason}" if name else reason
 
 
-def told(error: UserError) -> str:
+def format_error(error: UserError) -> str:
     """Put an error on the screen: a head, and its lines below it."""
     if isinstance(error, ConfigError):
         count = len(error.problems)

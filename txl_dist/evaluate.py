@@ -9,20 +9,20 @@ import numpy as np
 from rich.progress import track
 from rich.table import Column, Table
 
-from txl_dist.check import run_problems
+from txl_dist.checkpoint.format import run_dirs
 from txl_dist.cli import command
-from txl_dist.config import EvaluateJob, LengthsConfig
+from txl_dist.config.checks import run_problems
+from txl_dist.config.schema import EvaluateJob, LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import ResetMemory
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import whole_split
 from txl_dist.data.text_size import size_of_text
-from txl_dist.engine.checkpoint import run_dirs
-from txl_dist.engine.evaluation import Score, losses_in_context, perplexity, score
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.evaluation.likelihood import Score, losses_in_context, perplexity, score
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.runs.load import load_model, open_data
 from txl_dist.tracking.console import PlainConsole
-from txl_dist.trained import open_data, trained_model
 
 LENGTHS = [field.name for field in fields(LengthsConfig)]
 
@@ -53,7 +53,7 @@ def row_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
 
 def score_of_run(job: EvaluateJob, run: str) -> dict[str, Any]:
     lengths = replace(job.model, mem_len=0, same_length=False) if job.sliding_window else job.model
-    model, checkpoint = trained_model(run, job.checkpoint, lengths, job.average)
+    model, checkpoint = load_model(run, job.checkpoint, lengths, job.average)
     index, reset = open_data(run, job.data_dir, job.split, checkpoint), checkpoint.config["data"]["reset_memory"]
     whole = index.splits[job.split].tokens
     tokens = min(job.max_tokens or whole, whole)

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from txl_dist.cli import command, read_standard_input
-from txl_dist.config import GenerateJob
+from txl_dist.config.schema import GenerateJob
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.memory import States, side_by_side
 from txl_dist.models.transformer_xl import TransformerXL
-from txl_dist.trained import encode_text, trained_model, trained_tokenizer
+from txl_dist.runs.load import encode_text, load_model, load_tokenizer
 
 COLDEST = 1e-6  # below it, log-probabilities divided by the temperature leave float32: the likeliest token it is
 
 
 def generate(job: GenerateJob) -> None:
     """Print each prompt and what follows: one prompt as it comes, several one after the other."""
-    model, checkpoint = trained_model(job.run, job.checkpoint, job.model, job.average)
-    tokenizer = trained_tokenizer(job.run, checkpoint)
+    model, checkpoint = load_model(job.run, job.checkpoint, job.model, job.average)
+    tokenizer = load_tokenizer(job.run, checkpoint)
     prompts = job.prompt if job.prompt is not None else [read_standard_input("prompt")]
     texts = [Text(tokenizer, prompt) for prompt in prompts]
     shown = texts if len(texts) == 1 else []
@@ -77,9 +77,9 @@ def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJ
     log_probs = torch.cat([each for each, _ in read])
     memory = side_by_side(states for _, states in read)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    dice = [torch.Generator().manual_seed(job.seed) for _ in prompts]
+    rng = [torch.Generator().manual_seed(job.seed) for _ in prompts]
     while True:
-        tokens = [sample(row, job, die) for row, die in zip(log_probs.cpu(), dice, strict=True)]
+        tokens = [sample(row, job, die) for row, die in zip(log_probs.cpu(), rng, strict=True)]
         yield tokens
         inputs = torch.tensor(tokens)[:, None]
         log_probs, memory = model(inputs, None, lengths[:, None], memory)
@@ -91,8 +91,8 @@ def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[State
     memory = model.empty_cache(1)
     for start in range(0, len(prompt), model.config.tgt_len):
         segment = torch.tensor([prompt[start : start + model.config.tgt_len]])
-        reach = torch.arange(start, start + segment.size(1))[None]
-        log_probs, memory = model(segment, None, reach, memory)
+        lookback = torch.arange(start, start + segment.size(1))[None]
+        log_probs, memory = model(segment, None, lookback, memory)
     return log_probs[:, -1], memory
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
+from txl_dist.checkpoint.format import Checkpoint, find_checkpoint, steps
 from txl_dist.cli import command
-from txl_dist.config import InspectJob
-from txl_dist.engine.checkpoint import Checkpoint, find_checkpoint, steps
+from txl_dist.config.schema import InspectJob
 from txl_dist.tracking.console import PlainConsole
 
 

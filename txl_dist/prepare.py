@@ -22,14 +22,15 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from txl_dist.commands import command_to_paste
-from txl_dist.config import BytesTokenizer, PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
-from txl_dist.data import corpora, published, shards, tokenizers
-from txl_dist.data.corpora import Piece, Plan
+from txl_dist.config.quoting import command_to_paste
+from txl_dist.config.schema import BytesTokenizer, PrepareJob, PublishedCorpus, SentencePieceTokenizer, WordTokenizer
+from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
+from txl_dist.data.preparing import corpora, published, shards
+from txl_dist.data.preparing.corpora import Piece, Plan
 from txl_dist.data.text_size import size_of_documents
 from txl_dist.errors import ConfigError, RunError, UserError
-from txl_dist.files import is_empty, lock_of_new_folder, new_folder
+from txl_dist.files.atomic import is_empty, lock_of_new_folder, new_folder
 from txl_dist.tracking.console import PlainConsole
 
 SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
@@ -107,8 +108,8 @@ def check_same(folder: Path, existing: Index, corpus: dict[str, Any]) -> None:
             f"data.dir={folder}: holds another dataset (other {' and '.join(what) or 'text'}); nothing is overwritten: "
             "give another data.dir, or delete the folder"
         )
-    if damages := existing.damages():
-        raise UserError(f"{damages[0]}: delete {folder} first")
+    if errors := existing.validate():
+        raise UserError(f"{errors[0]}: delete {folder} first")
 
 
 def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
+from txl_dist.checkpoint.format import find_checkpoint, run_dirs
 from txl_dist.cli import command
-from txl_dist.config import LengthsConfig, ReclJob
+from txl_dist.config.schema import LengthsConfig, ReclJob
 from txl_dist.data.samples import SampleReader
-from txl_dist.engine.checkpoint import find_checkpoint, run_dirs
-from txl_dist.engine.evaluation import losses_in_context
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.evaluation.likelihood import losses_in_context
+from txl_dist.runs.load import load_model, open_data
 from txl_dist.tracking.console import PlainConsole
-from txl_dist.trained import open_data, trained_model
 
 RATIOS = (0.1, 0.5, 1.0)
 LEAST_GAIN = 0.01
@@ -78,7 +78,7 @@ def check_data(job: ReclJob, runs: list[str]) -> None:
 
 def losses_of_run(job: ReclJob, run: str, contexts: range, advance: Callable[[int], None]) -> list[np.ndarray]:
     """Of the positions looked at, in nats: [contexts][positions]."""
-    model, checkpoint = trained_model(run, None, LengthsConfig(None, None, None, None))
+    model, checkpoint = load_model(run, None, LengthsConfig(None, None, None, None))
     index = open_data(run, job.data_dir, job.split, checkpoint)
     split = index.splits[job.split]
     stream = SampleReader(index, job.split).tokens(0, split.tokens).astype(np.int64)

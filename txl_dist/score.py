@@ -13,11 +13,11 @@ from rich.table import Table
 from torch import Tensor
 
 from txl_dist.cli import command, read_standard_input
-from txl_dist.config import LengthsConfig, ScoreJob, Which
+from txl_dist.config.schema import CheckpointChoice, LengthsConfig, ScoreJob
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.runs.load import encode_text, load_model, load_tokenizer
 from txl_dist.tracking.console import PlainConsole
-from txl_dist.trained import encode_text, trained_model, trained_tokenizer
 
 
 class TokenScore(NamedTuple):
@@ -37,11 +37,11 @@ class Scorer:
 
     @classmethod
     def open(
-        cls, run: str, which: Which = None, lengths: LengthsConfig | None = None, average: bool = False
+        cls, run: str, which: CheckpointChoice = None, lengths: LengthsConfig | None = None, average: bool = False
     ) -> "Scorer":
         """Of a run's checkpoint (the newest, where none is named), with other lengths or averaged weights."""
-        model, checkpoint = trained_model(run, which, lengths or LengthsConfig(None, None, None, None), average)
-        return cls(model, trained_tokenizer(run, checkpoint))
+        model, checkpoint = load_model(run, which, lengths or LengthsConfig(None, None, None, None), average)
+        return cls(model, load_tokenizer(run, checkpoint))
 
     @torch.no_grad()
     def read(self, text: str | bytes) -> tuple[list[TokenScore], Tensor]:
@@ -56,8 +56,8 @@ class Scorer:
         log_probs = torch.empty(0)
         for start in range(0, len(inputs), length):
             segment = inputs[None, start : start + length]
-            reach = torch.arange(start, start + segment.size(1))[None]
-            log_probs, memory = self.model(segment, None, reach, memory)
+            lookback = torch.arange(start, start + segment.size(1))[None]
+            log_probs, memory = self.model(segment, None, lookback, memory)
             targets = inputs[start + 1 : start + 1 + length, None]  # none for the last input: it is the text's end
             found += log_probs[0, : len(targets)].gather(-1, targets.to(log_probs.device))[:, 0].tolist()
         scores = [TokenScore(token, pieces.feed(token), nats) for token, nats in zip(tokens, found, strict=True)]

@@ -3,7 +3,7 @@
 # ruff: noqa: E402
 import os
 
-from txl_dist.preemption import REQUEUE, Preempted, Preemption, hold_signals, pending
+from txl_dist.distributed.preemption import REQUEUE, Preempted, Preemption, hold_signals, pending
 
 if __name__ == "__main__":
     hold_signals()  # before the imports that take seconds
@@ -14,26 +14,26 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from txl_dist.checkpoint.format import Checkpoint, latest
 from txl_dist.cli import command
-from txl_dist.config import TrainJob
+from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segment, Segments, whole_split
-from txl_dist.engine.checkpoint import Checkpoint, newest
-from txl_dist.engine.guard import BadStep, in_words
-from txl_dist.engine.launch import World, leave, world
+from txl_dist.distributed.process_group import ProcessGroup, exit_process, process_group
+from txl_dist.distributed.watchdog import Watchdog
+from txl_dist.engine.anomaly_guard import BadStep, in_words
 from txl_dist.engine.pipeline import PipelineEngine
-from txl_dist.engine.watchdog import Watchdog
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import ConfigError, RunError
-from txl_dist.lock import Lock
+from txl_dist.files.lock import Lock
 from txl_dist.models.flops import training_flops
-from txl_dist.standing import only_start, standing, write_run
-from txl_dist.tracking.meter import Meter
-from txl_dist.tracking.profile import Profile, out_of_memory_told
+from txl_dist.runs.resume import find_resume_point, run_locked, write_run
+from txl_dist.tracking.meter import ThroughputMeter
+from txl_dist.tracking.profile import Profile, out_of_memory_reported
 from txl_dist.tracking.result import show_result
-from txl_dist.tracking.skipped import Skipped
+from txl_dist.tracking.skipped import DroppedSamples
 from txl_dist.tracking.tracker import Tracker
 
 
@@ -43,31 +43,31 @@ def train(job: TrainJob) -> None:
     Where a signal stops it, the process exits with the code REQUEUE, and the same command goes on.
     """
     with Watchdog(job.guard.stall_timeout) as watchdog:
-        ranks = world(watchdog.patience)
-        if problems := ranks.gather([]):  # with the configs of others, as data that are not on their host
+        group = process_group(watchdog.patience)
+        if problems := group.gather([]):  # with the configs of others, as data that are not on their host
             raise ConfigError(problems)
-        watchdog.meet(ranks)
+        watchdog.meet(group)
         index = Index.open(job.data.dir)
-        preemption = Preemption(ranks)
+        preemption = Preemption(group)
         try:
-            with only_start(job, ranks, preemption) as lock:
+            with run_locked(job, group, preemption) as lock:
                 over = False
                 while not over:  # it goes back to its newest checkpoint as another start would
                     gc.collect()  # the engine of the start before, which refers to itself
-                    checkpoint, over = standing(job, index, ranks)
+                    checkpoint, over = find_resume_point(job, index, group)
                     beyond = None if over else end_passed(job, checkpoint)
                     if beyond:
                         break
                     preemption.ask("before the model was built")
-                    with out_of_memory_told(job, ranks):
-                        over = over or Training(job, index, checkpoint, ranks, watchdog, preemption, lock).run()
+                    with out_of_memory_reported(job, group):
+                        over = over or Training(job, index, checkpoint, group, watchdog, preemption, lock).run()
                 preemption.finish()
-                if ranks.first and beyond:
+                if group.is_rank_zero and beyond:
                     print(f"{job.run.dir}: {beyond}; nothing to do", flush=True)
-                elif ranks.first:
+                elif group.is_rank_zero:
                     show_result(job, index.splits)
         except Preempted as where:
-            stop(where, ranks)
+            stop(where, group)
 
 
 def end_passed(job: TrainJob, checkpoint: Checkpoint | None) -> str | None:
@@ -92,36 +92,36 @@ class Training:
         job: TrainJob,
         index: Index,
         checkpoint: Checkpoint | None,
-        ranks: World,
+        group: ProcessGroup,
         watchdog: Watchdog,
         preemption: Preemption,
         lock: Lock | None,
     ):
         self.job, self.index, self.watchdog, self.preemption = job, index, watchdog, preemption
         self.lock = lock
-        write_run(job, index, ranks)
+        write_run(job, index, group)
         engine = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
-        self.engine = engine(job, index.vocab_size, ranks, checkpoint)
+        self.engine = engine(job, index.vocab_size, group, checkpoint)
         self.start, self.origin = self.engine.step, describe_origin(job, checkpoint)
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
         self.unlogged = checkpoint.data.get("unlogged") if checkpoint else None
         preemption.ask("while it was starting")
-        self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, ranks.first)
+        self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
         self.segments = self.training_segments()
 
     def run(self) -> bool:
         """Whether the run has come to its end; else it is to go back to its newest checkpoint."""
         job = self.job
-        with self.tracker, self.engine.saver:
+        with self.tracker, self.engine.checkpointer:
             lanes = f"{job.data.num_lanes} lanes of {job.model.tgt_len} tokens a step"
-            self.tracker.screen.say(f"{job.run.dir}: {self.origin}; {self.engine}, {lanes}")
+            self.tracker.reporter.say(f"{job.run.dir}: {self.origin}; {self.engine}, {lanes}")
             try:
                 self.loop()
             except BadStep as bad:
-                self.engine.saver.wait()
+                self.engine.checkpointer.wait()
                 if bad.action == "stop":
                     raise RunError(self.told(bad).splitlines()) from bad
-                self.tracker.screen.say(self.told(bad))
+                self.tracker.reporter.say(self.told(bad))
             else:
                 if self.engine.step == job.train.max_steps and "test" in self.index.splits:
                     self.log(self.evaluate("test"))
@@ -131,11 +131,11 @@ class Training:
 
     def loop(self) -> None:
         """One segment a step, in order."""
-        job, engine, screen = self.job, self.engine, self.tracker.screen
+        job, engine, reporter = self.job, self.engine, self.tracker.reporter
         flops = training_flops(job.model, self.index.vocab_size, job.data.num_lanes)
-        self.meter = Meter(self.segments, self.start, job.tokens_per_step, flops, engine.peak())
-        profile = Profile(job, self.start, engine.world, screen, self.meter)
-        skipped = Skipped(self.segments.reader, engine.world, screen)
+        self.meter = ThroughputMeter(self.segments, self.start, job.tokens_per_step, flops, engine.peak())
+        profile = Profile(job, self.start, engine.group, reporter, self.meter)
+        skipped = DroppedSamples(self.segments.reader, engine.group, reporter)
         if self.unlogged is not None:
             self.round_off(self.unlogged)
         for segment in self.segments:
@@ -145,7 +145,7 @@ class Training:
             self.watchdog.beat(f"step {engine.step}")
             self.preemption.poll()
             if engine.guard.bad:
-                screen.say(self.told(engine.guard.bad))
+                reporter.say(self.told(engine.guard.bad))
             metrics: dict[str, Any] = {}
             if self.due(job.tracking.log_every, also=self.stop):
                 engine.guard.check()
@@ -153,7 +153,7 @@ class Training:
                 metrics |= {"train/lr": engine.learning_rate, "train/grad_norm": engine.grad_norm}
                 metrics |= self.meter.read(engine.step) | skipped.read() | engine.guard.metrics()
             self.round_off(metrics)
-            screen.advance(engine.step)
+            reporter.advance(engine.step)
             if self.preemption.agreed and engine.step < self.stop:
                 raise Preempted(f"after step {engine.step}")
 
@@ -186,10 +186,10 @@ class Training:
         self.tracker.log({"step": self.engine.step, "tokens": self.engine.tokens} | metrics)
         lost = self.lock is not None and self.lock.lost.is_set()
         taken = [f"run.dir={self.job.run.dir}: another start has taken it over, as this one was silent for too long"]
-        self.engine.world.end_on(self.tracker.problems + self.engine.saver.problems + taken * lost)
+        self.engine.group.raise_if_any_failed(self.tracker.problems + self.engine.checkpointer.problems + taken * lost)
 
     def told(self, bad: BadStep) -> str:
-        return in_words(bad, self.segments.plan, self.job.guard, newest(self.job.run.dir))
+        return in_words(bad, self.segments.plan, self.job.guard, latest(self.job.run.dir))
 
     def training_segments(self) -> Segments:
         data, model, split = self.job.data, self.job.model, self.index.splits["train"]
@@ -220,7 +220,7 @@ class Training:
         return {f"{name}/{key}": value for key, value in score.metrics(self.index.splits[name].bytes).items()}
 
     def until_stopped(self, segments: Segments, name: str) -> Iterator[Segment]:
-        for segment in self.tracker.screen.watch(segments, f"evaluating {name}", len(segments)):
+        for segment in self.tracker.reporter.watch(segments, f"evaluating {name}", len(segments)):
             yield segment
             self.watchdog.beat(f"a segment of {name}")
             if self.preemption.poll():
@@ -236,19 +236,19 @@ def describe_origin(job: TrainJob, checkpoint: Checkpoint | None) -> str:
     return f"going on from step {checkpoint.step:,}{change}"
 
 
-def stop(where: Preempted, ranks: World) -> NoReturn:
+def stop(where: Preempted, group: ProcessGroup) -> NoReturn:
     """Tell by which signals and where the run was stopped, and end all ranks."""
-    signals = " and ".join(ranks.gather(pending()))
-    if ranks.first:
+    signals = " and ".join(group.gather(pending()))
+    if group.is_rank_zero:
         told = f"Stopped by {signals} {where}; the same command goes on from there (exit code {REQUEUE})."
         print(told, file=sys.stderr, flush=True)
-    ranks.gather([])  # launchers end all ranks as soon as one has ended: none may before it is told
-    leave(REQUEUE)
+    group.gather([])  # launchers end all ranks as soon as one has ended: none may before it is told
+    exit_process(REQUEUE)
 
 
 def main() -> None:
     command("train", TrainJob, train)
-    leave()
+    exit_process()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.test_shards import STREAM, TRAIN, VALID, made_up, write
-from txl_dist.data import shards
+from tests.data.preparing.test_shards import STREAM, TRAIN, VALID, made_up, write
 from txl_dist.data.index import Index
+from txl_dist.data.preparing import shards
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import UserError
 

@@ -63,8 +63,8 @@ def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
         place, history = positions(read.plan, lane, steps)
         lost = np.isin(place // SAMPLE, list(samples))
         seen += lost.sum()
-        targets, inputs, reach = (
-            np.concatenate([getattr(each, name)[lane] for each in found]) for name in ("targets", "inputs", "reach")
+        targets, inputs, lookback = (
+            np.concatenate([getattr(each, name)[lane] for each in found]) for name in ("targets", "inputs", "lookback")
         )
         assert np.array_equal(targets, np.where(lost, NOT_SCORED, stream[place]))
         before_lost = (place > 0) & np.isin((place - 1) // SAMPLE, list(samples))
@@ -73,7 +73,7 @@ def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
         for at in range(len(place)):
             since = -1 if lost[at] else since + 1
             visible = MEM_LEN + at % TGT_LEN  # more is not there to be seen
-            assert min(reach[at], visible) == min(history[at], max(since, 0), visible), (lane, at)
+            assert min(lookback[at], visible) == min(history[at], max(since, 0), visible), (lane, at)
     assert seen > 300 and set(read.reader.damaged) <= samples
 
 
@@ -82,7 +82,7 @@ def test_other_lanes_and_whole_data_are_untouched(harmed, dataset, options):
     folder, samples = harmed
     plain = list(segments(dataset, lost=None, **options))
     whole, some = list(segments(dataset, **options)), segments(folder, **options)
-    for name in ("inputs", "targets", "reach"):
+    for name in ("inputs", "targets", "lookback"):
         assert np.array_equal([getattr(each, name) for each in whole], [getattr(each, name) for each in plain])
     gaps = list(some)
     touched = {
@@ -94,7 +94,7 @@ def test_other_lanes_and_whole_data_are_untouched(harmed, dataset, options):
     assert 0 < len(touched) < LANES
     for lane in set(range(LANES)) - touched:
         for one, two in zip(plain, gaps, strict=True):
-            for name in ("inputs", "targets", "reach"):
+            for name in ("inputs", "targets", "lookback"):
                 assert np.array_equal(getattr(one, name)[lane], getattr(two, name)[lane])
 
 
@@ -108,7 +108,7 @@ def test_every_start_and_split_finds_the_same_gaps(harmed, start, lanes, number)
     visible = MEM_LEN + np.arange(TGT_LEN)
     for one, two in zip(whole, late, strict=True):
         assert np.array_equal(one.inputs[lanes], two.inputs) and np.array_equal(one.targets[lanes], two.targets)
-        assert np.array_equal(np.minimum(one.reach[lanes], visible), np.minimum(two.reach, visible))
+        assert np.array_equal(np.minimum(one.lookback[lanes], visible), np.minimum(two.lookback, visible))
 
 
 @pytest.mark.parametrize("attention", ["relative", "shaw"])
@@ -132,7 +132,8 @@ def test_a_model_reads_on_behind_a_gap_as_at_a_beginning(harmed, stream, make_co
         for step in range(60):
             segment = read.read(step)
             arrays = (
-                torch.from_numpy(array[lane : lane + 1]) for array in (segment.inputs, segment.targets, segment.reach)
+                torch.from_numpy(array[lane : lane + 1])
+                for array in (segment.inputs, segment.targets, segment.lookback)
             )
             nats, memory = model(*arrays, memory)
             losses.append(nats[0])

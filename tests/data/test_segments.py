@@ -42,7 +42,7 @@ def test_lanes_read_on_from_segment_to_segment(index, tokens):
 
 def test_reach_of_a_stream_that_never_resets_is_its_length(index):
     for segment in training(index, stop=3):
-        assert np.array_equal(segment.reach, np.tile(segment.step * 16 + np.arange(16), (8, 1)))
+        assert np.array_equal(segment.lookback, np.tile(segment.step * 16 + np.arange(16), (8, 1)))
 
 
 @pytest.mark.parametrize("order", ["corpus", "documents"])
@@ -57,12 +57,12 @@ def test_reach_ends_where_a_document_begins(index, order):
             for span in segments.plan.spans(lane, step)
             for position in range(span.position, span.position + span.length)
         ]
-        expected, reach = [], -1
+        expected, lookback = [], -1
         for before, position in zip([None, *positions], positions, strict=False):
             follows = before is None or position == before + 1
-            reach = reach + 1 if follows and position not in starts else 0
-            expected.append(reach)
-        assert np.concatenate([segment.reach[lane] for segment in segments]).tolist() == expected
+            lookback = lookback + 1 if follows and position not in starts else 0
+            expected.append(lookback)
+        assert np.concatenate([segment.lookback[lane] for segment in segments]).tolist() == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "documents", "reset_memory": "document"}])
@@ -72,7 +72,7 @@ def test_workers_starts_and_ranks_change_nothing(index, options):
     late = list(training(index, start=25, **options))
     split = LaneSplit(8, ranks=4, accumulation=1)
     ranks = [list(training(index, lanes=split.lanes(rank), **options)) for rank in range(4)]
-    for name in ("inputs", "targets", "reach"):
+    for name in ("inputs", "targets", "lookback"):
         arrays = [getattr(segment, name) for segment in whole]
         assert np.array_equal(arrays, [getattr(segment, name) for segment in many])
         assert np.array_equal(arrays[25:], [getattr(segment, name) for segment in late])

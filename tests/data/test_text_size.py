@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from txl_dist.config import BytesTokenizer, DatasetConfig, PrepareJob, SentencePieceTokenizer, TextCorpus, WordTokenizer
+from txl_dist.config.schema import (
+    BytesTokenizer,
+    DatasetConfig,
+    PrepareJob,
+    SentencePieceTokenizer,
+    TextCorpus,
+    WordTokenizer,
+)
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.text_size import TextSize, size_of_text

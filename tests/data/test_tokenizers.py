@@ -12,11 +12,11 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from txl_dist.config import MIN_PIECES
+from txl_dist.config.schema import MIN_PIECES
+from txl_dist.conversion import vocabularies
 from txl_dist.data import tokenizers
 from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.errors import UserError
-from txl_dist.interchange import vocabularies
 
 PLACES = ("sea", "mountain", "forest", "house", "old town")
 LINES = [f"    the {kind} of a {place}, {n}" for n in range(40) for kind in ("one", "sum", "end") for place in PLACES]

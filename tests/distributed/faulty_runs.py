@@ -17,11 +17,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from txl_dist.check import read
-from txl_dist.cli import CONF, mistakes_told
-from txl_dist.config import TrainJob
+from txl_dist.cli import CONF, errors_reported
+from txl_dist.config.checks import parse_config
+from txl_dist.config.schema import TrainJob
+from txl_dist.distributed.process_group import exit_process
 from txl_dist.engine.engine import Engine
-from txl_dist.engine.launch import leave
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.train import train
 
@@ -32,9 +32,9 @@ faults, fault = {}, None  # of the run by step; of the next micro-batch
 def faulty_step(engine, segment):
     global fault
     fault = faults.get(str(engine.step + 1))
-    if fault == "hang" and engine.world.rank == 1:
+    if fault == "hang" and engine.group.rank == 1:
         threading.Event().wait()
-    if not engine.world.first:
+    if not engine.group.is_rank_zero:
         fault = None
     return train_step(engine, segment)
 
@@ -52,9 +52,9 @@ def faulty_embed(model, tokens):
 
 
 TransformerXL.embed, Engine.train_step = faulty_embed, faulty_step
-with initialize_config_dir(str(CONF), version_base="1.3"), mistakes_told():
+with initialize_config_dir(str(CONF), version_base="1.3"), errors_reported():
     for job in json.loads(Path(sys.argv[1]).read_text()):
         overrides, faults = job
         config = compose("train", overrides)
-        train(read(TrainJob, OmegaConf.to_container(config, resolve=True)))
-leave()
+        train(parse_config(TrainJob, OmegaConf.to_container(config, resolve=True)))
+exit_process()

@@ -8,7 +8,7 @@ short guard.stall_timeout is enough.
 # ruff: noqa: E402
 import os
 
-from txl_dist.preemption import hold_signals
+from txl_dist.distributed.preemption import hold_signals
 
 hold_signals()
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -20,7 +20,7 @@ import time
 from functools import reduce
 from pathlib import Path
 
-from txl_dist.engine.watchdog import Watchdog
+from txl_dist.distributed.watchdog import Watchdog
 from txl_dist.train import main
 
 file = Path(os.environ.get("HALT_FILE", os.devnull))

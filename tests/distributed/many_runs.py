@@ -13,11 +13,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from txl_dist.check import read
 from txl_dist.cli import CONF
-from txl_dist.config import TrainJob
-from txl_dist.engine.launch import leave
-from txl_dist.placement import placement
+from txl_dist.config.checks import parse_config
+from txl_dist.config.schema import TrainJob
+from txl_dist.distributed.launcher import launcher_env
+from txl_dist.distributed.process_group import exit_process
 from txl_dist.train import train
 
 relu, closest = Tensor.relu_, math.inf
@@ -30,14 +30,14 @@ def noted_relu(tensor: Tensor) -> Tensor:
     return relu(tensor)
 
 
-if placement().size == 1:
+if launcher_env().size == 1:
     Tensor.relu_ = noted_relu
 
 with initialize_config_dir(str(CONF), version_base="1.3"):
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
         config = compose("train", overrides)
         closest = math.inf
-        train(read(TrainJob, OmegaConf.to_container(config, resolve=True)))
-        if placement().size == 1:
+        train(parse_config(TrainJob, OmegaConf.to_container(config, resolve=True)))
+        if launcher_env().size == 1:
             Path(config.run.dir, "closest_to_the_edge").write_text(f"{closest}\n")
-leave()
+exit_process()

@@ -81,25 +81,25 @@ class Run:
 
 
 def test_a_run_that_is_killed_again_and_again_loses_nothing(small, check_identical, tmp_path, pytestconfig, capsys):
-    kills, dice, happened = pytestconfig.getoption("kills"), random.Random(1), []
+    kills, rng, happened = pytestconfig.getoption("kills"), random.Random(1), []
     # Each kill comes after at most so many steps, and after the last one there are some left.
     steps = 20 * (kills + 1)
     overrides = [*small, *KEYS, f"train.max_steps={steps}"]
     run = Run(tmp_path / "killed", *overrides)
     for number in range(kills):
         assert run.wait_for(run.ranks)
-        before, saving = run.step(), dice.random() < 0.5
+        before, saving = run.step(), rng.random() < 0.5
         if number % 3 == 0:  # while they start, or soon after
-            run.wait_for(lambda before=before: run.step() > before, dice.uniform(0, 8))
+            run.wait_for(lambda before=before: run.step() > before, rng.uniform(0, 8))
         else:
-            goal = before + dice.randint(1, 20)
+            goal = before + rng.randint(1, 20)
             assert run.wait_for(lambda goal=goal: run.step() >= goal), run.log.read_text()[-3000:]
         assert run.wait_for(run.ranks)
-        victim = dice.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-        ranks = [dice.choice(run.ranks())] if victim == "a rank" else run.ranks()
+        victim = rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        ranks = [rng.choice(run.ranks())] if victim == "a rank" else run.ranks()
         if number % 3 and saving:
             run.wait_for(run.saving)
-            time.sleep(dice.uniform(0, 0.005))
+            time.sleep(rng.uniform(0, 0.005))
         happened.append({"victim": victim, "saving": run.saving(), "step": run.step(), "start": len(run.starts())})
         run.kill(victim, ranks)
         with capsys.disabled():

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from txl_dist.engine.checkpoint import directory, newest, open_checkpoint, steps
+from txl_dist.checkpoint.format import directory, latest, open_checkpoint, steps
 
 FAULTY = Path(__file__).parent / "faulty_runs.py"
 FAULTS = {5: "loss", 8: "gradient"}
@@ -101,8 +101,8 @@ def test_every_split_skips_the_same(skipped, metrics, name):
     mine, theirs = losses(metrics, skipped / name), losses(metrics, skipped / "one")
     del mine[5], theirs[5]  # nan
     assert mine == pytest.approx(theirs, rel=1e-5)
-    for key, value in newest(skipped / "one").tensors("weights").items():
-        assert (newest(skipped / name).tensors("weights")[key] - value).norm() <= 1e-5 * value.norm(), key
+    for key, value in latest(skipped / "one").tensors("weights").items():
+        assert (latest(skipped / name).tensors("weights")[key] - value).norm() <= 1e-5 * value.norm(), key
 
 
 @pytest.mark.parametrize("name", GOES_BACK)
@@ -123,7 +123,7 @@ def test_what_was_skipped_is_skipped_again_after_a_restart(train):
     train(("whole", often, {5: "gradient"}), ("parts", [*often, "train.stop_at=7"], {5: "gradient"}))
     (parts / "checkpoints/step-000000007").rename(parts / "away")
     train(("parts", often, {}))
-    assert equal(newest(whole), newest(parts))
+    assert equal(latest(whole), latest(parts))
 
 
 def test_a_run_may_begin_with_steps_that_are_passed(train, metrics):
@@ -135,7 +135,7 @@ def test_a_run_may_begin_with_steps_that_are_passed(train, metrics):
     options = ["checkpoint.every=1", "optimizer.average_from=2", "engine.zero_stage=0"]
     train(*((name, [*options, *(["train.stop_at=2"] if more else [])], {}) for name, more in runs.items()))
     train(*((name, [*options, *more], {}) for name, more in runs.items() if more))
-    assert equal(newest(train.folder / "begun"), newest(train.folder / "begun-0"))
+    assert equal(latest(train.folder / "begun"), latest(train.folder / "begun-0"))
     one, other = (losses(metrics, train.folder / name) for name in ("begun", "begun-1"))
     assert len(one) == 12 and other == pytest.approx(one, rel=1e-6)
 
@@ -173,10 +173,10 @@ def test_a_run_that_diverges_does_not_go_back_for_ever(train):
 @pytest.fixture(scope="module")
 def spoilt(run, tmp_path_factory):
     """64 documents of one length, so that lane 3 of 8 begins with document 24; the next one begins with noise."""
-    folder, dice = tmp_path_factory.mktemp("spoilt"), random.Random(1)
+    folder, rng = tmp_path_factory.mktemp("spoilt"), random.Random(1)
     for number in range(64):
-        text = "".join(dice.choices("abcd ", k=400))
-        noise = "".join(dice.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=32)) if number == 25 else ""
+        text = "".join(rng.choices("abcd ", k=400))
+        noise = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=32)) if number == 25 else ""
         (folder / f"{number:03d}.txt").write_text(noise + text[len(noise) :])
     (folder / "valid.text").write_text("abcd " * 100)
     keys = [f"corpus.train={folder}/*.txt", f"corpus.valid={folder / 'valid.text'}", f"data.dir={folder / 'data'}"]
@@ -198,7 +198,7 @@ def test_bad_data_are_a_spike(train, spoilt, metrics):
     }
     assert [each["step"] for each in passed["spike-skip"]] == [first, first + 1]
     assert passed["spike-skip"] == passed["spike-back"]
-    assert equal(newest(train.folder / "spike-skip"), newest(train.folder / "spike-back"))
+    assert equal(latest(train.folder / "spike-skip"), latest(train.folder / "spike-back"))
     told = re.search(rf"step {first}: the loss is ([\d.]+), above .* guard.spike=8 .*\n(.*)\n", done.stdout)
     assert float(told[1]) == pytest.approx(losses(metrics, train.folder / "spike-skip")[first], abs=1e-4)
     assert re.match(r"lane 3, loss [\d.]+: reads document 24 of train from its token 400 on, to document 25", told[2])

@@ -6,19 +6,19 @@ import time
 import pytest
 
 from tests.distributed.two_hosts import HERE, Hosts
-from txl_dist.engine.checkpoint import directory, open_checkpoint, steps
-from txl_dist.preemption import REQUEUE
+from txl_dist.checkpoint.format import directory, open_checkpoint, steps
+from txl_dist.distributed.preemption import REQUEUE
 
 RUN = HERE / "halted_run.py"
 JOB = ["train.max_steps=24", "train.eval_every=12", "checkpoint.every=8", "guard.stall_timeout=10"]
 NO_WORDS = ["Traceback", "stands here", "frame #", "terminate called"]
 MOMENTS = {
     "step": ("txl_dist.engine.zero:ZeroEngine.forward_backward_step", 14),
-    "save": ("txl_dist.engine.checkpoint:CheckpointWriter.add", 4),  # kinds of tensors, three in each checkpoint
-    "evaluation": ("txl_dist.engine.evaluation:tensors", 3),
-    "before they meet": ("txl_dist.engine.launch:find_first", 1),
-    "while they greet": ("txl_dist.engine.launch:greet", 1),
-    "while they connect": ("txl_dist.engine.launch:choose_interface", 1),
+    "save": ("txl_dist.checkpoint.format:CheckpointWriter.add", 4),  # kinds of tensors, three in each checkpoint
+    "evaluation": ("txl_dist.evaluation.likelihood:tensors", 3),
+    "before they meet": ("txl_dist.distributed.process_group:find_first", 1),
+    "while they greet": ("txl_dist.distributed.process_group:greet", 1),
+    "while they connect": ("txl_dist.distributed.process_group:choose_interface", 1),
     "while they end": ("txl_dist.cli:end_together", 1),
 }
 
@@ -88,7 +88,7 @@ def ended_in_words(starts, code):
 
 
 def all_whole(run_dir):
-    return not any(open_checkpoint(directory(run_dir, step)).damages() for step in steps(run_dir))
+    return not any(open_checkpoint(directory(run_dir, step)).validate() for step in steps(run_dir))
 
 
 def finished(starts):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from txl_dist.engine.checkpoint import newest, steps
+from txl_dist.checkpoint.format import latest, steps
 
 HERE = Path(__file__).parent
 
@@ -228,7 +228,7 @@ def check_same(metrics, run_dir, reference):
     for key in ("train/loss", "train/grad_norm", "valid/loss", "test/loss"):
         assert losses(metrics, run_dir, key) == pytest.approx(losses(metrics, reference, key), rel=1e-5), key
     for kind in ("weights", "memory", "optimizer"):
-        mine, theirs = (newest(each).tensors(kind) for each in (run_dir, reference))
+        mine, theirs = (latest(each).tensors(kind) for each in (run_dir, reference))
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():  # memories by (layer, lane): the right lane, not just the same set
             if key.startswith("exp_avg"):
@@ -259,7 +259,7 @@ def test_each_step_from_the_same_checkpoint_has_the_same_gradient(runs, metrics,
     for key in ("train/loss", "train/grad_norm"):
         found, wanted = (losses(metrics, each, key) for each in (mine, theirs))
         assert len(found) == 30 and found == pytest.approx(wanted, rel=1e-6), key
-    found, wanted, before = (newest(each).tensors("optimizer") for each in (mine, theirs, runs / name(model, ONE_GO)))
+    found, wanted, before = (latest(each).tensors("optimizer") for each in (mine, theirs, runs / name(model, ONE_GO)))
     gradients = {key: wanted[key] - 0.9**10 * before[key] for key in wanted if key.startswith("exp_avg/")}
     whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     for key, gradient in gradients.items():
@@ -304,5 +304,5 @@ def test_evaluation_changes_no_later_loss_by_a_bit(runs, metrics, split):
     watched, unwatched = (runs / name(each, split) for each in ("watched", "unwatched"))
     assert len(losses(metrics, watched, "valid/loss")) == 7 and len(losses(metrics, unwatched, "valid/loss")) == 1
     assert losses(metrics, watched) == losses(metrics, unwatched)
-    one, two = (newest(each).tensors("memory") for each in (watched, unwatched))
+    one, two = (latest(each).tensors("memory") for each in (watched, unwatched))
     assert all(torch.equal(one[key], two[key]) for key in one)

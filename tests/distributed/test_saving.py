@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from txl_dist.engine.checkpoint import directory, open_checkpoint, steps
+from txl_dist.checkpoint.format import directory, open_checkpoint, steps
 
 HERE = Path(__file__).parent
 EVERY = ["checkpoint.every=10", "train.eval_every=7"]
@@ -42,7 +42,7 @@ def runs(tmp_path_factory, run, small):
 def test_a_checkpoint_holds_what_was_there_when_it_was_due(runs, name):
     """Nothing that training changes afterwards, in place, gets into it."""
     late, at_once = (open_checkpoint(directory(runs / kind / name, 10)) for kind in ("late", "at once"))
-    assert steps(runs / "late" / name) == [10, 20] and not late.damages()
+    assert steps(runs / "late" / name) == [10, 20] and not late.validate()
     for kind in ("weights", "optimizer", "memory"):
         one, two = late.tensors(kind), at_once.tensors(kind)
         assert one.keys() == two.keys()

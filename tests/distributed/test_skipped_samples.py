@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from txl_dist.config import LengthsConfig
+from txl_dist.checkpoint.format import latest
+from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segments
-from txl_dist.engine.checkpoint import newest
-from txl_dist.trained import trained_model
+from txl_dist.runs.load import load_model
 
 HERE = Path(__file__).parent
 LANES, TGT_LEN, MEM_LEN, SAMPLE, STEPS = 8, 16, 24, 64, 20
@@ -92,7 +92,7 @@ def test_a_run_over_gaps_is_the_same_under_every_split(runs, metrics, one, other
     for key in ("train/loss", "train/grad_norm", "valid/loss", "test/loss"):
         assert told(metrics, other, key) == pytest.approx(told(metrics, one, key), rel=1e-5), key
     assert told(metrics, other, "train/skipped_tokens") == told(metrics, one, "train/skipped_tokens")
-    mine, theirs = (newest(each).tensors("weights") for each in (other, one))
+    mine, theirs = (latest(each).tensors("weights") for each in (other, one))
     for name, weights in theirs.items():
         assert (mine[name] - weights).norm() <= 1e-5 * weights.norm(), name
 
@@ -100,13 +100,13 @@ def test_a_run_over_gaps_is_the_same_under_every_split(runs, metrics, one, other
 def test_the_loss_is_the_mean_of_what_is_scored_and_nothing_attends_to_a_gap(runs, metrics, harmed):
     """By hand, with a learning rate of (almost) nothing, and memories of gaps made unbearable."""
     run_dir, (folder, samples) = runs[0] / "still", harmed
-    model, _ = trained_model(str(run_dir), None, LengthsConfig(None, None, None, None))
+    model, _ = load_model(str(run_dir), None, LengthsConfig(None, None, None, None))
     index = Index.open(str(folder))
     plan = LanePlan(index.splits["train"].document_starts, LANES, TGT_LEN, seed=1)
     reader, memory, skipped = SampleReader(index, "train", lost=NOT_SCORED), model.empty_memory(LANES), []
     losses = told(metrics, run_dir, "train/loss")
     for segment in Segments(plan, reader, range(LANES), index.eos, 0, STEPS, mem_len=MEM_LEN):
-        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.reach))
+        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))
         scored = torch.from_numpy(segment.targets != NOT_SCORED)
         with torch.no_grad():
             nats, memory = model(*arrays, memory)

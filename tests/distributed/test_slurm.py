@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.slurm_cluster import MISSING, Cluster
-from txl_dist.engine.checkpoint import steps
+from txl_dist.checkpoint.format import steps
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here ({', '.join(MISSING)}: not found)")

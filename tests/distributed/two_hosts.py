@@ -17,7 +17,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from txl_dist.placement import SRUN, TORCHRUN
+from txl_dist.distributed.launcher import SRUN, TORCHRUN
 
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]
@@ -166,7 +166,7 @@ class Start:
 
 def wire(*pids):
     """A link of two hosts: what one sends arrives at the other, later, or never."""
-    ends, dice, way = [], random.Random(1), deque()
+    ends, rng, way = [], random.Random(1), deque()
     for pid in pids:
         end = os.open("/dev/net/tun", os.O_RDWR)
         TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
@@ -179,7 +179,7 @@ def wire(*pids):
         wait = max(0.0, way[0][0] - time.monotonic()) if way else None
         for end in select.select(ends, [], [], wait)[0]:
             packet = os.read(end, 65536)
-            if dice.random() >= LOSS:
+            if rng.random() >= LOSS:
                 way.append((time.monotonic() + DELAY, ends[end == ends[0]], packet))
         while way and way[0][0] <= time.monotonic():
             _, end, packet = way.popleft()

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from txl_dist.data.shards import content_fingerprint, sha256_of_file, sha256_of_json
+from txl_dist.data.preparing.shards import content_fingerprint, sha256_of_file, sha256_of_json
 
 from . import mutators
 from .mutators import Mutator
@@ -18,10 +18,10 @@ Command = list[str]  # the module's name, then its arguments
 RARELY = 0.03  # training starts in seconds, all else in parts of one
 
 
-def damage(path: Path, mutator: Mutator, dice: Random) -> None:
+def damage(path: Path, mutator: Mutator, rng: Random) -> None:
     """Put a mutant in the place of a file; one in eight is damaged without regard to what it is."""
-    chosen = mutators.any_bytes if dice.random() < 0.125 else mutator
-    path.write_bytes(chosen(path.read_bytes(), dice))
+    chosen = mutators.any_bytes if rng.random() < 0.125 else mutator
+    path.write_bytes(chosen(path.read_bytes(), rng))
 
 
 def read(path: Path) -> Any:
@@ -83,17 +83,17 @@ def copies(specimens: Path, place: Path, tokenizer: str) -> tuple[Path, Path]:
     return data, run
 
 
-def asked(run: Path, data: Path, dice: Random) -> Command:
+def asked(run: Path, data: Path, rng: Random) -> Command:
     """A command that reads a run, and perhaps its data."""
     given = f"data_dir={data}"
-    return dice.choice([
+    return rng.choice([
         ["evaluate", f"run={run}", given, "split=train", "num_lanes=2"],
         ["evaluate", f"run={run}", given, "split=train", "sliding_window=true", "max_tokens=20"],
         ["evaluate", f"run={run}", given, "split=test", "format=json"],
         ["generate", f"run={run}", "prompt=w1 w2", "max_tokens=3"],
         ["score", f"run={run}", "text=w1 w2 w3"],
         ["recl", f"run={run}", given, "split=test", "step=4", "max_context=8", "positions=4"],
-        ["inspect", f"run={run}", *dice.choice([[], ["verify=true"], ["format=json"]])],
+        ["inspect", f"run={run}", *rng.choice([[], ["verify=true"], ["format=json"]])],
         ["convert", f"run={run}", f"to={run.parent / 'out'}"],
     ])  # fmt: skip
 
@@ -113,15 +113,15 @@ def trained_on(run: Path, data: Path) -> Command:
 # ------------------------------------------------------------------------------------------------------- the kinds
 
 
-def index(specimens: Path, place: Path, dice: Random) -> Command:
-    data, run = copies(specimens, place, dice.choice(TOKENIZERS))
-    damage(data / "index.json", mutators.json_text, dice)
+def index(specimens: Path, place: Path, rng: Random) -> Command:
+    data, run = copies(specimens, place, rng.choice(TOKENIZERS))
+    damage(data / "index.json", mutators.json_text, rng)
     seal(data, run)
-    return read_data(specimens, run, data, dice)
+    return read_data(specimens, run, data, rng)
 
 
-def read_data(specimens: Path, run: Path, data: Path, dice: Random) -> Command:
-    chance = dice.random()
+def read_data(specimens: Path, run: Path, data: Path, rng: Random) -> Command:
+    chance = rng.random()
     if chance < RARELY:
         return trained_on(run, data)
     if chance < 0.2:
@@ -132,53 +132,53 @@ def read_data(specimens: Path, run: Path, data: Path, dice: Random) -> Command:
         "evaluate",
         f"run={run}",
         f"data_dir={data}",
-        f"split={dice.choice(['train', 'train', 'test'])}",
+        f"split={rng.choice(['train', 'train', 'test'])}",
         "num_lanes=2",
     ]
 
 
-def table(specimens: Path, place: Path, dice: Random) -> Command:
+def table(specimens: Path, place: Path, rng: Random) -> Command:
     data, run = copies(specimens, place, "bytes")
-    damage(data / "train" / dice.choice(["samples.npy", "documents.npy"]), mutators.npy, dice)
+    damage(data / "train" / rng.choice(["samples.npy", "documents.npy"]), mutators.npy, rng)
     seal(data, run)
-    return read_data(specimens, run, data, dice)
+    return read_data(specimens, run, data, rng)
 
 
-def shard(specimens: Path, place: Path, dice: Random) -> Command:
-    data, run = copies(specimens, place, dice.choice(TOKENIZERS))
-    damage(dice.choice(sorted((data / "train").glob("*.tar"))), mutators.tar, dice)
+def shard(specimens: Path, place: Path, rng: Random) -> Command:
+    data, run = copies(specimens, place, rng.choice(TOKENIZERS))
+    damage(rng.choice(sorted((data / "train").glob("*.tar"))), mutators.tar, rng)
     facts = read(data / "index.json")
     for each in facts["splits"]["train"]["shards"]:
         each["bytes"] = (data / each["name"]).stat().st_size
     (data / "index.json").write_text(json.dumps(facts))
     seal(data, run)
-    return read_data(specimens, run, data, dice)
+    return read_data(specimens, run, data, rng)
 
 
-def manifest(specimens: Path, place: Path, dice: Random) -> Command:
-    data, run = copies(specimens, place, dice.choice(TOKENIZERS))
-    damage(next(run.glob("checkpoints/*/checkpoint.json")), mutators.json_text, dice)
+def manifest(specimens: Path, place: Path, rng: Random) -> Command:
+    data, run = copies(specimens, place, rng.choice(TOKENIZERS))
+    damage(next(run.glob("checkpoints/*/checkpoint.json")), mutators.json_text, rng)
     seal(data, run)
-    return trained_on(run, data) if dice.random() < RARELY else asked(run, data, dice)
+    return trained_on(run, data) if rng.random() < RARELY else asked(run, data, rng)
 
 
-def safetensors(specimens: Path, place: Path, dice: Random) -> Command:
-    if dice.random() < 0.4:
-        kind = dice.choice(["safe", "parts", "export"])
+def safetensors(specimens: Path, place: Path, rng: Random) -> Command:
+    if rng.random() < 0.4:
+        kind = rng.choice(["safe", "parts", "export"])
         folder = Path(shutil.copytree(specimens / kind, place / kind))
-        damage(next(folder.glob("*.safetensors")), mutators.safetensors, dice)
+        damage(next(folder.glob("*.safetensors")), mutators.safetensors, rng)
         return ["convert", f"from={folder}", f"run={place / 'out'}"]
     data, run = copies(specimens, place, "bytes")
-    file = dice.choice(["weights", "weights", "weights", "optimizer", "memory"])
-    damage(next(run.glob(f"checkpoints/*/{file}-*.safetensors")), mutators.safetensors, dice)
+    file = rng.choice(["weights", "weights", "weights", "optimizer", "memory"])
+    damage(next(run.glob(f"checkpoints/*/{file}-*.safetensors")), mutators.safetensors, rng)
     seal(data, run)
-    if dice.random() < (RARELY if file == "weights" else 0.3):
+    if rng.random() < (RARELY if file == "weights" else 0.3):
         return trained_on(run, data)
-    return ["inspect", f"run={run}"] if file != "weights" else asked(run, data, dice)
+    return ["inspect", f"run={run}"] if file != "weights" else asked(run, data, rng)
 
 
-def torch_file(specimens: Path, place: Path, dice: Random) -> Command:
-    name = dice.choice(
+def torch_file(specimens: Path, place: Path, rng: Random) -> Command:
+    name = rng.choice(
         ["authors-zip.pt", "authors-old.pt", "nvidia-zip.pt", "nvidia-old.pt", "pytorch_model.bin", "vocab.pkl"]
     )
     lengths = [
@@ -191,39 +191,37 @@ def torch_file(specimens: Path, place: Path, dice: Random) -> Command:
     words = f"tokenizer_from={specimens / 'vocab.txt'}"
     if name == "vocab.pkl":
         path = Path(shutil.copy(specimens / name, place))
-        damage(path, mutators.pickle_stream, dice)
+        damage(path, mutators.pickle_stream, rng)
         return ["convert", f"from={specimens / 'safe'}", f"tokenizer_from={path}", f"run={place / 'out'}"]
     if name == "pytorch_model.bin":
         folder = Path(shutil.copytree(specimens / "bin", place / "bin"))
-        damage(folder / name, mutators.torch_file, dice)
+        damage(folder / name, mutators.torch_file, rng)
         return ["convert", f"from={folder}", f"run={place / 'out'}"]
     path = Path(shutil.copy(specimens / name, place))
-    damage(path, mutators.torch_file, dice)
+    damage(path, mutators.torch_file, rng)
     return ["convert", f"from={path}", words, f"run={place / 'out'}", *(lengths if "authors" in name else [])]
 
 
-def sentencepiece(specimens: Path, place: Path, dice: Random) -> Command:
-    if dice.random() < 0.5:
+def sentencepiece(specimens: Path, place: Path, rng: Random) -> Command:
+    if rng.random() < 0.5:
         path = Path(shutil.copy(specimens / "given.model", place))
-        damage(path, mutators.any_bytes, dice)
+        damage(path, mutators.any_bytes, rng)
         return prepared(specimens, place, "sentencepiece", f"tokenizer.model={path}")
-    return tokenizer_damaged(specimens, place, dice, "sentencepiece.model", mutators.any_bytes)
+    return tokenizer_damaged(specimens, place, rng, "sentencepiece.model", mutators.any_bytes)
 
 
-def words(specimens: Path, place: Path, dice: Random) -> Command:
-    chance = dice.random()
+def words(specimens: Path, place: Path, rng: Random) -> Command:
+    chance = rng.random()
     if chance < 0.3:
         path = Path(shutil.copy(specimens / "vocab.txt", place))
-        damage(path, mutators.words, dice)
+        damage(path, mutators.words, rng)
         return prepared(specimens, place, "word", f"tokenizer.vocab={path}")
     if chance < 0.6:
         folder = Path(shutil.copytree(specimens / "safe", place / "safe"))
-        damage(folder / "vocab.txt", mutators.words, dice)
+        damage(folder / "vocab.txt", mutators.words, rng)
         return ["convert", f"from={folder}", f"run={place / 'out'}"]
-    name = dice.choice(["vocab.txt", "tokenizer.json"])
-    return tokenizer_damaged(
-        specimens, place, dice, name, mutators.words if name == "vocab.txt" else mutators.json_text
-    )
+    name = rng.choice(["vocab.txt", "tokenizer.json"])
+    return tokenizer_damaged(specimens, place, rng, name, mutators.words if name == "vocab.txt" else mutators.json_text)
 
 
 def prepared(specimens: Path, place: Path, tokenizer: str, given: str) -> Command:
@@ -231,28 +229,28 @@ def prepared(specimens: Path, place: Path, tokenizer: str, given: str) -> Comman
     return ["prepare", *source, f"tokenizer={tokenizer}", given, f"data.dir={place / 'out'}"]
 
 
-def tokenizer_damaged(specimens: Path, place: Path, dice: Random, name: str, mutator: Mutator) -> Command:
+def tokenizer_damaged(specimens: Path, place: Path, rng: Random, name: str, mutator: Mutator) -> Command:
     """Of a dataset and a run alike."""
     data, run = copies(specimens, place, "sentencepiece" if name == "sentencepiece.model" else "word")
-    damage(data / "tokenizer" / name, mutator, dice)
+    damage(data / "tokenizer" / name, mutator, rng)
     shutil.copy(data / "tokenizer" / name, run / "tokenizer" / name)
     seal(data, run)
-    return dice.choice([asked(run, data, dice), read_data(specimens, run, data, dice)])
+    return rng.choice([asked(run, data, rng), read_data(specimens, run, data, rng)])
 
 
-def foreign_config(specimens: Path, place: Path, dice: Random) -> Command:
+def foreign_config(specimens: Path, place: Path, rng: Random) -> Command:
     """config.json, an index of parts, or the tokenizer's config of a folder."""
-    kind = dice.choice(["safe", "bin", "export", "parts"])
+    kind = rng.choice(["safe", "bin", "export", "parts"])
     folder = Path(shutil.copytree(specimens / kind, place / kind))
     names = {"export": ["config.json", "tokenizer_config.json"], "parts": ["model.safetensors.index.json"]}
-    damage(folder / dice.choice(names.get(kind, ["config.json"])), mutators.json_text, dice)
+    damage(folder / rng.choice(names.get(kind, ["config.json"])), mutators.json_text, rng)
     return ["convert", f"from={folder}", f"run={place / 'out'}"]
 
 
-def command_line(specimens: Path, place: Path, dice: Random, only_values: bool = False) -> Command:
+def command_line(specimens: Path, place: Path, rng: Random, only_values: bool = False) -> Command:
     data, run = copies(specimens, place, "bytes")
     more = ["model.mem_len=4", "checkpoint=null", "average=false"]
-    choices = [asked(run, data, dice) for _ in range(3)] + [trained_on(run, data)] * (dice.random() < 0.1)
+    choices = [asked(run, data, rng) for _ in range(3)] + [trained_on(run, data)] * (rng.random() < 0.1)
     choices += [
         [
             "generate",
@@ -275,8 +273,8 @@ def command_line(specimens: Path, place: Path, dice: Random, only_values: bool =
             "data.shard_samples=2",
         ]
     ]
-    module, *given = dice.choice(choices)
-    return [module, *mutators.arguments(given, dice)]
+    module, *given = rng.choice(choices)
+    return [module, *mutators.arguments(given, rng)]
 
 
 KINDS: dict[str, Callable[[Path, Path, Random], Command]] = {

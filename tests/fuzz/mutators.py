@@ -26,26 +26,26 @@ def nested(depth: int, leaf: Any = 0) -> Any:
     return leaf
 
 
-def any_bytes(data: bytes, dice: Random) -> bytes:
+def any_bytes(data: bytes, rng: Random) -> bytes:
     """Flipped bits, cuts, splices, repetitions."""
     content = bytearray(data or b"\0")
-    for _ in range(dice.choice([1, 1, 2, 8])):
-        at = dice.randrange(len(content))
-        end = min(len(content), at + dice.choice([1, 8, 64, 512]))
-        kind = dice.choice(["flip", "flip", "byte", "cut", "splice", "remove", "repeat", "zeros", "ones"])
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(content))
+        end = min(len(content), at + rng.choice([1, 8, 64, 512]))
+        kind = rng.choice(["flip", "flip", "byte", "cut", "splice", "remove", "repeat", "zeros", "ones"])
         if kind == "flip":
-            content[at] ^= 1 << dice.randrange(8)
+            content[at] ^= 1 << rng.randrange(8)
         elif kind == "byte":
-            content[at] = dice.randrange(256)
+            content[at] = rng.randrange(256)
         elif kind == "cut":
             del content[at:]
         elif kind == "splice":
-            start = dice.randrange(len(content))
+            start = rng.randrange(len(content))
             content[at:end] = content[start : start + end - at]
         elif kind == "remove":
             del content[at:end]
         elif kind == "repeat":
-            content[at:at] = content[at:end] * dice.choice([1, 3, 100])
+            content[at:at] = content[at:end] * rng.choice([1, 3, 100])
         else:
             content[at:end] = (b"\0" if kind == "zeros" else b"\xff") * (end - at)
         if not content:
@@ -69,40 +69,40 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def json_value(value: Any, dice: Random) -> Any:
+def json_value(value: Any, rng: Random) -> Any:
     """Other values, keys and shapes, within a JSON value that is changed in place."""
-    for _ in range(dice.choice([1, 1, 1, 2, 4])):
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
         found = places(value)
         if not found:
             break
-        container, key = dice.choice(found)
-        kind = dice.choice(["value", "value", "value", "near", "remove", "twice", "swap", "key", "deep"])
+        container, key = rng.choice(found)
+        kind = rng.choice(["value", "value", "value", "near", "remove", "twice", "swap", "key", "deep"])
         old = container[key]
         if kind == "near" and type(old) in (int, float):
-            container[key] = old + dice.choice([-1, 1, 0.5, 2**32])
+            container[key] = old + rng.choice([-1, 1, 0.5, 2**32])
         elif kind == "near" and isinstance(old, str):
-            container[key] = dice.choice([old.upper(), old + "x", old[1:], old + "\n", f"../{old}"])
+            container[key] = rng.choice([old.upper(), old + "x", old[1:], old + "\n", f"../{old}"])
         elif kind == "remove":
             del container[key]
         elif kind == "twice" and isinstance(container, list):
             container.append(old)
         elif kind == "swap":
-            other, place = dice.choice(found)
+            other, place = rng.choice(found)
             container[key] = copy.deepcopy(other[place])
         elif kind == "key" and isinstance(container, dict):
-            container[dice.choice(TEXTS)] = container.pop(key)
+            container[rng.choice(TEXTS)] = container.pop(key)
         elif kind == "deep":
-            container[key] = nested(dice.choice([10, 100, 200]))
+            container[key] = nested(rng.choice([10, 100, 200]))
         else:
-            container[key] = copy.deepcopy(dice.choice(VALUES))  # which the next change may be within
+            container[key] = copy.deepcopy(rng.choice(VALUES))  # which the next change may be within
     return value
 
 
-def json_text(data: bytes, dice: Random) -> bytes:
-    if dice.random() < 0.1:
-        return dice.choice([b"[" * 100_000, b"1" * 5000, b'{"a":' * 2000, b"\xff\xfe", b"null", b"[]", b"1e999", b'""'])
+def json_text(data: bytes, rng: Random) -> bytes:
+    if rng.random() < 0.1:
+        return rng.choice([b"[" * 100_000, b"1" * 5000, b'{"a":' * 2000, b"\xff\xfe", b"null", b"[]", b"1e999", b'""'])
     try:
-        return json.dumps(json_value(json.loads(data), dice)).encode()
+        return json.dumps(json_value(json.loads(data), rng)).encode()
     except RecursionError:
         return b"[" * 100_000
 
@@ -110,56 +110,56 @@ def json_text(data: bytes, dice: Random) -> bytes:
 # ------------------------------------------------------------------------------------------- tables and archives
 
 
-def npy(data: bytes, dice: Random) -> bytes:
+def npy(data: bytes, rng: Random) -> bytes:
     """Another header, or other numbers behind it."""
     size = int.from_bytes(data[8:10], "little")
     header, body = data[10 : 10 + size], bytearray(data[10 + size :])
-    if dice.random() < 0.4:
-        for _ in range(dice.choice([1, 3])):
-            at = dice.randrange(0, max(len(body) - 8, 1))
+    if rng.random() < 0.4:
+        for _ in range(rng.choice([1, 3])):
+            at = rng.randrange(0, max(len(body) - 8, 1))
             body[at : at + 8] = struct.pack(
-                "<Q", dice.choice([0, 1, 2**31, 2**62, 2**63, 2**64 - 1, dice.randrange(2**16)])
+                "<Q", rng.choice([0, 1, 2**31, 2**62, 2**63, 2**64 - 1, rng.randrange(2**16)])
             )
         return data[: 10 + size] + bytes(body)
-    shape = dice.choice(
+    shape = rng.choice(
         ["(2**70,)", f"({2**70},)", f"({2**62},)", "(0,)", "(-1,)", "()", "(3, 5)", "'x'", "(" * 9000, "None"]
     )
-    descr = dice.choice(
+    descr = rng.choice(
         ["'<u8'", "'|O'", "'|V8'", "'|S1000000000'", "[('a', '<u8'), ('a', '<u8')]", "'<f8'", "''", "5", "'<U2'"]
     )
-    order = dice.choice(["False", "True", "3"])
-    text = dice.choice([
+    order = rng.choice(["False", "True", "3"])
+    text = rng.choice([
         f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}",
         f"{{'descr': '<u8', 'fortran_order': False, 'shape': {shape}, }}",
         f"{{'descr': {descr}, 'fortran_order': False, 'shape': (1,), }}",
         "{}", "((((", "'" * 999, "1L", "{'descr'", "\n", header.decode("latin-1").replace("<", ">"),
     ]).encode()  # fmt: skip
-    version = dice.choice([b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\7\7"])
+    version = rng.choice([b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\7\7"])
     length = len(text) + 1
     told = length.to_bytes(2 if version == b"\1\0" else 4, "little")
-    if dice.random() < 0.1:
+    if rng.random() < 0.1:
         told = b"\xff" * len(told)
-    magic = dice.choice([b"\x93NUMPY"] * 8 + [b"PK\3\4", b"\x80\4"])
+    magic = rng.choice([b"\x93NUMPY"] * 8 + [b"PK\3\4", b"\x80\4"])
     return magic + version + told + text + b"\n" + bytes(body)
 
 
-def tar(data: bytes, dice: Random) -> bytes:
+def tar(data: bytes, rng: Random) -> bytes:
     """Other kinds, sizes and names of a member, with the checksum of its header made right."""
     headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
     if not headers:
-        return any_bytes(data, dice)
+        return any_bytes(data, rng)
     content = bytearray(data)
-    at = dice.choice(headers)
-    kind = dice.choice(["type", "size", "name", "sparse", "pax", "magic", "token"])
+    at = rng.choice(headers)
+    kind = rng.choice(["type", "size", "name", "sparse", "pax", "magic", "token"])
     if kind == "type":
-        content[at + 156] = dice.choice(b"0123456789SxgLKVD\0A")
+        content[at + 156] = rng.choice(b"0123456789SxgLKVD\0A")
     elif kind == "size":
-        huge = dice.choice(
+        huge = rng.choice(
             [b"77777777777\0", b"\x80" + b"\0" * 6 + b"\xff" * 5, b"\xff" * 12, b"0\0", b"x", b"00000000001\0"]
         )
         content[at + 124 : at + 124 + len(huge)] = huge
     elif kind == "name":
-        name = dice.choice(
+        name = rng.choice(
             [b"../../x", b"/etc/x", b"\x1f\x8b\x08", b"BZh91AY&SY", b"\xff" * 100, b"", b"000000001.tokens.npy"]
         )
         content[at : at + 100] = name.ljust(100, b"\0")
@@ -168,22 +168,22 @@ def tar(data: bytes, dice: Random) -> bytes:
         content[at + 386 : at + 386 + 96] = (b"00000000000\0" + b"77777777777\0") * 4
         content[at + 483 : at + 495] = b"77777777777\0"
     elif kind == "pax":
-        content[at : at + 1536] = pax_member(dice)[:1536].ljust(1536, b"\0")
+        content[at : at + 1536] = pax_member(rng)[:1536].ljust(1536, b"\0")
     elif kind == "magic":
-        content[at + 257 : at + 265] = dice.choice([b"ustar  \0", b"ustar\x0099", b"\0" * 8])
+        content[at + 257 : at + 265] = rng.choice([b"ustar  \0", b"ustar\x0099", b"\0" * 8])
     else:
         start = at + 512 + 128
-        content[start : start + 2] = dice.choice([b"\xff\xff", b"\1\1", b"\0\1"])
+        content[start : start + 2] = rng.choice([b"\xff\xff", b"\1\1", b"\0\1"])
     if kind not in ("pax", "token"):
         block = content[at : at + 148] + b" " * 8 + content[at + 156 : at + 512]
         content[at + 148 : at + 156] = b"%06o\0 " % sum(block)
     return bytes(content[: len(data)])
 
 
-def pax_member(dice: Random) -> bytes:
+def pax_member(rng: Random) -> bytes:
     """A member whose pax headers say that it is sparse, or has another size or name."""
     member = tarfile.TarInfo("000000000.tokens.npy")
-    member.pax_headers = dice.choice([
+    member.pax_headers = rng.choice([
         {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 36)},
         {"GNU.sparse.map": f"0,1,{1 << 36},0", "GNU.sparse.size": str(1 << 36), "GNU.sparse.numblocks": "2"},
         {"size": str(1 << 40)},
@@ -192,25 +192,25 @@ def pax_member(dice: Random) -> bytes:
     return member.tobuf(tarfile.PAX_FORMAT)
 
 
-def safetensors(data: bytes, dice: Random) -> bytes:
+def safetensors(data: bytes, rng: Random) -> bytes:
     """Another header: names, types, shapes and offsets; at times with data that fit it."""
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
-    kind = dice.choice(["length", "value", "value", "shape", "rename", "drop", "half", "many", "alias"])
+    kind = rng.choice(["length", "value", "value", "shape", "rename", "drop", "half", "many", "alias"])
     names = [name for name in header if name != "__metadata__"]
-    name = dice.choice(names)
+    name = rng.choice(names)
     entry = header[name]
     if kind == "length":
-        length = dice.choice([0, 1, size - 1, size + 1, 2**31, 2**40, 2**63, 2**64 - 1])
+        length = rng.choice([0, 1, size - 1, size + 1, 2**31, 2**40, 2**63, 2**64 - 1])
         return length.to_bytes(8, "little") + data[8:]
     if kind == "value":
-        json_value(header, dice)
+        json_value(header, rng)
     elif kind == "shape":
-        entry["shape"] = dice.choice(
+        entry["shape"] = rng.choice(
             [entry["shape"][::-1], [*entry["shape"], 1], [len(body)], [0, 2**62], [2**32, 2**32], []]
         )
     elif kind == "rename":
-        header[dice.choice([f"module.{name}", "x", "", "__metadata__", *names])] = header.pop(name)
+        header[rng.choice([f"module.{name}", "x", "", "__metadata__", *names])] = header.pop(name)
     elif kind == "drop":
         start, end = entry["data_offsets"]
         body = body[:start] + body[end:]
@@ -220,12 +220,12 @@ def safetensors(data: bytes, dice: Random) -> bytes:
                 other["data_offsets"] = [place - (end - start) for place in other["data_offsets"]]
     elif kind == "half":
         for other in names:
-            header[other]["dtype"] = dice.choice(["F16", "BF16"])
+            header[other]["dtype"] = rng.choice(["F16", "BF16"])
             header[other]["shape"] = [2, *header[other]["shape"]]
     elif kind == "many":
         header |= {f"layers.{i}.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(2000)}
     else:
-        entry["data_offsets"] = header[dice.choice(names)]["data_offsets"]
+        entry["data_offsets"] = header[rng.choice(names)]["data_offsets"]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
@@ -257,25 +257,25 @@ BOMBS = [
 INTEGERS = {"BININT": 4, "BININT1": 1, "BININT2": 2}
 
 
-def pickle_stream(data: bytes, dice: Random) -> bytes:
+def pickle_stream(data: bytes, rng: Random) -> bytes:
     """Operations of one pickle inserted, removed, repeated, or with other numbers."""
     operations = list(pickletools.genops(data))
     cuts = [place for _, _, place in operations] + [operations[-1][2] + 1]
     content = data
-    for _ in range(dice.choice([1, 1, 2])):
-        number = dice.randrange(len(operations))
+    for _ in range(rng.choice([1, 1, 2])):
+        number = rng.randrange(len(operations))
         start, end = cuts[number], cuts[number + 1]
-        kind = dice.choice(["bomb", "bomb", "remove", "repeat", "number", "number", "size"])
+        kind = rng.choice(["bomb", "bomb", "remove", "repeat", "number", "number", "size"])
         if kind == "number":
             numbers = [i for i, (code, _, _) in enumerate(operations) if code.name in INTEGERS]
-            number = dice.choice(numbers or [number])
+            number = rng.choice(numbers or [number])
             start, end = cuts[number], cuts[number + 1]
-            value = dice.choice([0, 1, 255, 2**31 - 1, 2**20, 2**40, 2**62, 2**70, -1])
+            value = rng.choice([0, 1, 255, 2**31 - 1, 2**20, 2**40, 2**62, 2**70, -1])
             new = b"\x8a" + bytes([len(raw := pickle.encode_long(value))]) + raw if numbers else b"N"
         elif kind == "size":
-            new = pickle.dumps(dice.choice([(2**20, 2**20), (2**62, 2**62), (), (-1,), [None], (0.5,), "x"]), 2)[2:-1]
+            new = pickle.dumps(rng.choice([(2**20, 2**20), (2**62, 2**62), (), (-1,), [None], (0.5,), "x"]), 2)[2:-1]
         else:
-            new = {"bomb": dice.choice(BOMBS), "remove": b"", "repeat": content[start:end] * 2}[kind]
+            new = {"bomb": rng.choice(BOMBS), "remove": b"", "repeat": content[start:end] * 2}[kind]
             start = end if kind == "bomb" else start
         content = content[:start] + new + content[end:]
         if kind != "bomb" or len(new) > 100:
@@ -283,7 +283,7 @@ def pickle_stream(data: bytes, dice: Random) -> bytes:
     return content
 
 
-def torch_file(data: bytes, dice: Random) -> bytes:
+def torch_file(data: bytes, rng: Random) -> bytes:
     """A file of torch.save: its pickle, its storages, or the archive around them."""
     if not zipfile.is_zipfile(io.BytesIO(data)):
         ends = [0]
@@ -292,27 +292,27 @@ def torch_file(data: bytes, dice: Random) -> bytes:
                 ends.append(ends[-1] + max(place for _, _, place in pickletools.genops(data[ends[-1] :])) + 1)
             except ValueError:
                 break
-        number = dice.randrange(len(ends) - 1)
+        number = rng.randrange(len(ends) - 1)
         start, end = ends[number], ends[number + 1]
-        return data[:start] + pickle_stream(data[start:end], dice) + data[end:]
+        return data[:start] + pickle_stream(data[start:end], rng) + data[end:]
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     main = next(name for name in entries if name.endswith("data.pkl"))
     storages = [name for name in entries if "/data/" in name]
-    kind = dice.choice(["pickle"] * 7 + ["cut", "drop", "deflated", "twice", "byteorder"])
+    kind = rng.choice(["pickle"] * 7 + ["cut", "drop", "deflated", "twice", "byteorder"])
     if kind == "pickle":
-        entries[main] = pickle_stream(entries[main], dice)
+        entries[main] = pickle_stream(entries[main], rng)
     elif kind == "cut":
-        name = dice.choice(storages)
-        entries[name] = entries[name][: dice.randrange(len(entries[name]) + 1)]
+        name = rng.choice(storages)
+        entries[name] = entries[name][: rng.randrange(len(entries[name]) + 1)]
     elif kind == "drop":
-        del entries[dice.choice(list(entries))]
+        del entries[rng.choice(list(entries))]
     elif kind == "deflated":
-        entries[dice.choice(storages)] = bytes(200 << 20)
+        entries[rng.choice(storages)] = bytes(200 << 20)
     elif kind == "twice":
         entries["other/data.pkl"] = entries[main]
     else:
-        entries[main.replace("data.pkl", "byteorder")] = dice.choice([b"big", b"", b"little" * 9])
+        entries[main.replace("data.pkl", "byteorder")] = rng.choice([b"big", b"", b"little" * 9])
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_STORED) as archive:
         for name, content in entries.items():
@@ -323,15 +323,15 @@ def torch_file(data: bytes, dice: Random) -> bytes:
 # --------------------------------------------------------------------------------------------------- words, lines
 
 
-def words(data: bytes, dice: Random) -> bytes:
+def words(data: bytes, rng: Random) -> bytes:
     """A vocabulary, a word on each line: other words, line ends and counts."""
     lines = data.split(b"\n")
-    for _ in range(dice.choice([1, 2, 5])):
-        new = dice.choice(
+    for _ in range(rng.choice([1, 2, 5])):
+        new = rng.choice(
             [b"", b" ", b"<eos>", b"<unk>", b"\xff", b"\xef\xbb\xbf", b"a b", b"\0", b"x" * 100_000, b"\xc2\x85"]
         )
-        at = dice.randrange(len(lines))
-        kind = dice.choice(["replace", "insert", "remove", "swap"])
+        at = rng.randrange(len(lines))
+        kind = rng.choice(["replace", "insert", "remove", "swap"])
         if kind == "replace":
             lines[at] = new
         elif kind == "insert":
@@ -340,23 +340,23 @@ def words(data: bytes, dice: Random) -> bytes:
             del lines[at]
         else:
             lines[0], lines[at] = lines[at], lines[0]
-    return dice.choice([b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\0\n"]).join(lines)
+    return rng.choice([b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\0\n"]).join(lines)
 
 
-def arguments(given: list[str], dice: Random) -> list[str]:
+def arguments(given: list[str], rng: Random) -> list[str]:
     """A command line: other values, keys and characters."""
     given = list(given)
-    for _ in range(dice.choice([1, 1, 2, 3])):
-        at = dice.randrange(len(given))
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        at = rng.randrange(len(given))
         key, _, value = given[at].partition("=")
-        kind = dice.choice(["value"] * 5 + ["typed", "key", "remove", "twice", "flag", "noise"])
+        kind = rng.choice(["value"] * 5 + ["typed", "key", "remove", "twice", "flag", "noise"])
         if kind == "value":
-            given[at] = f"{key}={dice.choice(NUMBERS)}"
+            given[at] = f"{key}={rng.choice(NUMBERS)}"
         elif kind == "typed":
-            given[at] = f"{key}={dice.choice(['null', 'true', '[]', '{}', '[1,2]', '{a: 1}', '', '???', *TEXTS[1:9]])}"
+            given[at] = f"{key}={rng.choice(['null', 'true', '[]', '{}', '[1,2]', '{a: 1}', '', '???', *TEXTS[1:9]])}"
         elif kind == "key":
             given[at] = (
-                f"{dice.choice(['+', '++', '~', '', 'x.', 'hydra.'])}{key}{dice.choice(['', '.x', '@y', '/z'])}={value}"
+                f"{rng.choice(['+', '++', '~', '', 'x.', 'hydra.'])}{key}{rng.choice(['', '.x', '@y', '/z'])}={value}"
             )
         elif kind == "remove" and len(given) > 1:
             del given[at]
@@ -364,10 +364,10 @@ def arguments(given: list[str], dice: Random) -> list[str]:
             given.append(given[at])
         elif kind == "flag":
             given.insert(
-                at, dice.choice(["--help", "--cfg", "job", "--resolve", "--info", "-h", "--x", "--", "=", "=x", "x="])
+                at, rng.choice(["--help", "--cfg", "job", "--resolve", "--info", "-h", "--x", "--", "=", "=x", "x="])
             )
         else:
-            noise = "".join(dice.choices("=,[]{}()'\"\\$#@~%: \t\n\x01aé€", k=dice.randint(1, 12)))
+            noise = "".join(rng.choices("=,[]{}()'\"\\$#@~%: \t\n\x01aé€", k=rng.randint(1, 12)))
             given[at] = f"{key}={value}{noise}"
     return [each.replace("\0", "\x01").encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
             if not any(0xD800 <= ord(c) < 0xDC80 for c in each) else key for each in given]  # fmt: skip

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from txl_dist.config import ModelConfig
+from txl_dist.checkpoint.format import CheckpointWriter, latest
+from txl_dist.config.schema import ModelConfig
+from txl_dist.conversion.weights import shapes
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer
-from txl_dist.engine.checkpoint import CheckpointWriter, newest
-from txl_dist.interchange.weights import shapes
 from txl_dist.models.transformer_xl import TransformerXL
 
 from .isolate import call, command
@@ -40,8 +40,8 @@ def warm_up() -> None:
 
 def make(folder: Path) -> None:
     """Make all specimens: DATA and RUN folders by tokenizer, an export, and files of other houses."""
-    dice = random.Random(1)
-    text = "".join(" ".join(dice.choices(WORDS[2:], k=dice.randint(1, 9))) + "\n" for _ in range(250))
+    rng = random.Random(1)
+    text = "".join(" ".join(rng.choices(WORDS[2:], k=rng.randint(1, 9))) + "\n" for _ in range(250))
     (folder / "book.txt").write_text(text)
     for name in TOKENIZERS:
         data, run = f"data.dir={folder / name}", f"run.dir={folder / f'run-{name}'}"
@@ -60,7 +60,7 @@ def make(folder: Path) -> None:
 
 def untrained(folder: Path, tokenizer: str) -> None:
     """A run like that with bytes, of other data, in a moment."""
-    index, like = Index.open(str(folder / tokenizer)), newest(folder / "run-bytes")
+    index, like = Index.open(str(folder / tokenizer)), latest(folder / "run-bytes")
     run = folder / f"run-{tokenizer}"
     config = like.config | {"data": like.config["data"] | {"dir": str(folder / tokenizer)}}
     model = TransformerXL(ModelConfig(**config["model"]), index.vocab_size)

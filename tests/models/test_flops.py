@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from txl_dist.models.attend import Sight
 from txl_dist.models.flops import (
     embedding_products,
     flops,
@@ -14,6 +13,7 @@ from txl_dist.models.flops import (
     training_flops,
     zipf_share,
 )
+from txl_dist.models.layers.backends import AttentionWindow
 from txl_dist.models.transformer_xl import TransformerXL
 
 LANES, VOCAB = 3, 200
@@ -39,8 +39,8 @@ def training_step(config):
     """A forward and a backward of a model with one softmax, which reads a full memory."""
     model = TransformerXL(config, VOCAB)
     tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
-    reach = torch.full_like(tokens, 1000)
-    return lambda: model(tokens, tokens, reach, model.empty_memory(LANES))[0].mean().backward()
+    lookback = torch.full_like(tokens, 1000)
+    return lambda: model(tokens, tokens, lookback, model.empty_memory(LANES))[0].mean().backward()
 
 
 @pytest.mark.parametrize("mem_len", [0, 11])
@@ -49,7 +49,7 @@ def test_a_layer(make_config, attention, mem_len):
     config = make_config(attention=attention, mem_len=mem_len)
     model = TransformerXL(config, VOCAB)
     hidden = torch.zeros(LANES, config.tgt_len, config.d_model)
-    encoding, visible = model.surroundings(hidden, torch.zeros(LANES, config.tgt_len, dtype=torch.int64))
+    encoding, visible = model.positions_and_window(hidden, torch.zeros(LANES, config.tgt_len, dtype=torch.int64))
     memory = torch.zeros(LANES, mem_len, config.d_model)
     products = layer_products(config, LANES)
     assert counted(lambda: model.layers[0](hidden, memory, encoding, visible)) == forward(products)
@@ -89,8 +89,8 @@ def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm
     assert runs == trained(products)
 
     of_scores = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))
-    reach = torch.full((LANES, config.tgt_len), mem_len - 1 if same_length else 1000)
-    pairs = int(Sight(reach, mem_len).visible.sum())
+    lookback = torch.full((LANES, config.tgt_len), mem_len - 1 if same_length else 1000)
+    pairs = int(AttentionWindow(lookback, mem_len).visible.sum())
     for_each_pair = 3 if attention in ("relative", "shaw") else 2  # content, values, position
     seen = 3 * for_each_pair * 2 * config.n_head * config.d_head * pairs * config.n_layer  # backward is twice a forward
     assert training_flops(config, VOCAB, LANES) == pytest.approx(runs - of_scores + seen, rel=1e-12)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
-from txl_dist.config import ModelConfig
-from txl_dist.interchange.weights import translate
+from txl_dist.config.schema import ModelConfig
+from txl_dist.conversion.weights import translate
 from txl_dist.models.memory import Cache, States, side_by_side
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -148,9 +148,9 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
     for step, length in enumerate([5, 5, 5, 3]):
         inputs, targets = tokens(LANES, length, seed=step), tokens(LANES, length, seed=100 + step)
         targets[0, 1] = -100
-        reach = torch.full_like(inputs, FAR)  # they look at their first memory of zeros
-        nll, new_memory = model(inputs, targets, reach, memory)
-        log_probs, same_memory = model(inputs, None, reach, memory)
+        lookback = torch.full_like(inputs, FAR)  # they look at their first memory of zeros
+        nll, new_memory = model(inputs, targets, lookback, memory)
+        log_probs, same_memory = model(inputs, None, lookback, memory)
 
         output = theirs.transformer(inputs, mems=their_memory)
         hidden = output.last_hidden_state
@@ -195,9 +195,9 @@ def test_segment_by_segment_within_a_window_equals_one_long_pass():
 def test_a_document_in_mid_segment_knows_nothing_of_the_one_before():
     model = build(BASE).eval()
     stream, memory = tokens(LANES, 9), model.empty_memory(LANES)
-    reach = torch.cat([from_start(4), from_start(5)], dim=1)
-    first, memory = model(stream[:, :6], None, reach[:, :6], memory)
-    second, memory = model(stream[:, 6:], None, reach[:, 6:], memory)
+    lookback = torch.cat([from_start(4), from_start(5)], dim=1)
+    first, memory = model(stream[:, :6], None, lookback[:, :6], memory)
+    second, memory = model(stream[:, 6:], None, lookback[:, 6:], memory)
     apart = [read(model, stream[:, :4], [4]), read(model, stream[:, 4:], [2, 3])]
     torch.testing.assert_close(torch.cat([first, second], 1), torch.cat(apart, 1), rtol=1e-12, atol=1e-12)
 
@@ -209,8 +209,8 @@ def test_a_reset_lane_forgets_and_the_others_do_not(pre_lnorm):
     memoryless.load_state_dict(model.state_dict())
     stream = tokens(LANES, 10)
     _, memory = model(stream[:, :5], None, from_start(5), model.empty_memory(LANES))
-    reach = torch.cat([from_start(5, 1), from_start(5, LANES - 1, start=5)])  # lane 0 starts anew
-    log_probs, _ = model(stream[:, 5:], None, reach, memory)
+    lookback = torch.cat([from_start(5, 1), from_start(5, LANES - 1, start=5)])  # lane 0 starts anew
+    log_probs, _ = model(stream[:, 5:], None, lookback, memory)
     fresh, none = memoryless(stream[:, 5:], None, from_start(5), memoryless.empty_memory(LANES))
     kept = read(model, stream, [5, 5])[:, 5:]
     torch.testing.assert_close(log_probs, torch.cat([fresh[:1], kept[1:]]), rtol=1e-12, atol=1e-12)
@@ -359,14 +359,14 @@ def test_a_step_waits_for_nothing_that_a_gpu_has_to_do(case):
     """Tensors on "meta" have no numbers: whatever asks for one, be it how many tokens a cluster has, fails there."""
     drops = dict.fromkeys(["dropout", "dropatt", "dropout_words"], 0.1)
     model = build(replace(BASE, **CASES[case], **drops)).to("meta")
-    inputs, targets, reach = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)
-    nll, _ = model(inputs, targets, reach, model.empty_memory(LANES))
+    inputs, targets, lookback = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)
+    nll, _ = model(inputs, targets, lookback, model.empty_memory(LANES))
     nll.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    model.eval()(inputs, None, reach, model.empty_cache(LANES))
+    model.eval()(inputs, None, lookback, model.empty_cache(LANES))
     if case != "full softmax":
         with pytest.raises(NotImplementedError, match="nonzero"):
-            model(inputs.to("meta"), targets.to("meta"), reach, model.empty_memory(LANES))
+            model(inputs.to("meta"), targets.to("meta"), lookback, model.empty_memory(LANES))
 
 
 def test_nothing_is_dropped_in_evaluation():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from txl_dist import evaluate, inspect, recl, score
-from txl_dist.tracking.console import PlainConsole, Screen
+from txl_dist.tracking.console import ConsoleReporter, PlainConsole
 
 NAMES = ["[red]x", "[/bold]", "a [b] c", ":bug:", "x\\"]
 
@@ -30,9 +30,9 @@ def test_no_command_reads_a_name_as_markup(monkeypatch, capsys, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_screen_of_a_run_says_what_it_is_given(capsys, name):
-    screen = Screen(0, 10, shown=True)
-    screen.say(f"{name}: starting")
-    screen.close()
+    reporter = ConsoleReporter(0, 10, shown=True)
+    reporter.say(f"{name}: starting")
+    reporter.close()
     assert capsys.readouterr().out == f"{name}: starting\n"
 
 

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from txl_dist.config import ModelConfig
+from txl_dist.config.schema import ModelConfig
 from txl_dist.data.index import Index
 from txl_dist.models.flops import training_flops
 

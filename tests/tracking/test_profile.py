@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.profiler import record_function
 
 from txl_dist.errors import UserError
-from txl_dist.tracking.profile import costliest, out_of_memory_told, write
+from txl_dist.tracking.profile import costliest, out_of_memory_reported, write
 
 STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
 
@@ -112,7 +112,7 @@ def test_a_memory_that_cannot_be_written_hides_no_advice(tmp_path):
     job = SimpleNamespace(engine=engine, run=SimpleNamespace(dir=str(tmp_path)))
     with (
         pytest.raises(UserError, match="could not be written: .*/profile: File exists") as told,
-        out_of_memory_told(job, SimpleNamespace(rank=1, device=torch.device("cuda"))),
+        out_of_memory_reported(job, SimpleNamespace(rank=1, device=torch.device("cuda"))),
     ):
         raise torch.OutOfMemoryError("no memory")
     assert "Less is taken by a larger engine.gradient_accumulation" in str(told.value)

@@ -9,7 +9,7 @@ import pytest
 import wandb
 
 from tests.tracking.wandb_files import told
-from txl_dist.config import TrackingConfig
+from txl_dist.config.schema import TrackingConfig
 from txl_dist.tracking.weights_and_biases import WandbRun, default_mode, refused_settings
 
 REPO = Path(__file__).resolve().parents[2]

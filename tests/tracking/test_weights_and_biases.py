@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.tracking.wandb_files import records, told
-from txl_dist.preemption import REQUEUE
+from txl_dist.distributed.preemption import REQUEUE
 
 REPO = Path(__file__).resolve().parents[2]
 

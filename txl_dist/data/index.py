@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, Field
 
-from txl_dist.commands import command_to_paste
-from txl_dist.config import PublishedCorpus
+from txl_dist.config.quoting import command_to_paste
+from txl_dist.config.schema import PublishedCorpus
 from txl_dist.data import tokenizers
 from txl_dist.data.cache import cache_folder
-from txl_dist.data.shards import (
+from txl_dist.data.preparing.shards import (
     DOCUMENT_TABLE,
     FORMAT,
     SAMPLE_TABLE,
@@ -31,8 +31,8 @@ from txl_dist.data.shards import (
     sha256_of_json,
 )
 from txl_dist.errors import UserError
-from txl_dist.foreign import PARSE_ERRORS, Sha256, Size, describe, shown
-from txl_dist.lock import locked
+from txl_dist.files.lock import locked
+from txl_dist.files.parsing import PARSE_ERRORS, Sha256, Size, describe, shown
 
 PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
 
@@ -249,7 +249,7 @@ class Index:
             raise UserError(f"{where}: is damaged ({describe(error)}); {again}") from error
         return index
 
-    def damages(self) -> list[str]:
+    def validate(self) -> list[str]:
         """Shards that are missing or have another size; of those behind a URL only the fetched ones are looked at."""
         found = []
         for shard in (shard for split in self.splits.values() for shard in split.shards):

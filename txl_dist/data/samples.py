@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from txl_dist.data.index import Index
-from txl_dist.data.shards import Shard
+from txl_dist.data.preparing.shards import Shard
 from txl_dist.errors import UserError
 
 NPY = re.compile(

@@ -28,7 +28,7 @@ class Segment:
     step: int
     inputs: np.ndarray
     targets: np.ndarray
-    reach: np.ndarray
+    lookback: np.ndarray
 
 
 class Segments:
@@ -80,7 +80,7 @@ class Segments:
 
     def read(self, step: int) -> Segment:
         shape = (len(self.lanes), self.plan.tgt_len)
-        inputs, reach = np.full(shape, self.eos), np.zeros(shape, np.int64)
+        inputs, lookback = np.full(shape, self.eos), np.zeros(shape, np.int64)
         targets = np.full(shape, NOT_SCORED)
         for row, lane in enumerate(self.lanes):
             at = 0
@@ -90,12 +90,12 @@ class Segments:
                 tokens = self.reader.tokens(span.position - before, span.length + before)
                 targets[row, here] = tokens[before:]
                 inputs[row, at + 1 - before : at + span.length] = tokens[: span.length - 1 + before]
-                reach[row, here] = np.arange(span.history, span.history + span.length)
+                lookback[row, here] = np.arange(span.history, span.history + span.length)
                 at += span.length
             if self.reader.lost is not None:
-                reach[row] = np.minimum(reach[row], self.since_gap(lane, step))
+                lookback[row] = np.minimum(lookback[row], self.since_gap(lane, step))
         inputs[inputs == NOT_SCORED] = self.eos
-        return Segment(step, inputs, targets, reach)
+        return Segment(step, inputs, targets, lookback)
 
     def since_gap(self, lane: int, step: int) -> np.ndarray:
         """How many tokens each position of a segment has before it since the last gap; many, where memory holds none.

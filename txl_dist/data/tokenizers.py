@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
-from txl_dist.config import MIN_PIECES
+from txl_dist.config.schema import MIN_PIECES
 from txl_dist.errors import UserError
 
 EOS, UNK = "<eos>", "<unk>"

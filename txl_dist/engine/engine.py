@@ -14,20 +14,20 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from txl_dist.config import LANE_KEYS, EngineConfig, ModelConfig, TrainJob
+from txl_dist.checkpoint.format import Checkpoint
+from txl_dist.checkpoint.writer import AsyncCheckpointer
+from txl_dist.config.schema import LANE_KEYS, EngineConfig, ModelConfig, TrainJob
 from txl_dist.data.lanes import BEGINNING, LaneSplit, Origin
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.engine.checkpoint import Checkpoint
-from txl_dist.engine.evaluation import Score
-from txl_dist.engine.guard import Guard
-from txl_dist.engine.launch import World
-from txl_dist.engine.optimization import build_optimizer, keep_average, learning_rate
-from txl_dist.engine.peak import peak_tflops
-from txl_dist.engine.saving import Saver
-from txl_dist.engine.sharded import ShardedState
-from txl_dist.models.attend import fastest
+from txl_dist.distributed.process_group import ProcessGroup
+from txl_dist.engine.anomaly_guard import AnomalyGuard
+from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
+from txl_dist.engine.sharded_state import ShardedState
+from txl_dist.evaluation.likelihood import Score
+from txl_dist.models.layers.backends import default_backend
 from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.tracking.gpu_peak import peak_tflops
 
 # DeepSpeed would compile its shared-memory reduction at start (a minute, and a compiler); gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -50,16 +50,16 @@ class Engine(ABC):
         guard: judges the steps.
     """
 
-    def __init__(self, job: TrainJob, vocab_size: int, world: World, checkpoint: Checkpoint | None):
-        self.job, self.world = job, world
+    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, checkpoint: Checkpoint | None):
+        self.job, self.group = job, group
         self.split = LaneSplit(
-            job.data.num_lanes, world.size, job.engine.gradient_accumulation, job.engine.pipeline_stages
+            job.data.num_lanes, group.size, job.engine.gradient_accumulation, job.engine.pipeline_stages
         )
-        self.lanes, self.origin, self.step = self.split.lanes(world.rank), BEGINNING, 0
+        self.lanes, self.origin, self.step = self.split.lanes(group.rank), BEGINNING, 0
         self.precision = precision(job.engine)
         self.skipped, self.weight = 0, 1.0
         lanes, fp16 = self.lanes, self.precision == "fp16"
-        self.guard = Guard(job.guard, job.run.dir, world, lanes, job.data.num_lanes, fp16)
+        self.guard = AnomalyGuard(job.guard, job.run.dir, group, lanes, job.data.num_lanes, fp16)
 
         torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
         model = TransformerXL(job.model, vocab_size)
@@ -91,13 +91,13 @@ class Engine(ABC):
         )
         if job.engine.zero_stage == 0:
             # Its reduction copies every gradient, also where there is no other rank.
-            self.deepspeed.enable_backward_allreduce = world.size > 1
+            self.deepspeed.enable_backward_allreduce = group.size > 1
         self._update, optimizer.step = optimizer.step, self._update_unless_bad  # type: ignore
         self.state = ShardedState(self.deepspeed, parameters)
         self.memory = self.empty_memory(job.model)
         if checkpoint:
             self._restore(checkpoint)
-        self.saver = Saver(job.run.dir, job.checkpoint, self.step, world)
+        self.checkpointer = AsyncCheckpointer(job.run.dir, job.checkpoint, self.step, group)
 
     @abstractmethod
     def part(self, model: TransformerXL) -> tuple[TransformerXL, range, nn.Module]:
@@ -113,17 +113,17 @@ class Engine(ABC):
 
     def __str__(self) -> str:
         """The model's size and the split, in words."""
-        given, device = self.job.engine.attention, self.world.device
-        way = fastest(device, DTYPES[self.precision]) if given == "auto" else given
+        given, device = self.job.engine.attention, self.group.device
+        way = default_backend(device, DTYPES[self.precision]) if given == "auto" else given
         return (
-            f"{self.size:,} parameters, {self.world.size} x {device.type}, {self.precision}, attention by {way}, "
+            f"{self.size:,} parameters, {self.group.size} x {device.type}, {self.precision}, attention by {way}, "
             f"ZeRO {self.job.engine.zero_stage}"
         )
 
     def empty_memory(self, config: ModelConfig) -> Memory:
         """A memory of this rank's layers and lanes, as at the beginning of a run."""
-        device, dtype = self.world.device, DTYPES[self.precision]
-        lanes = self.split.lanes(self.world.rank)
+        device, dtype = self.group.device, DTYPES[self.precision]
+        lanes = self.split.lanes(self.group.rank)
         return Memory(self.layers, lanes, config.mem_len, config.d_model, device, dtype)
 
     @property
@@ -133,16 +133,16 @@ class Engine(ABC):
 
     def peak(self) -> float | None:
         """FLOP/s of all ranks' devices together at best; None where one is not known. Every rank must call it."""
-        mine, device = self.job.engine.peak_tflops, self.world.device
+        mine, device = self.job.engine.peak_tflops, self.group.device
         if mine is None and device.type == "cuda":
             mine = peak_tflops(torch.cuda.get_device_name(device), self.precision)
-        total, unknown = self.world.sum(mine or 0.0, mine is None)
+        total, unknown = self.group.sum(mine or 0.0, mine is None)
         return None if unknown else total * 1e12
 
     def train_step(self, segment: Segment) -> Tensor:
         """One optimizer step on this rank's rows of a segment; returns a loss (nats a token) for `mean`."""
         assert segment.step == self.step
-        random_state(self.job.run.seed, self.step, self.world.rank)
+        random_state(self.job.run.seed, self.step, self.group.rank)
         self.learning_rate = learning_rate(
             self.step, self.job.schedule, self.job.optimizer.lr, self.job.train.max_steps
         )
@@ -197,7 +197,7 @@ class Engine(ABC):
 
     def mean(self, loss: Tensor) -> float:
         """The mean over all ranks of what `train_step` returned: that of the global batch."""
-        return self.world.sum(loss)[0] / self.world.size
+        return self.group.sum(loss)[0] / self.group.size
 
     @property
     def grad_norm(self) -> float:
@@ -212,11 +212,11 @@ class Engine(ABC):
         """What DeepSpeed does itself at the other ZeRO stages; at 0 it tells no norm, and a pipeline's is not right."""
         gradients = [parameter.grad for parameter in self.state.own.values() if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-        self._grad_norm = self.whole_norm(torch.stack(norms).norm())
+        self._grad_norm = self.global_grad_norm(torch.stack(norms).norm())
         if self.job.optimizer.clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.job.optimizer.clip, self._grad_norm)
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
+    def global_grad_norm(self, norm: Tensor) -> Tensor:
         """The norm of the gradient of the whole model, of which this rank's part has `norm`."""
         return norm
 
@@ -228,7 +228,7 @@ class Engine(ABC):
         self.deepspeed.eval()
         self.model.config = self.job.evaluation.of(self.job.model)
         with torch.compiler.set_stance("force_eager"):  # its caches grow, and each length would be compiled anew
-            nats, tokens = self.world.sum(*self.score(segments))
+            nats, tokens = self.group.sum(*self.score(segments))
         self.model.config = self.job.model
         self.deepspeed.train()
         return Score(nats, int(tokens))
@@ -248,7 +248,7 @@ class Engine(ABC):
             RunError: on every rank, where the save before this one has failed.
         """
         self.guard.check()
-        self.saver.wait()  # before the copy: there is room for one
+        self.checkpointer.wait()  # before the copy: there is room for one
         tensors = {
             "weights": self.state.weights(),
             "optimizer": self.state.optimizer_states(),
@@ -260,10 +260,10 @@ class Engine(ABC):
             "origin": asdict(self.origin),
             "optimizer": self.state.numbers(),
             "losses": list(self.guard.losses),
-            "written_by": {"ranks": self.world.size, "precision": self.precision},
+            "written_by": {"ranks": self.group.size, "precision": self.precision},
             "valid_loss": valid_loss,
         }
-        self.saver.save(self.step, tensors, state, asdict(self.job), data)
+        self.checkpointer.save(self.step, tensors, state, asdict(self.job), data)
 
     def close(self) -> None:
         """Give back the memory. DeepSpeed's hooks keep themselves alive, and under ZeRO 3 it does not take all away."""

@@ -23,9 +23,9 @@ from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
+from txl_dist.engine.anomaly_guard import AnomalyGuard
 from txl_dist.engine.engine import Engine
-from txl_dist.engine.evaluation import row_slices, tensors
-from txl_dist.engine.guard import Guard
+from txl_dist.evaluation.likelihood import row_slices, tensors
 from txl_dist.models.flops import flops
 from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
@@ -45,7 +45,7 @@ class Stage(nn.Module):
 
     memory: Memory
     weight: float
-    guard: Guard
+    guard: AnomalyGuard
 
     def __init__(self, model: TransformerXL, layers: range, first: bool, last: bool, first_scored: int):
         super().__init__()
@@ -58,12 +58,12 @@ class Stage(nn.Module):
 
     def forward(self, arriving: Arriving) -> Tensor | Arriving:
         """What the stage before sends -> what the stage after gets: hidden [rows, length, d_model], reach, rows."""
-        hidden, reach, rows = arriving
+        hidden, lookback, rows = arriving
         if self.first:
             hidden = self.model.embed(hidden)
-        hidden, remembered = self.model.through_layers(hidden, reach, self.memory.read(rows))
+        hidden, remembered = self.model.through_layers(hidden, lookback, self.memory.read(rows))
         self.memory.write(rows, remembered)
-        return hidden if self.last else (hidden, reach, rows)
+        return hidden if self.last else (hidden, lookback, rows)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """In training the weighted mean of a micro-batch's counted positions; in evaluation the sum of all."""
@@ -108,7 +108,7 @@ class Pipeline(PipelineModule):
 
 class PipelineEngine(Engine):
     def part(self, model: TransformerXL) -> tuple[TransformerXL, range, nn.Module]:
-        number, stages = self.split.stage(self.world.rank), self.split.stages
+        number, stages = self.split.stage(self.group.rank), self.split.stages
         costs = flops(model.config, sum(model.softmax.sizes), self.split.micro_batch)
         self.cut = self.job.engine.stage_layers or balanced(costs, stages)
         ends = list(accumulate(self.cut))
@@ -130,7 +130,7 @@ class PipelineEngine(Engine):
 
     def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:
         self.stage.memory = memory = self.empty_memory(self.model.config)
-        nats, tokens = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
+        nats, tokens = torch.zeros((), dtype=torch.float64, device=self.group.device), 0
         self.deepspeed.reset_activation_shape()  # lengths may differ from training's
         for segment in segments:
             losses = self.deepspeed.eval_batch(self.micro_batches(segment), reduce_output=None, bcast_loss=False)
@@ -145,10 +145,10 @@ class PipelineEngine(Engine):
         """What the first stage reads, and the last stage's targets."""
         numbers = torch.arange(len(segment.inputs))
         for rows in row_slices(len(numbers), self.split.accumulation):
-            inputs, targets, reach = tensors(segment, rows)
-            yield (inputs, reach, numbers[rows]), targets
+            inputs, targets, lookback = tensors(segment, rows)
+            yield (inputs, lookback, numbers[rows]), targets
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
+    def global_grad_norm(self, norm: Tensor) -> Tensor:
         squares = norm.square()
         torch.distributed.all_reduce(squares, group=self.deepspeed.grid.get_pipe_parallel_group())
         return squares.sqrt()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from txl_dist.data.segments import Segment
 from txl_dist.engine.engine import Engine
-from txl_dist.engine.evaluation import row_slices, score, tensors
+from txl_dist.evaluation.likelihood import row_slices, score, tensors
 from txl_dist.models.transformer_xl import TransformerXL
 
 
@@ -31,5 +31,5 @@ class ZeroEngine(Engine):
 
     def score(self, segments: Iterable[Segment]) -> tuple[float, int]:
         micro_batches = self.split.accumulation
-        mine = score(self.model, segments, self.world.device, len(self.lanes), micro_batches, forward=self.deepspeed)
+        mine = score(self.model, segments, self.group.device, len(self.lanes), micro_batches, forward=self.deepspeed)
         return mine.nats, mine.tokens

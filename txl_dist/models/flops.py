@@ -8,7 +8,7 @@ other factor depends on no parameter (the memory, the encoding of distances).
 from math import log
 from typing import NamedTuple
 
-from txl_dist.config import ModelConfig
+from txl_dist.config.schema import ModelConfig
 
 
 class Product(NamedTuple):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from txl_dist.config import ModelConfig
+from txl_dist.config.schema import ModelConfig
 from txl_dist.errors import ConfigError
-from txl_dist.foreign import describe
-from txl_dist.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, send
-from txl_dist.models.attend import Sight
-from txl_dist.models.attention import Attention, attention_of_layer, encode_distances
-from txl_dist.models.dropout import Dropout
+from txl_dist.files.parsing import describe
+from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, send
+from txl_dist.models.layers.attention import Attention, attention_of_layer, encode_distances
+from txl_dist.models.layers.backends import AttentionWindow
+from txl_dist.models.layers.dropout import Dropout
 from txl_dist.models.memory import Remembered, States
 
 
@@ -55,9 +55,11 @@ class Layer(nn.Module):
         self.attention = attention_of_layer(config, number)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, hidden: Tensor, memory: States, encoding: Tensor, sight: Sight) -> tuple[Tensor, States]:
+    def forward(
+        self, hidden: Tensor, memory: States, encoding: Tensor, window: AttentionWindow
+    ) -> tuple[Tensor, States]:
         """Arguments and results are those of Attention."""
-        hidden, remembered = self.attention(hidden, memory, encoding, sight)
+        hidden, remembered = self.attention(hidden, memory, encoding, window)
         return self.feed_forward(hidden), remembered
 
 
@@ -123,7 +125,7 @@ class TransformerXL(nn.Module):
                 nn.init.normal_(parameter, 0.0, self.config.init_std)
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None, reach: Tensor, memory: Sequence[Remembered]
+        self, inputs: Tensor, targets: Tensor | None, lookback: Tensor, memory: Sequence[Remembered]
     ) -> tuple[Tensor, list[Remembered]]:
         """Read a segment of any length. Its integers may be on the CPU: a GPU is then not waited for.
 
@@ -140,7 +142,7 @@ class TransformerXL(nn.Module):
             The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
             [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
         """
-        hidden, new_memory = self.through_layers(self.embed(inputs), reach, memory)
+        hidden, new_memory = self.through_layers(self.embed(inputs), lookback, memory)
         return self.predict(hidden, targets), new_memory
 
     # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
@@ -150,13 +152,13 @@ class TransformerXL(nn.Module):
         return self.input_dropout(self.embedding(inputs))
 
     def through_layers(
-        self, hidden: Tensor, reach: Tensor, memory: Sequence[Remembered]
+        self, hidden: Tensor, lookback: Tensor, memory: Sequence[Remembered]
     ) -> tuple[Tensor, list[Remembered]]:
         """[lanes, length, d_model] -> the same, and the new memory; all layers that are here."""
-        encoding, sight = self.surroundings(hidden, reach)
+        encoding, window = self.positions_and_window(hidden, lookback)
         new_memory = []
         for layer, past in zip(self.layers, memory, strict=True):
-            hidden, remembered = self.run(layer, hidden, past, encoding, sight)
+            hidden, remembered = self.run(layer, hidden, past, encoding, window)
             new_memory.append(remembered)
         return hidden, new_memory
 
@@ -164,18 +166,18 @@ class TransformerXL(nn.Module):
         """[lanes, length, d_model] -> the first result of `forward`."""
         return self.softmax(self.output_dropout(hidden), targets)
 
-    def surroundings(self, hidden: Tensor, reach: Tensor) -> tuple[Tensor, Sight]:
+    def positions_and_window(self, hidden: Tensor, lookback: Tensor) -> tuple[Tensor, AttentionWindow]:
         """What all layers share: the encoding of distances, and which keys each query sees."""
-        config, reach = self.config, send(reach, hidden.device)
-        keys = config.mem_len + reach.size(1)
+        config, lookback = self.config, send(lookback, hidden.device)
+        keys = config.mem_len + lookback.size(1)
         encoding = encode_distances(config, keys, like=hidden)
         if encoding.is_floating_point():
             encoding = self.dropout(encoding)
         if config.same_length:  # mem_len keys at most, itself included
-            reach = reach.clamp(max=config.mem_len - 1)
-        return encoding, Sight(reach, config.mem_len, hidden.dtype)
+            lookback = lookback.clamp(max=config.mem_len - 1)
+        return encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype)
 
-    def run(self, layer: nn.Module, *args: States | Sight) -> tuple[Tensor, Any]:
+    def run(self, layer: nn.Module, *args: States | AttentionWindow) -> tuple[Tensor, Any]:
         if self.activation_checkpointing and self.training:
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)

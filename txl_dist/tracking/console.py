@@ -35,7 +35,7 @@ def going_on_unheard() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what waits in buffers, and what is still to come
 
 
-class Screen:
+class ConsoleReporter:
     """Shows a run from step `start` to `stop`. One that is not `shown` (all ranks but the first) is silent."""
 
     def __init__(self, start: int, stop: int, shown: bool):

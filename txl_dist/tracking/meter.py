@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from txl_dist.data.segments import Segments
 
 
-class Meter:
+class ThroughputMeter:
     """Measures training from one reading to the next, without the time spent `paused` (evaluation, checkpoints).
 
     Args:

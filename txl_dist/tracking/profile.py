@@ -12,11 +12,11 @@ from rich.table import Column, Table
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from txl_dist.config import TrainJob
-from txl_dist.engine.launch import World
+from txl_dist.config.schema import TrainJob
+from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import UserError, describe_os_error, first_line
-from txl_dist.tracking.console import Screen
-from txl_dist.tracking.meter import Meter
+from txl_dist.tracking.console import ConsoleReporter
+from txl_dist.tracking.meter import ThroughputMeter
 
 
 class Profile:
@@ -27,14 +27,16 @@ class Profile:
     cannot be written.
     """
 
-    def __init__(self, job: TrainJob, start: int, world: World, screen: Screen, meter: Meter):
-        self.world, self.screen, self.meter = world, screen, meter
-        self.folder, self.gpu = Path(job.run.dir, "profile"), world.device.type == "cuda"
+    def __init__(
+        self, job: TrainJob, start: int, group: ProcessGroup, reporter: ConsoleReporter, meter: ThroughputMeter
+    ):
+        self.group, self.reporter, self.meter = group, reporter, meter
+        self.folder, self.gpu = Path(job.run.dir, "profile"), group.device.type == "cuda"
         first, self.last = job.train.profile or (0, 0)
         self.first = max(first, start + 1)
         self.warm_up = max(self.first - 1, start + 1)  # tracing slows down the step in which it is set up
         if job.train.profile and self.last <= start:
-            screen.say(f"train.profile={job.train.profile}: these steps are done already, nothing is profiled")
+            reporter.say(f"train.profile={job.train.profile}: these steps are done already, nothing is profiled")
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -63,17 +65,17 @@ class Profile:
         self.profiler.stop_trace()
         steps = f"steps {self.first} to {self.last}"
         try:
-            self.write_files(f"steps-{self.first}-{self.last}-rank-{self.world.rank}")
+            self.write_files(f"steps-{self.first}-{self.last}-rank-{self.group.rank}")
             files = f"traces in {self.folder}"
         except OSError as error:
             files = f"a trace could not be written: {describe_os_error(error, self.folder)}"
-            if not self.world.first:
-                print(f"rank {self.world.rank}, {steps}: {files}", file=sys.stderr, flush=True)
+            if not self.group.is_rank_zero:
+                print(f"rank {self.group.rank}, {steps}: {files}", file=sys.stderr, flush=True)
         if self.gpu:
             torch.cuda.memory._record_memory_history(enabled=None)
-        if self.world.first:
-            self.screen.say(f"{steps}: {files}; the costliest operators are")
-            self.screen.say(costliest(self.profiler, self.gpu))
+        if self.group.is_rank_zero:
+            self.reporter.say(f"{steps}: {files}; the costliest operators are")
+            self.reporter.say(costliest(self.profiler, self.gpu))
 
     def write_files(self, name: str) -> None:
         write(self.folder / f"{name}.json.gz", self.profiler.export_chrome_trace)
@@ -82,22 +84,22 @@ class Profile:
 
 
 @contextlib.contextmanager
-def out_of_memory_told(job: TrainJob, ranks: World) -> Iterator[None]:
+def out_of_memory_reported(job: TrainJob, group: ProcessGroup) -> Iterator[None]:
     """Tell what to do about it and, on a GPU, write what its memory holds beside the profile."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         engine = job.engine
         lines = [
-            f"rank {ranks.rank} has no memory left on {ranks.device}: {first_line(error)}",
+            f"rank {group.rank} has no memory left on {group.device}: {first_line(error)}",
             f"Less is taken by a larger engine.gradient_accumulation than {engine.gradient_accumulation}, a higher "
             f"engine.zero_stage than {engine.zero_stage} with several processes, engine.activation_checkpointing=true, "
             "engine.offload=optimizer and more engine.pipeline_stages; the run stays the same.",
         ]
-        if ranks.device.type == "cuda":
+        if group.device.type == "cuda":
             folder = Path(job.run.dir) / "profile"
             try:
-                path = write_memory(folder, f"out-of-memory-rank-{ranks.rank}")
+                path = write_memory(folder, f"out-of-memory-rank-{group.rank}")
                 lines.append(f"What the memory held is in {path}, for pytorch.org/memory_viz.")
             except OSError as failure:
                 lines.append(f"What the memory held could not be written: {describe_os_error(failure, folder)}")

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.text import Text
 
-from txl_dist.commands import command_to_paste
-from txl_dist.config import TrainJob
+from txl_dist.config.quoting import command_to_paste
+from txl_dist.config.schema import TrainJob
 from txl_dist.errors import describe_os_error, first_line
 from txl_dist.tracking.console import PlainConsole, going_on_unheard
 from txl_dist.tracking.curve import draw_curve

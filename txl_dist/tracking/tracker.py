@@ -6,9 +6,9 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from txl_dist.config import TrainJob
-from txl_dist.preemption import Preempted
-from txl_dist.tracking.console import Screen
+from txl_dist.config.schema import TrainJob
+from txl_dist.distributed.preemption import Preempted
+from txl_dist.tracking.console import ConsoleReporter
 from txl_dist.tracking.metrics import MetricsFile
 from txl_dist.tracking.weights_and_biases import WandbRun
 
@@ -23,14 +23,14 @@ class Tracker:
     def __init__(self, job: TrainJob, start: int, stop: int, speaks: bool):
         self.problems: list[str] = []
         self.path = f"{job.run.dir}/metrics.jsonl"
-        self.screen = Screen(start, stop, speaks)
+        self.reporter = ConsoleReporter(start, stop, speaks)
         self.file: MetricsFile | None = None
         if speaks:
             with self.noted():
                 self.file = MetricsFile(job.run.dir, start)
         self.wandb: WandbRun | None = None
         if speaks and job.tracking.mode != "disabled":
-            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking, self.screen.say)
+            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking, self.reporter.say)
         self.last: dict[str, Any] = {}
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class Tracker:
                 self.file.append(metrics)
         if self.wandb:
             self.wandb.log(metrics)
-        self.screen.log(metrics)
+        self.reporter.log(metrics)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -54,6 +54,6 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.screen.close()
+        self.reporter.close()
         if self.wandb:
             self.wandb.finish(self.last, preempted=kind is Preempted)

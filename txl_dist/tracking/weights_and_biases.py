@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from txl_dist.config import TrackingConfig
+from txl_dist.config.schema import TrackingConfig
+from txl_dist.distributed.preemption import REQUEUE
 from txl_dist.errors import describe_os_error, first_line
-from txl_dist.preemption import REQUEUE
 from txl_dist.tracking.wandb_id import MAX_LENGTH, claim_run_id
 
 PROJECT = "txl_dist"

@@ -1,0 +1,317 @@
+"""Every problem of a config at once, in plain words, with its key."""
+
+import copy
+import os
+from dataclasses import replace
+from math import inf, nan
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from txl_dist.config.checks import continues, parse_config
+from txl_dist.config.overrides import CONF, spell_out
+from txl_dist.config.schema import (
+    ConvertJob,
+    EvaluateJob,
+    GenerateJob,
+    InspectJob,
+    PrepareJob,
+    ReclJob,
+    ScoreJob,
+    TrainJob,
+    checked_path,
+)
+from txl_dist.errors import ConfigError
+
+JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}
+
+
+def compose_job(name, *overrides):
+    """Read a config as a user's command line gives it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(name, [spell_out(override) for override in overrides])
+    return parse_config(JOBS[name], OmegaConf.to_container(config, resolve=True))
+
+
+def problems(name, *overrides):
+    """What is wrong with a config, as a user's command line gives it."""
+    try:
+        compose_job(name, *overrides)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def one(name, *overrides):
+    (problem,) = problems(name, *overrides)
+    return problem
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Be the first of some processes, as torchrun would tell."""
+
+    def be_one_of(size):
+        told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+
+    return be_one_of
+
+
+def test_a_sound_config_has_no_problems(small):
+    assert problems("train", *small) == []
+    assert problems("prepare") == []
+
+
+def test_all_problems_are_told_at_once(small):
+    found = problems(
+        "train",
+        *small,
+        "model.d_model=wide",
+        "+model.zzz=1",
+        "nonsense=1",
+        "engine.zero_stage=7",
+        "optimizer.lr=-1",
+        "data.num_lanes=2.5",
+        "model.same_length=maybe",
+        "train.stop_at=30",
+        "data.dir=/nowhere",
+    )
+    keys = ["model.d_model", "model.zzz", "nonsense", "engine.zero_stage", "optimizer.lr", "data.num_lanes"]
+    for key in [*keys, "model.same_length", "train.stop_at"]:
+        assert any(problem.startswith(key) for problem in found), (key, found)
+    assert len(found) == 8, found  # data.dir is looked at once the section can be read
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\rb", "a\u2028b"])
+def test_a_run_dir_that_cannot_be_printed_is_refused(name):
+    job = OmegaConf.create({"run": {"dir": name, "seed": 1, "on_lane_change": "refuse"}})
+    with pytest.raises(ConfigError) as refused:
+        parse_config(TrainJob, OmegaConf.to_container(job))
+    (problem,) = [problem for problem in refused.value.problems if problem.startswith("run.dir")]
+    assert problem.startswith(f"run.dir={name!r}: holds a line break") and problem.isprintable()
+
+
+def test_an_unknown_key_is_told_with_the_nearest_known():
+    assert "model.tgt_len?" in one("train", "+model.tgt_length=1", "data.dir=${oc.env:DATASET}")
+
+
+@pytest.fixture(autouse=True)
+def dataset_in_environment(dataset, monkeypatch):
+    monkeypatch.setenv("DATASET", str(dataset))
+
+
+@pytest.mark.parametrize("lanes, size, accumulation, works", [(7, 2, 1, "4, 6, 8, 10"), (8, 3, 2, "6, 12, 18")])
+def test_lanes_that_cannot_be_split_list_those_that_can(small, processes, lanes, size, accumulation, works):
+    processes(size)
+    told = one("train", *small, f"data.num_lanes={lanes}", f"engine.gradient_accumulation={accumulation}")
+    assert told.startswith(f"data.num_lanes={lanes}") and works in told
+
+
+@pytest.mark.parametrize(
+    "overrides, key",
+    [
+        (["engine.precision=fp16"], "engine.precision"),  # no GPU
+        (["engine.precision=bf16", "engine.zero_stage=0"], "engine.zero_stage"),
+        (["engine.offload=optimizer", "engine.zero_stage=0"], "engine.offload"),
+        (["engine.offload=parameters", "engine.zero_stage=2"], "engine.offload"),
+        (["engine.compile=true", "engine.zero_stage=3"], "engine.compile"),
+        (["optimizer=lamb"], "optimizer.name"),
+        (["model.clamp_len=0"], "model.clamp_len"),
+        (["model.same_length=true", "model.mem_len=0"], "model.same_length"),
+        (["model.cutoffs=[200,100]"], "model.cutoffs"),
+        (["model.cutoffs=[100,300]"], "model.cutoffs"),  # beyond the vocabulary
+        (["model.div_val=2"], "model.div_val"),
+        (["model.cutoffs=[50,100]", "model.div_val=8"], "model.div_val"),
+        (["model.d_model=33"], "model.d_model"),
+        (["train.stop_at=21"], "train.stop_at"),
+        (["schedule.warmup_steps=21"], "schedule.warmup_steps"),
+        (["schedule.min_lr=1.0"], "schedule.min_lr"),
+        (["data.num_lanes=100000"], "data.num_lanes"),
+        (["evaluation.clamp_len=0"], "evaluation.clamp_len"),
+        (["evaluation.same_length=true", "evaluation.mem_len=0"], "evaluation.same_length"),
+        (["engine.stage_layers=[1,1]"], "engine.stage_layers"),  # there is one stage
+        (["data.order=random"], "data.order"),
+        (["train.profile=5"], "train.profile"),
+        (["train.profile=[0,5]"], "train.profile"),  # the first step is 1
+        (["train.profile=[3,4,5]"], "train.profile"),
+        (["engine.peak_tflops=0"], "engine.peak_tflops"),
+        (["checkpoint.every=0"], "checkpoint.every"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last"),
+        (["checkpoint.keep_every=15"], "checkpoint.keep_every=15: must be a multiple of checkpoint.every=10"),
+        (["checkpoint.keep_best=true", "checkpoint.every=7"], "checkpoint.keep_best=true"),  # first met at step 70
+    ],
+)
+def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, key):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = problems("train", *small, *overrides)
+    assert found and all(problem.startswith(key) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (
+            ["train.profile=[15,21]", "train.eval_every=40", "checkpoint.every=40"],
+            "ends after train.max_steps=20",
+        ),
+        (["train.profile=[3,9]", "train.stop_at=8"], "ends after train.stop_at=8"),
+        (["train.profile=[5,4]"], "ends before it begins"),
+        (["train.profile=[9,11]", "checkpoint.every=20"], "after step 10 training pauses (train.eval_every=10)"),
+        (
+            ["train.profile=[7,9]", "checkpoint.every=8"],
+            "after step 8 training pauses (checkpoint.every=8)",
+        ),
+    ],
+)
+def test_a_profile_is_of_training_alone(small, overrides, told):
+    problem = one("train", *small, *overrides)
+    assert problem.startswith("train.profile=[") and told in problem
+
+
+def test_a_profile_may_touch_an_evaluation(small):
+    assert problems("train", *small, "train.profile=[1,10]") == problems("train", *small, "train.profile=[11,20]") == []
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["engine.pipeline_stages=3"], "engine.pipeline_stages=3: needs a multiple"),
+        (["engine.pipeline_stages=2", "engine.zero_stage=2"], "engine.zero_stage=2"),
+        (["engine.pipeline_stages=4", "model.n_layer=1"], "engine.pipeline_stages=4"),
+        (["engine.pipeline_stages=2", "engine.stage_layers=[1,2]"], "engine.stage_layers=[1, 2]: must add up"),
+        (["engine.pipeline_stages=2", "engine.stage_layers=[2]"], "engine.stage_layers=[2]: must have one"),
+        (["engine.pipeline_stages=4", "engine.stage_layers=[1,0,0,1]"], "engine.stage_layers=[1, 0, 0, 1]: only"),
+        (["engine.pipeline_stages=2", "engine.gradient_accumulation=3"], "data.num_lanes=8"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(small, processes, overrides, told):
+    processes(4)
+    assert one("train", *small, *overrides).startswith(told)
+
+
+def test_lanes_are_split_among_pipelines_not_processes(small, processes):
+    processes(4)
+    assert problems("train", *small, "engine.pipeline_stages=4", "engine.gradient_accumulation=8") == []
+
+
+@pytest.mark.parametrize(
+    "before, now, refused",
+    [("adam", "adamw", False), ("adamw", "adam", False), ("adam", "lamb", True), ("lamb", "adamw", True)],
+)
+def test_another_optimizer_goes_on_where_its_states_are_of_the_same_kind(small, before, now, refused):
+    job = compose_job("train", *small)
+    started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": before, "average_from": None}}
+    given = job.run, job.data, job.model, replace(job.optimizer, name=now)
+    problems = list(continues(started, *given))
+    assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
+
+
+def test_missing_data_tell_the_command_that_makes_them(small):
+    assert "txl_dist.prepare" in one("train", *small, "data.dir=nowhere")
+
+
+def test_the_best_can_be_kept_where_steps_meet(small):
+    for every in (5, 10, 20):
+        assert not problems("train", *small, "checkpoint.keep_best=true", f"checkpoint.every={every}")
+
+
+def test_a_checkpoint_is_a_step_or_the_best_or_the_newest():
+    for wrong in ("worst", "-1", "1.5", "true"):
+        assert (
+            f"checkpoint={wrong}: should be a step, best"
+            in "\n".join(problems("evaluate", f"checkpoint={wrong}")).lower()
+        )
+
+
+SCHEMAS = JOBS | {"score": ScoreJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
+# A number can be a name; and a step that is not there is refused by the run.
+NAMES = ("prompt", "text", "tracking.project", "tracking.name", "tokenizer.model", "checkpoint")
+
+
+def changes(name, values):
+    """Yield (key, value, problems) of each key of an entry point's default config with each of some values."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(
+            name, [f"data.dir={os.environ['DATASET']}"] if name == "train" else ["+run=x"] * (name != "prepare")
+        )
+    plain = OmegaConf.to_container(config, resolve=True)
+    keys = [(key, None) for key, value in plain.items() if not isinstance(value, dict)]
+    keys += [(section, key) for section, value in plain.items() if isinstance(value, dict) for key in value]
+    for section, key in keys:
+        for value in values:
+            changed = copy.deepcopy(plain)
+            if key is None:
+                changed[section] = value
+            else:
+                changed[section][key] = value
+            try:
+                parse_config(SCHEMAS[name], changed)
+                found = []
+            except ConfigError as error:
+                found = error.problems
+            yield ".".join(filter(None, (section, key))), value, found
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_number_has_an_end(name):
+    """What is not finite or far too large is refused with its key, and nothing ends in a trace."""
+    paths = [key for key, value, found in changes(name, [""]) if any("is empty" in problem for problem in found)]
+    for key, value, found in changes(name, [inf, -inf, nan, 10**40, -(10**40)]):
+        assert found and any(problem.startswith(f"{key}=") for problem in found) or key in (*NAMES, *paths), (
+            key,
+            value,
+        )
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("train", {"run.dir", "data.dir"}),
+        ("prepare", {"data.dir"}),
+        ("evaluate", {"run", "data_dir"}),
+        ("recl", {"run", "data_dir"}),
+        ("generate", {"run"}),
+        ("convert", {"run", "from", "to", "tokenizer_from"}),
+    ],
+)
+def test_an_empty_path_is_refused_with_its_key(name, keys):
+    told = {key: found for key, _, found in changes(name, [""])}
+    for key in keys:
+        assert f"{key}=: is empty; give a path" in told[key]
+
+
+def test_a_list_of_paths_or_prompts_is_not_empty():
+    for name, key in (("evaluate", "run"), ("recl", "run"), ("generate", "prompt")):
+        found = {each: problems for each, _, problems in changes(name, [[]])}
+        assert f"{key}=[]: should have 1 or more items" in found[key]
+
+
+def test_a_home_directory_is_found_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checked_path("~/x") == f"{tmp_path}/x" and checked_path("~") == str(tmp_path)
+    assert checked_path("~nobody-of-this-name/x") == f"{os.getcwd()}/~nobody-of-this-name/x"
+    assert f"run={tmp_path}/x" in one("evaluate", "run=~/x") and f"run={tmp_path}/x" in one("generate", "run='~/x'")
+
+
+def test_a_section_is_not_a_value():
+    assert "run.dir, run.on_lane_change, run.seed" in one("train", "run=x", "data.dir=${oc.env:DATASET}")
+    assert one("prepare", "corpus.name=nope").startswith("corpus.name=nope: should be 'stdlib'")
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    assert one("evaluate", "run=nowhere").startswith("run=nowhere")
+    assert one("generate").startswith("run")
+    assert "no checkpoint" in one("generate", f"run={tmp_path}")
+
+
+PROMPTS = ["def main(", "it's", "a=b, c: {d} [e]", "back\\slash", "new\nline", "${x}", "", '"""', "[1, 2", "'tis"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_text_whatever_it_holds(prompt):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("generate", [spell_out(f"prompt={prompt}")])
+    assert OmegaConf.to_container(config, resolve=True)["prompt"] == prompt

@@ -1,0 +1,63 @@
+"""The loss of segments in micro-batches; losses of single tokens, each in a context of its own."""
+
+import numpy as np
+import pytest
+import torch
+
+from txl_dist.data.segments import Segment
+from txl_dist.evaluation.likelihood import losses_in_context, score
+from txl_dist.models.transformer_xl import TransformerXL
+
+EOS, VOCAB = 0, 30
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return np.random.default_rng(0).integers(1, VOCAB, 40)
+
+
+def build(make_config, **options):
+    torch.manual_seed(0)
+    return TransformerXL(make_config(**options), VOCAB).double().eval()
+
+
+def by_hand(model, stream, position, context, start=0):
+    """One forward over the tokens of the context; before the first token of the stream stands <eos>."""
+    with_eos = [EOS, *stream]
+    begin = max(start, position - context + 1)
+    inputs = torch.tensor([with_eos[begin : position + 1]])
+    memory = [torch.zeros(1, 0, model.config.d_model, dtype=torch.float64) for _ in model.layers]
+    trained, model.config = model.config, type(model.config)(**vars(model.config) | {"mem_len": 0})
+    with torch.no_grad():
+        log_probs, _ = model(inputs, None, torch.arange(inputs.size(1))[None], memory)
+    model.config = trained
+    return -log_probs[0, -1, stream[position]].item()
+
+
+@pytest.mark.parametrize("attention, mem_len", [("relative", 0), ("relative", 25), ("shaw", 25), ("absolute", 0)])
+@pytest.mark.parametrize("context", [1, 5, 7, 20])
+def test_a_token_sees_its_context_and_no_more(make_config, stream, attention, mem_len, context):
+    model = build(make_config, attention=attention, mem_len=mem_len)
+    positions = np.array([0, 1, 4, 19, 20, 39])
+    found = losses_in_context(model, stream, positions, context, EOS)
+    expected = [by_hand(model, stream, position, context) for position in positions]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_context_ends_with_its_document(make_config, stream):
+    starts, model = np.array([0, 10, 13, 40]), build(make_config)
+    found = losses_in_context(model, stream, np.array([9, 10, 12, 13, 30]), 6, EOS, starts)
+    begins = [0, 10, 10, 13, 13]
+    expected = [by_hand(model, stream, p, 6, b) for p, b in zip([9, 10, 12, 13, 30], begins, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_do_not_count(make_config, stream, micro_batches):
+    """Each remembers its own lanes: a model whose weights are large, so that what it remembers matters."""
+    model = build(make_config, init_std=0.5)
+    tokens = np.random.default_rng(1).integers(1, VOCAB, (4, 15))
+    steps = [tokens[:, start : start + 5] for start in (0, 5, 10)]
+    segments = [Segment(i, part, part, np.tile(np.arange(5 * i, 5 * i + 5), (4, 1))) for i, part in enumerate(steps)]
+    whole = score(model, segments, torch.device("cpu"), 4)
+    assert score(model, segments, torch.device("cpu"), 4, micro_batches).nats == pytest.approx(whole.nats, rel=1e-12)

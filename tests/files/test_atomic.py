@@ -1,0 +1,53 @@
+"""What has a final name was complete when it got it."""
+
+import os
+
+import pytest
+
+from txl_dist.errors import RunError, UserError
+from txl_dist.files.atomic import lock_of_new_folder, new_folder
+
+
+def build(folder, during=lambda lock: None):
+    with lock_of_new_folder("to", folder, "testing") as lock, new_folder(folder, lock) as partial:
+        (partial / "content").write_text("all of it")
+        during(lock)
+
+
+@pytest.mark.parametrize("name", ["new", "deep/er/new", "empty", "link"])
+def test_a_folder_appears_with_its_content(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    before = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / ".new.partial").mkdir()  # of a process that was killed
+    (tmp_path / ".new.partial/half").write_text("x")
+    build(tmp_path / name, lambda lock: list((tmp_path / name).glob("*")) and pytest.fail("it is there already"))
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["content"]
+    target = {"link": {"elsewhere"}, "deep/er/new": {"deep"}}.get(name, {name})
+    assert {path.name for path in tmp_path.iterdir()} - {".new.partial"} == before | target
+
+
+def test_what_another_has_put_there_is_not_overwritten(tmp_path):
+    def appear(lock):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "other").write_text("of another")
+
+    with pytest.raises(UserError, match="new: is there already, and nothing is overwritten"):
+        build(tmp_path / "new", appear)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "other"]
+
+
+def test_a_process_that_has_lost_its_lock_leaves_all_to_the_one_that_has_it(tmp_path):
+    with pytest.raises(RunError, match="another process has taken over"):
+        build(tmp_path / "new", lambda lock: lock.lost.set())
+    assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file/new", "file/deep/new"):
+        with pytest.raises(RunError, match=rf"to=.*/{name}: cannot be written: .*/file.*: Not a directory"):
+            build(tmp_path / name)
+    with pytest.raises(RunError, match=r"to=.*: cannot be written: .*new: No space left on device"):
+        build(tmp_path / "new", lambda lock: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

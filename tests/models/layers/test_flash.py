@@ -1,0 +1,311 @@
+"""The fused kernels against the plain formula, under Triton's interpreter; and what a compiler for sm_90 says of them.
+
+No GPU is needed. Triton decides at its import whether it interprets or compiles, so each is done in a process of its
+own, and neither touches the other tests.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
+from multiprocessing import get_context
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed here")
+
+NAMES = "content", "position", "key", "value", "r", "bias"
+
+
+@contextmanager
+def process(prepare) -> Iterator:
+    """Runs functions of this module in a new process that begins with `prepare`."""
+    with ProcessPoolExecutor(1, get_context("spawn"), prepare) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with process(interpret) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    with process(compile_only) as run:
+        yield run
+
+
+def interpret() -> None:
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    # Triton 3.6 gives int() an array of one number, which numpy refuses since 2.4 (mended in Triton 3.7, its #9172).
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: x.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+def attend(arguments: dict, lookback: Tensor, dropout: float = 0.0) -> Tensor:
+    from txl_dist.models.layers import flash
+
+    return flash.attend(*(arguments.get(name) for name in NAMES), lookback, dropout)
+
+
+def by_the_formula(arguments: dict, lookback: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """Scores by explicit distance; `factor`, [lanes, n_head, length, keys], is dropout's."""
+    content, position, key, value, r, bias = (arguments.get(name) for name in NAMES)
+    length, keys = content.size(1), key.size(1)
+    distance = torch.arange(keys - length, keys)[:, None] - torch.arange(keys)
+    column = keys - 1 - distance.clamp(min=-1)
+    scores = torch.einsum("bihd,bjhd->bhij", content, key)
+    if position is not None:
+        scores = scores + torch.einsum("bihd,ijhd->bhij", position, r[column])
+    if bias is not None:
+        scores = scores + bias[column].permute(2, 0, 1)
+    visible = (distance >= 0) & (distance <= lookback[:, None, :, None])
+    probability = (scores * content.size(-1) ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", probability * factor, value)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(length, mem_len, n_head, d_head, lanes=4, without=()) -> dict:
+    """Arguments in float64."""
+    keys = mem_len + length
+    shapes = {"content": (lanes, length), "position": (lanes, length), "key": (lanes, keys), "value": (lanes, keys)}
+    shapes |= {"r": (keys + 1,), "bias": (keys + 1,)}
+    return {
+        name: random(*shape, n_head, *[d_head] * (name != "bias"), seed=seed)
+        for seed, (name, shape) in enumerate(shapes.items())
+        if name not in without
+    }
+
+
+def reaches(length: int, mem_len: int) -> Tensor:
+    """Four lanes: everything, only itself, documents that begin in mid-segment, a window as of same_length."""
+    i = torch.arange(length)
+    document = torch.where(i < length // 3, mem_len + i, (i - length // 3) % max(1, length // 2))
+    return torch.stack([torch.full((length,), 10**12), torch.zeros_like(i), document, torch.full((length,), 9)])
+
+
+def results(attention, arguments: dict, weight: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of sum(output * weight)."""
+    leaves = {name: x.detach().requires_grad_() for name, x in arguments.items()}
+    out = attention(leaves)
+    gradients = torch.autograd.grad((out * weight).sum(), [*leaves.values()])
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def in_single(arguments: dict) -> dict:
+    return {name: x.float() for name, x in arguments.items()}
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, x in got.items():
+        error = (x - expected[name]).abs().max()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in got.items())
+
+
+def check_formula(shape, without) -> None:
+    length, mem_len, n_head, d_head = shape
+    arguments, lookback = build(*shape, without=without), reaches(length, mem_len)
+    weight = random(4, length, n_head, d_head, seed=9)
+    expected = results(lambda leaves: by_the_formula(leaves, lookback), arguments, weight)
+    assert_close(results(lambda x: attend(x, lookback), in_single(arguments), weight.float()), expected)
+
+
+@pytest.mark.parametrize(
+    "length, mem_len, n_head, d_head",
+    [
+        (64, 64, 1, 64),  # whole blocks
+        (70, 33, 2, 8),  # mem_len < length, none a multiple of the block
+        (20, 150, 2, 38),  # mem_len > length
+        (130, 0, 1, 16),  # no memory
+        (1, 40, 3, 41),  # one token at a time
+        (1, 0, 1, 16),
+    ],
+)
+def test_output_and_gradients_are_the_formulas(interpreted, length, mem_len, n_head, d_head):
+    interpreted(check_formula, (length, mem_len, n_head, d_head), ["bias"])
+
+
+@pytest.mark.parametrize("without", [[], ["position", "r", "bias"]], ids=["with bias", "without position"])
+def test_variants_of_the_score(interpreted, without):
+    interpreted(check_formula, (39, 70, 2, 16), without)
+
+
+def check_strides() -> None:
+    """Queries and their gradient by head, keys and values time-major in one projection, the rest with gaps."""
+    length, mem_len, n_head, d_head = shape = 37, 30, 2, 16
+    arguments, lookback = in_single(build(*shape)), reaches(length, mem_len)
+    expected = results(lambda x: attend(x, lookback), arguments, torch.ones(1))
+
+    def apart(leaves):
+        projections = torch.cat([leaves["key"].flatten(2), leaves["value"].flatten(2)], -1).transpose(0, 1).contiguous()
+        key, value = (x.unflatten(-1, (n_head, -1)) for x in projections.transpose(0, 1).chunk(2, -1))
+        wide = {name: torch.cat([x, x + 1], -1)[..., : x.size(-1)] for name, x in leaves.items()}
+        content = leaves["content"].transpose(1, 2).contiguous().transpose(1, 2)
+        views = {**wide, "content": content, "key": key, "value": value}
+        assert not any(view.is_contiguous() for view in views.values())
+        return attend(views, lookback.T.contiguous().T)
+
+    assert_close(results(apart, arguments, torch.ones(1)), expected)
+    weight = random(4, n_head, length, d_head, seed=9).float().transpose(1, 2)
+    expected = results(lambda x: attend(x, lookback), arguments, weight.contiguous())
+    assert_close(results(apart, arguments, weight), expected)
+
+
+def test_strided_views_are_read_as_they_are(interpreted):
+    interpreted(check_strides)
+
+
+def check_hidden() -> None:
+    length, mem_len, split = 40, 50, 22
+    arguments, weight = in_single(build(length, mem_len, 2, 16)), torch.ones(1)
+    near = torch.arange(length).expand(4, -1) % 7
+    expected = results(lambda x: attend(x, near), arguments, weight)
+    changed = {name: x.clone() for name, x in arguments.items()}
+    for name in "r", "bias":
+        changed[name][: mem_len + length - 7] += 100  # distances beyond 6
+        changed[name][-1] += 100  # the future
+    assert_equal(results(lambda x: attend(x, near), changed, weight), expected)
+
+    far = torch.full((4, length), 1000)
+    expected = results(lambda x: attend(x, far), arguments, weight)
+    changed = {name: x.clone() for name, x in arguments.items()}
+    for name in "key", "value":
+        changed[name][:, mem_len + split :] += 100
+    got = results(lambda x: attend(x, far), changed, weight)
+    for name in "out", "content", "position":
+        assert torch.equal(got[name][:, :split], expected[name][:, :split])
+    assert not torch.equal(got["out"][:, split], expected["out"][:, split])
+
+
+def test_what_no_query_sees_changes_nothing(interpreted):
+    interpreted(check_hidden)
+
+
+def check_repetition() -> None:
+    length, mem_len = 70, 20
+    arguments, lookback = in_single(build(length, mem_len, 1, 16)), reaches(length, mem_len)
+
+    def run():
+        torch.manual_seed(0)
+        return results(lambda x: attend(x, lookback, 0.2), arguments, random(4, length, 1, 16).float())
+
+    assert_equal(run(), run())
+
+
+def test_the_same_bits_twice(interpreted):
+    interpreted(check_repetition)
+
+
+def check_dropout() -> None:
+    """With one-hot values the output is the probabilities, in which the dropped ones can be seen."""
+    share, length, mem_len, n_head = 0.3, 100, 28, 2
+    d_head = keys = mem_len + length
+    arguments, lookback = build(length, mem_len, n_head, d_head), reaches(length, mem_len)
+    arguments["value"] = torch.eye(keys, dtype=torch.float64)[None, :, None].expand(4, -1, n_head, -1)
+    single = {name: x.contiguous() for name, x in in_single(arguments).items()}
+    weight = random(4, length, n_head, d_head, seed=9)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    whole = attend(single, lookback)
+    assert torch.equal(torch.get_rng_state(), before)  # without dropout nothing is drawn
+    got = results(lambda x: attend(x, lookback, share), single, weight.float())
+    other = attend(single, lookback, share)
+
+    seen = whole > 1e-12
+    factor = torch.where(seen, got["out"] / whole.clamp(min=1e-12), 0.0)
+    kept = factor > 0.5
+    assert torch.allclose(factor[kept], torch.tensor(1 / (1 - share))) and not factor[~kept].any()
+    assert abs(kept[seen].double().mean() - (1 - share)) < 0.01  # of more than 20,000
+    assert not torch.equal(other > 0, got["out"] > 0)  # the next call draws another seed
+    # Lanes, queries, heads and keys drop independently.
+    full = kept[:, :30, :, :mem_len][[0, 2]].double()  # of two lanes, in which these queries see all of the memory
+    for dim, size in enumerate(full.shape):
+        both = full.narrow(dim, 0, size - 1) * full.narrow(dim, 1, size - 1)
+        assert abs(both.mean() - (1 - share) ** 2) < 0.05
+
+    by_head = factor.permute(0, 2, 1, 3).double()
+    assert_close(got, results(lambda leaves: by_the_formula(leaves, lookback, by_head), arguments, weight))
+
+
+def test_dropout_and_its_gradients(interpreted):
+    interpreted(check_dropout)
+
+
+def compile_only() -> None:
+    """A driver that says it has an H100, and kernels that are compiled where they would be launched."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    class H100:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    driver.set_active(H100())
+    launch = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        KERNELS[self.__name__] = launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = run
+
+
+KERNELS: dict = {}  # of the compiling process, by name
+
+
+def spilled(d_head: int, dropout: float, folder: str) -> dict[str, int]:
+    """The bytes that each kernel spills from registers, as ptxas tells."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    os.environ["TRITON_CACHE_DIR"] = folder
+    length, mem_len = 96, 128
+    arguments = {name: x.bfloat16() for name, x in build(length, mem_len, 2, d_head).items()}
+    KERNELS.clear()
+    results(lambda x: attend(x, reaches(length, mem_len), dropout), arguments, torch.ones(1))
+    spills = {}
+    for name, kernel in KERNELS.items():
+        target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
+        command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
+        told = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+        spills[name] = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
+        assert "registers" in told
+    return spills
+
+
+@pytest.mark.parametrize("d_head", [64, 128])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_register_is_spilled_on_sm_90(compiled, d_head, dropout, tmp_path):
+    spills = compiled(spilled, d_head, dropout, str(tmp_path))
+    assert spills == {"forward_kernel": 0, "query_gradient_kernel": 0, "key_gradient_kernel": 0}

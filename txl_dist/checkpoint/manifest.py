@@ -1,0 +1,140 @@
+"""The schema of checkpoint.json: what opens can be asked for all of it, whoever has written it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from txl_dist.config.schema import ModelConfig
+from txl_dist.files.parsing import FileName, Number, Sha256, Size
+
+PositiveInt = Annotated[Size, Field(ge=1)]
+TensorFile = Annotated[str, Field(pattern=r"^(weights|optimizer|memory)-\d{5,}\.safetensors$", max_length=255)]
+
+
+class FileEntry(BaseModel):
+    bytes: Size
+    sha256: Sha256
+
+
+class OriginEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    step: Size = 0
+    tokens: Size = 0
+
+
+class OptimizerNumbers(BaseModel):
+    state: dict[str, Number]
+    group: dict[Literal["step"], Size]
+    loss_scaler: dict[str, Number]
+
+
+class WrittenBy(BaseModel):
+    ranks: PositiveInt
+    precision: str
+
+
+class State(BaseModel):
+    """Of a run that was trained here."""
+
+    step: Size
+    tokens: Size
+    origin: OriginEntry = OriginEntry()
+    optimizer: OptimizerNumbers
+    losses: list[Number] = []
+    written_by: WrittenBy | None = None  # earlier versions did not record it
+    valid_loss: Number | None = None
+
+    @model_validator(mode="after")
+    def lanes_began_before(self) -> "State":
+        if self.origin.step > self.step:
+            raise ValueError(f"the lanes began at step {self.origin.step}, after step {self.step}")
+        return self
+
+
+class RunSection(BaseModel):
+    seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 64)]
+
+
+class DataSection(BaseModel):
+    dir: str
+    num_lanes: PositiveInt
+    order: Literal["corpus", "documents"]
+    reset_memory: Literal["never", "document"]
+
+
+class OptimizerSection(BaseModel):
+    name: str
+    average_from: PositiveInt | None = None
+
+
+class TrainSection(BaseModel):
+    max_steps: PositiveInt
+
+
+class EngineSection(BaseModel):
+    pipeline_stages: PositiveInt = 1
+    zero_stage: Size
+    gradient_accumulation: PositiveInt
+    offload: str
+
+
+class Config(BaseModel):
+    run: RunSection
+    data: DataSection
+    model: ModelConfig
+    optimizer: OptimizerSection
+    train: TrainSection
+    engine: EngineSection
+
+
+class Data(BaseModel):
+    fingerprint: Sha256
+    vocab_size: PositiveInt
+    tokenizer: dict[FileName, Sha256] = {}
+    place: str | None = None
+    unlogged: dict[str, Number | None] | None = None
+
+
+class Manifest(BaseModel):
+    files: dict[TensorFile, FileEntry]
+    state: State
+    config: Config
+    data: Data
+
+
+# ----------------------------------------------------------------------------------------- of an imported model
+
+
+class ImportedFrom(BaseModel):
+    from_: Annotated[str, Field(alias="from")]
+    title: str
+
+
+class ImportedState(BaseModel):
+    step: Literal[0]
+    tokens: Literal[0]
+    imported: ImportedFrom
+    valid_loss: None = None
+
+
+class ImportedDataSection(BaseModel):
+    dir: str | None
+    reset_memory: Literal["never", "document"]
+
+
+class ImportedConfig(BaseModel):
+    model: ModelConfig
+    data: ImportedDataSection
+
+
+class ImportedData(BaseModel):
+    fingerprint: None
+    vocab_size: PositiveInt
+    tokenizer: dict[FileName, Sha256] = {}
+
+
+class ImportedManifest(BaseModel):
+    files: dict[TensorFile, FileEntry]
+    state: ImportedState
+    config: ImportedConfig
+    data: ImportedData

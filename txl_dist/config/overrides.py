@@ -1,0 +1,238 @@
+"""The command line as its author meant it, spelled out for Hydra.
+
+Values are of three kinds. Those of most keys are Hydra's grammar. A text (`prompt=`) is what was typed, to the letter.
+So is a path (`run.dir=`), unless it is a list, a sweep or quoted; an interpolation `${...}` in it is resolved.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString, Sweep
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import grammar_parser
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from txl_dist.config.quoting import escape_interpolations, quote_for_hydra, quote_for_shell
+from txl_dist.errors import ConfigError, UserError, first_line
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+
+TEXTS = {"prompt", "text"}
+PATHS = {"run", "run.dir", "data.dir", "data_dir", "from", "to", "tokenizer_from", "tokenizer.vocab", "tokenizer.model"}
+PATHS |= {"corpus.path", "corpus.train", "corpus.valid", "corpus.test", "tracking.project", "tracking.name"}
+LISTS = {"prompt", "run", "corpus.path", "corpus.train", "corpus.valid", "corpus.test"}
+
+# What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
+OURS = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+    "hydra/help=txl_dist",
+]
+
+UNREADABLE = object()
+SHOWN = 200  # characters of an override in a message
+
+# An element of a list: quoted, or all up to the next comma.
+ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*?)\s*(?:,|$)""", re.DOTALL)
+
+
+class CommandLine:
+    """A command line. given: the overrides as they were typed; spelled: as Hydra is to read them."""
+
+    def __init__(self, argv: list[str]):
+        arguments = [each for each in argv if not each.startswith("--local_rank=")]  # deepspeed adds it, and LOCAL_RANK
+        parsed = get_args_parser().parse_intermixed_args(arguments)
+        self.given: list[str] = parsed.overrides
+        self.flags = remove_each(arguments, self.given)
+        self.completion: bool = parsed.shell_completion
+        self.sweeping = parsed.multirun or "hydra.mode=MULTIRUN" in self.given
+        self.spelled = [spell_out(each, self.sweeping) for each in self.given]
+        chosen = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)}: give only one of them")
+        if parsed.resolve and not (parsed.cfg or parsed.help):
+            raise UserError("--resolve: is for --cfg job, hydra or all, or for --help")
+
+    def for_hydra(self) -> list[str]:
+        """Return the arguments, flags last: argparse takes overrides in one stretch only.
+
+        Raises:
+            ConfigError: with every override that cannot be read.
+        """
+        if self.completion:
+            return [*self.given, *self.flags]  # `install=bash` and the like are no overrides
+        problems = list(filter(None, map(override_problem, self.given, self.spelled)))
+        if problems:
+            raise ConfigError(problems)
+        return [*self.spelled, *OURS, *self.flags]
+
+    @contextlib.contextmanager
+    def errors_described(self, composing: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Turn what Hydra or OmegaConf raises while they compose the config into a ConfigError."""
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+            if not composing():
+                raise
+            raise ConfigError([self.describe(error)]) from error
+
+    def describe(self, error: Exception) -> str:
+        """Put what Hydra or OmegaConf says of an override into words, with what was typed."""
+        if isinstance(error, MissingConfigException) and error.options:
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+            return f"{group}={name}: is not one of the choices: {', '.join(error.options)}"
+        if isinstance(error, OmegaConfBaseException) and error.full_key:
+            typed = next((each for each in self.given if key_of(each) == error.full_key), error.full_key)
+            reason = re.sub(r'^\w+ raised while resolving interpolation: "?(.*?)"?$', r"\1", first_line(error))
+            return f"{shortened(typed)}: {reason}"
+        words = str(error).partition("Config search path")[0].partition("See https://")[0]
+        guilty = self.guilty(words)
+        for given, spelled in zip(self.given, self.spelled, strict=True):
+            words = words.replace(spelled, given)
+        if "Ambiguous value" in words and guilty:
+            return (
+                f"{shortened(guilty)}: is several values; give one, or a list in [brackets], or a text in quotes of "
+                "its own, or add --multirun to try one after the other"
+            )
+        told = "; ".join(line.strip().rstrip(".") for line in words.splitlines() if line.strip())
+        return told if guilty is None or guilty in told else f"{shortened(guilty)}: {told}"
+
+    def guilty(self, words: str) -> str | None:
+        """Find the override of which words are: they quote it, its key or the last part of its key."""
+        both = sorted(zip(self.given, self.spelled, strict=True), key=lambda pair: -len(pair[1]))
+        keys = [(given, rf"(?<![\w.]){re.escape(key_of(given))}(?![\w.])") for given in self.given]
+        ends = [(given, re.escape(f"'{key_of(given).rpartition('.')[2]}'")) for given in self.given]
+        found = [given for given, spelled in both if spelled in words]
+        found += [given for given, pattern in [*keys, *ends] if re.search(pattern, words)]
+        return next(iter(found), None)
+
+
+def remove_each(items: list[str], removed: list[str]) -> list[str]:
+    """Return the items without those of another list, which are among them in the same order."""
+    rest = iter(removed)
+    wanted = next(rest, None)
+    kept = []
+    for item in items:
+        if item == wanted:
+            wanted = next(rest, None)
+        else:
+            kept.append(item)
+    return kept
+
+
+def is_group(key: str) -> bool:
+    return bool(key) and (CONF / key).is_dir()
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+# -------------------------------------------------------------------------------------------------- spelling out
+
+
+def spell_out(argument: str, sweeping: bool = False) -> str:
+    """Make an override say what its author meant.
+
+    `a.b=1` becomes `++a.b=1`, so that an unknown key reaches our check and is reported with all other problems (Hydra
+    would stop at the first). sweeping: commas part the values of a sweep (--multirun).
+    """
+    prefix, equals, value = argument.partition("=")
+    key = key_of(argument)
+    if not equals or prefix[:1] in ("~", "-") or "@" in key or key.startswith("hydra") or is_group(key):
+        return argument
+    if key in TEXTS:
+        value = spell_text(value, many=key in LISTS)
+    elif key in PATHS:
+        value = spell_path(value, key in LISTS, sweeping)
+    return f"++{key}={value}"
+
+
+def spell_text(value: str, many: bool) -> str:
+    """Quote a text, but where it is one quoted string of Hydra's grammar, or a list of such."""
+    parsed = parse(value)
+    quoted = isinstance(parsed, QuotedString)
+    listed = many and isinstance(parsed, list) and all(isinstance(each, QuotedString) for each in parsed)
+    if (quoted or listed) and value == value.strip():
+        return value
+    return quote_for_hydra(escape_interpolations(value))
+
+
+def spell_path(value: str, many: bool, sweeping: bool) -> str:
+    """Quote a path, unless it is quoted, escaped, null, a list, a section or a sweep in Hydra's grammar."""
+    parsed = parse(value)
+    if parsed is None or isinstance(parsed, QuotedString | dict):
+        return value
+    if isinstance(parsed, Sweep) and (sweeping or not getattr(parsed, "simple_form", False)):
+        return value
+    if isinstance(parsed, str) and "\\" in value:
+        return value
+    if "${" in value and not interpolates(value):
+        value = escape_interpolations(value)
+    if many and value.startswith("[") and value.endswith("]"):
+        readable = isinstance(parsed, list) and all(isinstance(each, str | QuotedString) for each in parsed)
+        return value if readable else f"[{','.join(spell_elements(value[1:-1]))}]"
+    if sweeping and parsed is UNREADABLE and "," in value:
+        return ",".join(spell_elements(value))
+    return quote_for_hydra(value)
+
+
+def spell_elements(value: str) -> Iterator[str]:
+    for found in ELEMENT.finditer(value):
+        if found[0]:
+            yield spell_path(found[1], many=False, sweeping=False)
+
+
+def parse(value: str) -> Any:
+    """Read a value by Hydra's grammar; UNREADABLE where it is none of it."""
+    try:
+        return OverridesParser.create().parse_override(f"key={value}")._value  # value() would drop the quotes
+    except (HydraException, ValueError, RecursionError):
+        return UNREADABLE
+
+
+def interpolates(value: str) -> bool:
+    """Whether OmegaConf can read the interpolations in a value."""
+    try:
+        grammar_parser.parse(value)
+    except GrammarParseError:
+        return False
+    return True
+
+
+def override_problem(given: str, spelled: str) -> str | None:
+    """Say what is wrong with an override that Hydra cannot read."""
+    key, equals, value = given.partition("=")
+    if not equals and not given.startswith("~"):
+        return f"{shortened(given)}: is not of the form KEY=VALUE; a value with spaces needs quotes in the shell"
+    if not key_of(given) or not readable(f"{key_of(given)}=0"):
+        return f"{shortened(given)}: {key!r} is not a key"
+    if readable(spelled):
+        named = not (equals and is_group(key_of(given))) or isinstance(parse(value), str | list | Sweep)
+        return None if named else f"{shortened(given)}: is not one of the choices: {', '.join(choices(key_of(given)))}"
+    quoted = quote_for_shell(f"{key}={quote_for_hydra(value)}")
+    return f"{shortened(given)}: the value cannot be read; a text is put in quotes of its own, as {shortened(quoted)}"
+
+
+def readable(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError):
+        return False
+    return True

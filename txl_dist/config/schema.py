@@ -1,0 +1,446 @@
+"""The schema of conf/: its values' types and meanings. What else must hold of them stands in check.py."""
+
+import os
+from dataclasses import asdict, replace
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, Strict
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+SCHEMA = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # a folder may be named 2024
+
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+FLOAT32_MAX = 3.4e38
+
+
+def listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def checked_path(value: str) -> str:
+    """Expand `~`; one whose user is not known is the beginning of a name."""
+    if not value.strip():
+        raise PydanticCustomError("path", "is empty; give a path")
+    if "\0" in value:
+        raise PydanticCustomError("path", "holds a NUL character; give a path")
+    path = os.path.expanduser(value)
+    return os.path.abspath(path) if path.startswith("~") else path
+
+
+def checked_run(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "run", "is not UTF-8, and safetensors opens no such file; give another name"
+        ) from None
+    return path
+
+
+# Strict: "12" in quotes is no number, and 1 is no yes.
+StrictBool = Annotated[bool, Strict()]
+PositiveInt = Annotated[int, Strict(), Field(ge=1, le=INT64_MAX)]
+NonNegativeInt = Annotated[int, Strict(), Field(ge=0, le=INT64_MAX)]
+Size = Annotated[int, Strict(), Field(ge=1, le=INT32_MAX)]  # of a dimension of tensors
+SizeOrZero = Annotated[int, Strict(), Field(ge=0, le=INT32_MAX)]
+Clamp = Annotated[int, Strict(), Field(ge=-1, le=INT32_MAX)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch takes
+Workers = Annotated[int, Strict(), Field(ge=1, le=1024)]
+Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
+NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Strict(), Field(gt=0, le=1e9, allow_inf_nan=False)]
+StrList = Annotated[list[str], BeforeValidator(listed)]
+Prompts = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
+PathStr = Annotated[str, AfterValidator(checked_path)]  # or a URL, or a glob
+RunDir = Annotated[PathStr, AfterValidator(checked_run)]
+RunDirs = Annotated[list[RunDir], Field(min_length=1), BeforeValidator(listed)]
+
+
+def step_or_best(value: object) -> object:
+    if value is None or value == "best" or (type(value) is int and value >= 0):
+        return value
+    raise PydanticCustomError("which", "should be a step, best (the least loss in valid), or null (the newest)")
+
+
+CheckpointChoice = Annotated[int | Literal["best"] | None, PlainValidator(step_or_best)]  # of a run's checkpoints
+
+
+# ------------------------------------------------------------------------------------------------------ prepare
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class StdlibCorpus:
+    name: Literal["stdlib"]
+    valid_share: Fraction
+    test_share: Fraction
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class TextCorpus:
+    name: Literal["text"]
+    path: StrList | None
+    train: StrList | None
+    valid: StrList | None
+    test: StrList | None
+    document: Literal["file", "line"]
+    split_by: Literal["auto", "document", "position"]
+    valid_share: Fraction
+    test_share: Fraction
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class PublishedCorpus:
+    """A corpus of the Transformer-XL paper. path: the archive, or the folder with its files; null: downloaded."""
+
+    name: Literal["ptb", "wikitext2", "wikitext103", "enwik8", "text8", "lm1b"]
+    path: str | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class BytesTokenizer:
+    name: Literal["bytes"]
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class WordTokenizer:
+    name: Literal["word"]
+    vocab_size: Annotated[int, Strict(), Field(ge=3)] | None
+    min_count: PositiveInt
+    vocab: str | None  # a file, a word a line; null: the training split's words
+
+
+MIN_PIECES = 300  # of a SentencePiece vocabulary: 256 are bytes
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class SentencePieceTokenizer:
+    name: Literal["sentencepiece"]
+    vocab_size: Annotated[int, Strict(), Field(ge=MIN_PIECES, le=INT32_MAX)]
+    type: Literal["unigram", "bpe"]
+    model: str | None
+
+
+CorpusConfig = Annotated[StdlibCorpus | TextCorpus | PublishedCorpus, Field(discriminator="name")]
+TokenizerConfig = Annotated[BytesTokenizer | WordTokenizer | SentencePieceTokenizer, Field(discriminator="name")]
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class DatasetConfig:
+    """Where a dataset goes and how it is cut into samples (tokens) and shards (samples)."""
+
+    dir: PathStr
+    sample_tokens: Annotated[int, Strict(), Field(ge=16, le=INT32_MAX)]
+    shard_samples: Size
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class PrepareJob:
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    data: DatasetConfig
+    workers: Workers | None
+
+
+# -------------------------------------------------------------------------------------------------------- train
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class RunConfig:
+    """The run directory is the run's identity: starting with the same `dir` again continues it.
+
+    on_lane_change: whether it may go on with other lanes (another value of LANE_KEYS), from the same share of the epoch
+    but with empty memories.
+    """
+
+    dir: RunDir
+    seed: Seed
+    on_lane_change: Literal["refuse", "reset_memory"]
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class DataConfig:
+    """The lanes: how many, in which order they read the corpus, where their memory is reset.
+
+    on_error: whether a damaged sample ends training, or its tokens are passed over: they are not scored, and what comes
+    after them is read as if a document began there. Evaluation never skips: the score of a part is a wrong number.
+    """
+
+    dir: PathStr
+    num_lanes: Size
+    order: Literal["corpus", "documents"]
+    reset_memory: Literal["never", "document"]
+    workers: Workers  # background threads that read ahead; they change nothing in what comes out
+    on_error: Literal["fail", "skip_sample"] = "fail"
+
+
+@dataclass(config=SCHEMA, frozen=True, kw_only=True)
+class ModelConfig:
+    """Transformer-XL's hyper-parameters, by the paper's names (Dai et al. 2019, section 3 and the authors' code).
+
+    attention: how positions are told: relative (the paper's), shaw (Shaw et al. 2018), absolute (Vaswani et al. 2017),
+    al_rfou (Al-Rfou et al. 2018). A vanilla Transformer is one of the latter two with mem_len 0.
+
+    A key that checkpoints of earlier versions lack has as default what they meant.
+    """
+
+    name: Literal["transformer_xl"]
+    n_layer: Size
+    d_model: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX, multiple_of=2)]
+    n_head: Size
+    d_head: Size
+    d_inner: Size
+    attention: Literal["relative", "shaw", "absolute", "al_rfou"] = "relative"
+    max_distance: Size = 1023  # shaw, al_rfou: the farthest distance that has an embedding of its own
+    tgt_len: Size  # tokens in a segment
+    mem_len: SizeOrZero  # hidden states remembered for each layer and lane
+    clamp_len: Clamp  # distances beyond are treated as this one; -1: none are
+    same_length: StrictBool  # every token attends to mem_len tokens, itself included
+    dropout: Fraction
+    dropatt: Fraction  # of the attention's probabilities
+    dropout_words: Fraction = 0.0  # of the vocabulary's words, each wherever it stands in a segment
+    dropout_input: Fraction | None = None  # of the embedded tokens; null: dropout
+    dropout_ff: Fraction | None = None  # within the feed-forward sublayers; null: dropout
+    dropout_output: Fraction | None = None  # before the softmax; null: dropout
+    variational: StrictBool = False  # dropout and its kin drop the same numbers at all positions of a segment
+    div_val: Size  # each cluster's embedding is this much narrower than the one before
+    cutoffs: list[PositiveInt]  # the adaptive clusters' first tokens; empty: one full softmax
+    tie_weights: StrictBool  # the softmax uses the embedding's table
+    tie_projections: StrictBool  # ... and the tail clusters the embedding's projections
+    pre_lnorm: StrictBool
+    init_std: Positive
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class LengthsConfig:
+    """Lengths that may differ from training's; null: as in training."""
+
+    tgt_len: Size | None
+    mem_len: SizeOrZero | None
+    clamp_len: Clamp | None
+    same_length: StrictBool | None
+
+    def of(self, model: ModelConfig) -> ModelConfig:
+        """The model with these lengths."""
+        return replace(model, **{key: value for key, value in asdict(self).items() if value is not None})
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class OptimizerConfig:
+    """lr_scale: regular expression -> factor of the learning rate of the parameters whose name it finds; the first
+    that does counts. average_from: keep the mean of the weights after each step from this one on; null: keep none.
+    """
+
+    name: Literal["adam", "adamw", "lamb"]
+    lr: Positive
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    eps: Positive
+    weight_decay: NonNegative
+    clip: NonNegative  # the largest norm of the whole gradient; 0: no clipping
+    lr_scale: dict[str, Positive]
+    average_from: PositiveInt | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ScheduleConfig:
+    """The learning rate by step: linear warm-up from 0, then this shape down to `min_lr` at train.max_steps."""
+
+    name: Literal["cosine", "inverse_sqrt", "linear", "constant"]
+    warmup_steps: NonNegativeInt
+    min_lr: NonNegative
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class TrainConfig:
+    """Lengths in optimizer steps. `stop_at` ends this start cleanly; the schedule still runs to `max_steps`.
+
+    loss: of all positions of a segment, or of its second half (Dai et al. 2019, table 6).
+    profile: the first and the last step to be profiled, as the log numbers them; null: none.
+    """
+
+    max_steps: PositiveInt
+    stop_at: PositiveInt | None
+    loss: Literal["full", "second_half"]
+    eval_every: PositiveInt
+    profile: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class CheckpointConfig:
+    """every: in optimizer steps; there is one after the last step, too. What stays of them: the newest `keep_last`,
+    those whose step is a multiple of `keep_every`, and with `keep_best` the one with the least valid/loss.
+    """
+
+    every: PositiveInt
+    keep_last: PositiveInt
+    keep_every: PositiveInt | None
+    keep_best: StrictBool
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class EngineConfig:
+    """The split: it may be another at every start of a run.
+
+    stage_layers: how many layers each pipeline stage gets, the first stage with the embedding, the last with the
+    softmax; null: balanced by counted floating-point operations. attention: how it is computed, of models/attend.py.
+    compile: let torch compile the layers for training; dropout then draws other numbers.
+    peak_tflops: what one device can do at best in this precision, for train/mfu; null: what its data sheet tells where
+    the device is a known one (engine/peak.py), else there is no train/mfu.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3]
+    pipeline_stages: PositiveInt
+    stage_layers: list[NonNegativeInt] | None
+    gradient_accumulation: PositiveInt
+    activation_checkpointing: StrictBool
+    attention: Literal["auto", "reference", "sdpa", "triton"]
+    compile: StrictBool
+    offload: Literal["none", "optimizer", "parameters"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    peak_tflops: Positive | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class GuardConfig:
+    """What training does when something goes wrong: engine/guard.py and engine/watchdog.py tell how.
+
+    on_bad_step: of a step whose loss or gradient is not finite, or whose loss is a spike: end the run, pass it without
+    its update, or go back to the last checkpoint and then past it. spike: how far above the median of the last `window`
+    steps' losses, in their scaled median absolute deviations; null: no loss is too high. max_bad_steps: more among the
+    last `window` steps end the run. stall_timeout: in seconds; null: none.
+    """
+
+    on_bad_step: Literal["stop", "skip", "rollback"]
+    spike: Positive | None
+    window: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX)]
+    max_bad_steps: PositiveInt
+    stall_timeout: Seconds | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class TrackingConfig:
+    """metrics.jsonl and the console always; W&B by `mode` (auto: online where there is a key, else offline).
+
+    Null: as W&B's variables and files have it, else the project txl_dist and the run directory's name.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"]
+    log_every: PositiveInt
+    project: str | None
+    name: str | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class TrainJob:
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    evaluation: LengthsConfig
+    engine: EngineConfig
+    guard: GuardConfig
+    tracking: TrackingConfig
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.num_lanes * self.model.tgt_len
+
+    @property
+    def first_scored(self) -> int:
+        """The first position of a segment that counts in training's loss."""
+        return self.model.tgt_len // 2 if self.train.loss == "second_half" else 0
+
+
+# What the lanes of a run are, as (section, key): with another value here what they remember has no meaning.
+LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
+
+
+# -------------------------------------------------------------------------- evaluate, generate, inspect, convert
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class EvaluateJob:
+    """max_tokens: the first of the split. sliding_window: each token is read from the tgt_len tokens before it."""
+
+    run: RunDirs
+    split: Literal["train", "valid", "test"]
+    format: Literal["table", "json"]
+    checkpoint: CheckpointChoice
+    num_lanes: Size
+    max_tokens: PositiveInt | None
+    sliding_window: StrictBool
+    data_dir: PathStr | None
+    average: StrictBool
+    model: LengthsConfig
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class GenerateJob:
+    run: RunDir
+    prompt: Prompts | None
+    max_tokens: NonNegativeInt
+    temperature: NonNegative
+    top_k: NonNegativeInt
+    top_p: Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)]
+    seed: Seed
+    checkpoint: CheckpointChoice
+    average: StrictBool
+    model: LengthsConfig
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class InspectJob:
+    run: RunDir
+    checkpoint: CheckpointChoice
+    verify: StrictBool
+    format: Literal["table", "json"]
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ScoreJob:
+    run: RunDir
+    text: str | None
+    next: NonNegativeInt
+    format: Literal["table", "json"]
+    checkpoint: CheckpointChoice
+    average: StrictBool
+    model: LengthsConfig
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ReclJob:
+    """positions: tokens that are looked at, evenly spread over the split. step, max_context: in tokens."""
+
+    run: RunDirs
+    split: Literal["train", "valid", "test"]
+    step: Size
+    max_context: Size
+    positions: PositiveInt
+    num_lanes: Size
+    format: Literal["table", "json"]
+    data_dir: PathStr | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ConvertedModelConfig(LengthsConfig):
+    """Null: as the run was trained, or as the source of an import tells; what that does not tell is to be given."""
+
+    cutoffs: list[PositiveInt] | None
+    pre_lnorm: StrictBool | None
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class ConvertJob:
+    """One of `from_` (the user's key is `from`) and `to` is given: a model comes in as a run, or a run goes out."""
+
+    run: RunDir
+    from_: PathStr | None
+    to: RunDir | None
+    tokenizer_from: PathStr | None
+    checkpoint: CheckpointChoice
+    model: ConvertedModelConfig

@@ -1,0 +1,1 @@
+"""Files on a disk that several processes share: atomic writes, locks, and parsers that survive any content."""

@@ -1,0 +1,1 @@
+"""Layers of models: attention and its backends, adaptive embedding and softmax, dropout."""

@@ -1,0 +1,182 @@
+"""What all attention comes down to, and the ways to compute it:
+
+    softmax((content key^T + position r_distance + bias_distance) / sqrt(d_head)) value
+
+`content` and `position` are two queries (Dai et al. 2019, section 3.3: q + u and q + v), r and bias what stands for
+distances. The ways (`WAYS`) take the same arguments and differ by rounding:
+
+    content       [lanes, length, n_head, d_head]
+    key, value    [lanes, keys, n_head, d_head]
+    distances     Distances; None: scores have no term of position
+    sight         Sight
+    dropout       of the probabilities
+    result        [lanes, length, n_head, d_head]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RelativePositions(NamedTuple):
+    """What scores owe to distances.
+
+    position: [lanes, length, n_head, d_head].
+    r: [keys + 1, n_head, d_head], for distances keys - 1, ..., 1, 0, -1; the last stands for the future.
+    bias: [keys + 1, n_head], or None.
+    """
+
+    position: Tensor
+    r: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionWindow:
+    """Which keys each query sees: those at distance 0, 1, ..., `reach`.
+
+    Keys are the mem_len remembered positions, then the segment's own: query i is at distance 0 from key mem_len + i.
+    One integer a query thus hides an unfilled memory, another document and a lane's past before its reset alike.
+
+    Args:
+        reach: int64 [lanes, length], how many tokens back each position may look.
+        mem_len: remembered positions, filled or not.
+        dtype: of the scores.
+    """
+
+    lookback: Tensor
+    mem_len: int
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """bool [lanes, length, mem_len + length]."""
+        length, device = self.lookback.size(1), self.lookback.device
+        query = torch.arange(self.mem_len, self.mem_len + length, device=device)
+        distance = query[:, None] - torch.arange(self.mem_len + length, device=device)
+        return (distance >= 0) & (distance <= self.lookback[:, :, None])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What is added to scores, the same shape: 0 where a key is seen, else minus infinity."""
+        return torch.zeros_like(self.visible, dtype=self.dtype).masked_fill_(~self.visible, -torch.inf)
+
+
+def skew(by_distance: Tensor) -> Tensor:
+    """Turn scores by distance into scores by key, without a copy (Dai et al. 2019, appendix B).
+
+    Query i of n has distance d in column keys - 1 - d and wants it at key keys - n + i - d, n - 1 - i columns further
+    left. Leaving out the first n - 1 numbers and reading on in rows one shorter does just this: it moves the first row
+    by n - 1, and each following one by one less. What comes to stand at future keys has no meaning and is to be masked.
+
+    Args:
+        by_distance: [..., length, keys + 1], contiguous in these two; the columns are distances keys - 1, ..., 0, -1.
+
+    Returns:
+        A view [..., length, keys].
+    """
+    *batch, length, columns = by_distance.shape
+    keys = columns - 1
+    return by_distance.flatten(-2).narrow(-1, length - 1, length * keys).view(*batch, length, keys)
+
+
+def position_scores(distances: RelativePositions) -> Tensor:
+    """skew(position r^T + bias) / sqrt(d_head), [n_head, lanes, length, keys].
+
+    Heads come before lanes: what stands for distances is common to all lanes, and so is one product a head for all.
+    """
+    position, r, bias = distances
+    lanes, length, n_head, d_head = position.shape
+    scale = d_head**-0.5
+    by_distance = (position * scale).movedim(-2, 0).flatten(1, 2) @ r.permute(1, 2, 0)
+    if bias is not None:
+        by_distance = by_distance + bias.T[:, None] * scale
+    return skew(by_distance.view(n_head, lanes, length, -1))
+
+
+def reference(
+    content: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distances: RelativePositions | None,
+    window: AttentionWindow,
+    dropout: float,
+) -> Tensor:
+    """The formula, with scores and probabilities in memory."""
+    lanes, length, n_head, d_head = content.shape
+    # Heads, then lanes: of one lane, and of a Cache, these are views.
+    queries, keys, values = (x.movedim(-2, 0).flatten(0, 1) for x in (content * d_head**-0.5, key, value))
+    if distances is None:
+        scores = queries @ keys.transpose(1, 2)
+    else:
+        scores = torch.baddbmm(position_scores(distances).flatten(0, 1), queries, keys.transpose(1, 2))
+    # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
+    scores.view(n_head, lanes, length, -1).add_(window.mask)
+    attended = F.dropout(scores.softmax(dim=-1), dropout) @ values
+    return attended.view(n_head, lanes, length, d_head).movedim(0, -2)
+
+
+def sdpa(
+    content: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distances: RelativePositions | None,
+    window: AttentionWindow,
+    dropout: float,
+) -> Tensor:
+    """torch's scaled_dot_product_attention, to which all but the content is a mask."""
+    mask = window.mask[:, None]
+    if distances is not None:
+        mask = mask + position_scores(distances).movedim(0, 1)
+    queries, keys, values = (x.movedim(-2, 1) for x in (content, key, value))
+    return F.scaled_dot_product_attention(queries, keys, values, mask, dropout).movedim(1, -2)
+
+
+def triton(
+    content: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distances: RelativePositions | None,
+    window: AttentionWindow,
+    dropout: float,
+) -> Tensor:
+    """Our kernels, which keep no probabilities."""
+    from txl_dist.models.layers import flash  # imports triton, which is not everywhere
+
+    position, r, bias = distances or (None, None, None)
+    return flash.attend(content, position, key, value, r, bias, window.lookback, dropout)
+
+
+HAS_TRITON = find_spec("triton") is not None
+BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, "triton": triton}
+
+
+def default_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """On GPUs our kernels, where triton is installed, but torch's way in float32, for which registers are too few.
+
+    On a CPU the formula itself.
+    """
+    if device.type != "cuda":
+        return "reference"
+    return "triton" if HAS_TRITON and dtype != torch.float32 else "sdpa"
+
+
+def attend(
+    way: str,
+    content: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distances: RelativePositions | None,
+    window: AttentionWindow,
+    dropout: float,
+) -> Tensor:
+    """The result, computed in one of the `WAYS`; auto: in the fastest of the device."""
+    if way == "auto":
+        way = default_backend(content.device, content.dtype)
+    return BACKENDS[way](content, key, value, distances, window, dropout)
