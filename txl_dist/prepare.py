@@ -30,7 +30,7 @@ from txl_dist.data.preparing import corpora, published, shards
 from txl_dist.data.preparing.corpora import Piece, Plan
 from txl_dist.data.text_size import size_of_documents
 from txl_dist.errors import ConfigError, RunError, UserError
-from txl_dist.files.atomic import is_empty, lock_of_new_folder, new_folder
+from txl_dist.files.atomic import is_empty, lock_of_new_folder, new_folder, sha256_of_json
 from txl_dist.tracking.console import PlainConsole
 
 SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
@@ -118,7 +118,7 @@ def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) ->
     if isinstance(given, tokenizers.SentencePieceTokenizer):
         tokenizer = {"name": given.kind, "model": given.sha256}
     if isinstance(given, tokenizers.WordTokenizer):
-        tokenizer = {"name": given.kind, "vocab": shards.sha256_of_json(given.words)}
+        tokenizer = {"name": given.kind, "vocab": sha256_of_json(given.words)}
     settings: dict[str, Any] = {
         "document": plan.document,
         "split_by": plan.split_by,
@@ -135,7 +135,7 @@ def describe(job: PrepareJob, plan: Plan, given: tokenizers.Tokenizer | None) ->
         "files": len(files),
         "bytes": sum(size for _, _, size, _ in files),
         "settings": settings,
-        "fingerprint": shards.sha256_of_json([files, settings]),
+        "fingerprint": sha256_of_json([files, settings]),
     }
 
 

@@ -23,6 +23,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.preparing import shards
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import UserError
+from txl_dist.files.atomic import sha256_of_file, sha256_of_json
 
 SAMPLE_BYTES = 2048  # header and content of json, then of tokens.npy, 512 bytes each
 SHARD = "train/000001.tar"  # samples 3, 4, 5
@@ -386,7 +387,7 @@ def test_nothing_in_a_dataset_is_unpickled(copy, tmp_path):
     table = copy / "train/samples.npy"
     index = json.loads((copy / "index.json").read_text())
     table.write_bytes(bait)
-    index["splits"]["train"]["files"]["samples.npy"] = shards.sha256_of_file(table)
+    index["splits"]["train"]["files"]["samples.npy"] = sha256_of_file(table)
     del index["sha256"]
     (copy / "index.json").write_text(json.dumps(index))
     (found,) = read(copy)
@@ -457,14 +458,14 @@ def sealed(folder: Path, change=lambda index: None, tables=("samples.npy", "docu
     """Change a dataset's index, and make all checksums right."""
     index = json.loads((folder / "index.json").read_text())
     for name in tables:
-        index["splits"]["train"]["files"][name] = shards.sha256_of_file(folder / "train" / name)
+        index["splits"]["train"]["files"][name] = sha256_of_file(folder / "train" / name)
     for each in index["splits"]["train"]["shards"]:
-        each["sha256"] = shards.sha256_of_file(folder / each["name"])
+        each["sha256"] = sha256_of_file(folder / each["name"])
     change(index)
     if isinstance(index.get("splits"), dict):
         index["fingerprint"] = shards.content_fingerprint(index["tokenizer"]["files"], index["splits"])
     index.pop("sha256", None)
-    (folder / "index.json").write_text(json.dumps(index | {"sha256": shards.sha256_of_json(index)}))
+    (folder / "index.json").write_text(json.dumps(index | {"sha256": sha256_of_json(index)}))
 
 
 def put(*keys, value):

@@ -1,11 +1,34 @@
-"""What has a final name was complete when it got it."""
+"""A file or folder bears its final name only once it is complete."""
 
 import os
 
 import pytest
 
 from txl_dist.errors import RunError, UserError
-from txl_dist.files.atomic import lock_of_new_folder, new_folder
+from txl_dist.files.atomic import atomic_file, lock_of_new_folder, new_folder
+
+
+def test_a_file_appears_complete_or_not_at_all(tmp_path):
+    path = tmp_path / "trace.json.gz"
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        assert temporary.name.endswith(".json.gz")  # some writers choose the format by it
+        temporary.write_text("half")
+        raise RuntimeError("broken off")
+    assert list(tmp_path.iterdir()) == []
+    with atomic_file(path) as temporary:
+        temporary.write_text("all of it")
+        assert not path.exists()
+    assert [each.name for each in tmp_path.iterdir()] == ["trace.json.gz"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_is_named(full_disk):
+    path = full_disk / "config.yaml"
+    path.write_text("old")
+    with pytest.raises(OSError, match="config.yaml") as error, atomic_file(path) as temporary:
+        temporary.write_bytes(bytes(1 << 20))
+    assert error.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert [each.name for each in full_disk.iterdir()] == ["config.yaml"]
 
 
 def build(folder, during=lambda lock: None):

@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from txl_dist.data.preparing.shards import content_fingerprint, sha256_of_file, sha256_of_json
+from txl_dist.data.preparing.shards import content_fingerprint
+from txl_dist.files.atomic import sha256_of_file, sha256_of_json
 
 from . import mutators
 from .mutators import Mutator

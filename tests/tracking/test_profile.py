@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.profiler import record_function
 
 from txl_dist.errors import UserError
-from txl_dist.tracking.profile import costliest, out_of_memory_reported, write
+from txl_dist.tracking.profile import costliest, out_of_memory_reported
 
 STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
 
@@ -135,16 +135,3 @@ def test_operators_are_told_by_their_own_time_and_by_step():
     milliseconds = spent["aten::mm"] / 2 / 1000
     assert first.split() == ["aten::mm", "3", f"{milliseconds:,.2f}", f"{spent['aten::mm'] / operators:.1%}"]
     assert second.split()[0].startswith("aten::")
-
-
-def test_nothing_half_written_bears_the_name(tmp_path):
-    def breaks_off(path):
-        with open(path, "w") as file:
-            file.write("half")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        write(tmp_path / "profile" / "trace.json.gz", breaks_off)
-    assert list((tmp_path / "profile").iterdir()) == []
-    write(tmp_path / "profile" / "trace.json.gz", lambda path: open(path, "w").write("whole"))  # noqa: SIM115
-    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace.json.gz"]

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from txl_dist.checkpoint.manifest import ImportedManifest, Manifest
 from txl_dist.config.schema import CheckpointChoice
-from txl_dist.data.preparing.shards import sha256_of_file, sha256_of_json
 from txl_dist.errors import UserError
+from txl_dist.files.atomic import remove, rename, sha256_of_file, sha256_of_json, sync
 from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
 
 VERSION = 2  # 1 had no sha256 of the manifest itself
@@ -171,7 +171,7 @@ class CheckpointWriter:
         path = self.partial / f"{kind}-{self.rank:05d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path)
-        flush(path)
+        sync(path)
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
     def commit(self, files: Files, state: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> None:
@@ -182,12 +182,12 @@ class CheckpointWriter:
         manifest = {"format": "txl_dist checkpoint", "version": VERSION, "state": state, "data": data, "files": files}
         write_manifest(self.partial, manifest | {"config": config})
         if self.target.exists():
-            os.replace(self.target, beside := self.target.with_name(f".{self.target.name}.replaced"))
-            os.replace(self.partial, self.target)
-            discard(beside)
+            beside = self.target.with_name(f".{self.target.name}.replaced")
+            os.replace(self.target, beside)
+            rename(self.partial, self.target)
+            remove(beside)
         else:
-            os.replace(self.partial, self.target)
-        flush(self.target.parent)
+            rename(self.partial, self.target)
 
     def give_up(self) -> None:
         """Remove what was written so far."""
@@ -216,10 +216,9 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / "checkpoint.json"
     try:
         path.write_text(json.dumps(manifest | {"sha256": sha256_of_json(manifest)}, indent=2) + "\n")
-        flush(path)
+        sync(path)
     except OSError as error:  # a full disk comes without a name
         raise OSError(error.errno, error.strerror, str(path)) from error
-    flush(folder)
 
 
 def directory(run_dir: str | Path, step: int) -> Path:
@@ -338,20 +337,3 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if checkpoint.path.name != directory("", checkpoint.step).name:
         raise UserError(f"{file}: is of step {checkpoint.step:,}, and does not belong here")
     return checkpoint
-
-
-def discard(path: Path) -> None:
-    """Remove a folder, or what stands in its place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def flush(path: Path) -> None:
-    """Have what was written reach the disk: a name must not outlive its content when power fails."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

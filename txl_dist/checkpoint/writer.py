@@ -19,10 +19,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from txl_dist.checkpoint.format import Checkpoint, CheckpointWriter, Files, directory, discard, steps, whole
+from txl_dist.checkpoint.format import Checkpoint, CheckpointWriter, Files, directory, steps, whole
 from txl_dist.config.schema import CheckpointConfig
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import RunError, describe_os_error
+from txl_dist.files.atomic import remove
 
 
 class AsyncCheckpointer:
@@ -169,8 +170,9 @@ class Retention:
         found = [each for each in steps(self.run_dir) if each <= step]
         for each in set(found) - self.kept(found):
             path = directory(self.run_dir, each)
-            os.replace(path, aside := path.with_name(f".{path.name}.removed"))  # it is whole or it is gone
-            discard(aside)
+            aside = path.with_name(f".{path.name}.removed")
+            os.replace(path, aside)  # it is whole or it is gone
+            remove(aside)
 
     def kept(self, found: list[int]) -> set[int]:
         config = self.config

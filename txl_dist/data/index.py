@@ -26,11 +26,9 @@ from txl_dist.data.preparing.shards import (
     SIDE_FILES,
     Shard,
     content_fingerprint,
-    sha256_of,
-    sha256_of_file,
-    sha256_of_json,
 )
 from txl_dist.errors import UserError
+from txl_dist.files.atomic import atomic_file, sha256_of, sha256_of_file, sha256_of_json
 from txl_dist.files.lock import locked
 from txl_dist.files.parsing import PARSE_ERRORS, Sha256, Size, describe, shown
 
@@ -107,13 +105,11 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(path.name + ".lock"), "fetching it"):  # the others wait
             if not path.exists():
-                partial = path.with_name(path.name + ".partial")
                 try:
-                    with open(partial, "w+b") as file:
+                    with atomic_file(path) as temporary, open(temporary, "w+b") as file:
                         self._fetch(name, file, sha256)
                 except OSError as error:
                     raise UserError(f"{self.location}/{name}: cannot be fetched: {error}") from error
-                partial.replace(path)
         return path
 
     def checked(self, name: str, sha256: str) -> Path:

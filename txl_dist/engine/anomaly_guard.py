@@ -15,7 +15,6 @@ itself. There the loss alone is judged.
 
 import json
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from txl_dist.config.schema import SCHEMA, GuardConfig, PositiveInt
 from txl_dist.data.lanes import LanePlan
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import UserError, describe_os_error
+from txl_dist.files.atomic import atomic_file
 
 PASSED_FILE = "passed_steps.json"
 NORMAL = 1.4826  # x the median absolute deviation = the standard deviation, of a normal distribution
@@ -219,10 +219,9 @@ class AnomalyGuard:
         self.group.raise_if_any_failed(problems)
 
     def _write_passed_steps(self) -> None:
-        partial = self.path.with_suffix(".partial")
         lines = [json.dumps({"step": step, "why": why}) for step, why in sorted(self.passed.items())]
-        partial.write_text("[" + ",\n ".join(lines) + "]\n")
-        os.replace(partial, self.path)
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("[" + ",\n ".join(lines) + "]\n")
 
 
 def in_words(bad: BadStep, plan: LanePlan, config: GuardConfig, latest: Checkpoint | None) -> str:

@@ -1,14 +1,81 @@
-"""Files and folders that have their names only when they are complete."""
+"""Write files and folders that bear their final name only once they are complete and on disk."""
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from txl_dist.errors import RunError, UserError, describe_os_error
 from txl_dist.files.lock import Lock, locked
+
+
+def sha256_of(stream: BinaryIO) -> str:
+    """Return the SHA-256 of what is left of a stream, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with open(path, "rb") as stream:
+        return sha256_of(stream)
+
+
+def sha256_of_json(value: Any) -> str:
+    """Return the SHA-256 of a value's JSON, which does not depend on the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk: a name must not outlive its content when power fails."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Give a complete file or folder its final name, for good."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all it holds, or the file or link that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes `path` at the end, and disappears if the writing fails.
+
+    The temporary name ends like `path`, for writers that choose a format by it.
+
+    Raises:
+        OSError: naming `path`, where it cannot be written.
+    """
+    temporary = path.with_name(f".partial-{path.name}")
+    try:
+        yield temporary
+        rename(temporary, path)
+    except OSError as error:  # a full disk comes without a name
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_empty(folder: Path) -> bool:
@@ -54,7 +121,9 @@ def new_folder(folder: Path, lock: Lock) -> Iterator[Path]:
             raise RunError([f"{lock.path}: another process has taken over; this one was silent for too long"])
         if not is_empty(folder):
             raise UserError(f"{folder}: is there already, and nothing is overwritten; give another folder")
-        os.replace(partial, folder)
+        for path in partial.rglob("*"):
+            sync(path)
+        rename(partial, folder)
     except BaseException:
         if not lock.lost.is_set():
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,8 +10,8 @@ from txl_dist.config.checks import model_fits_together
 from txl_dist.config.schema import CheckpointChoice, LengthsConfig, ModelConfig
 from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
-from txl_dist.data.preparing.shards import sha256_of_file
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.files.atomic import sha256_of_file
 from txl_dist.models.transformer_xl import TransformerXL, parameter_shapes
 
 

@@ -17,7 +17,7 @@ from txl_dist.distributed.launcher import patience
 from txl_dist.distributed.preemption import Preemption, pending
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import ConfigError, UserError, describe_os_error
-from txl_dist.files.atomic import make_folder
+from txl_dist.files.atomic import atomic_file, make_folder
 from txl_dist.files.lock import InUse, Lock, Owner, acquire
 from txl_dist.tracking.result import is_tested
 
@@ -112,9 +112,8 @@ def write_run(job: TrainJob, index: Index, group: ProcessGroup) -> None:
     if group.is_rank_zero:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            partial = run_dir / ".config.partial"
-            OmegaConf.save(OmegaConf.create(asdict(job)), partial)
-            os.replace(partial, run_dir / "config.yaml")
+            with atomic_file(run_dir / "config.yaml") as temporary:
+                OmegaConf.save(OmegaConf.create(asdict(job)), temporary)
             index.tokenizer().save(run_dir / "tokenizer")
         except OSError as error:
             problems.append(f"run.dir={job.run.dir}: cannot be written: {describe_os_error(error, run_dir)}")

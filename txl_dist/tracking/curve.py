@@ -1,8 +1,9 @@
 """The learning curve of a run as a picture."""
 
-import os
 from pathlib import Path
 from typing import Any
+
+from txl_dist.files.atomic import atomic_file
 
 
 def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
@@ -33,11 +34,9 @@ def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
     if axes.lines:
         axes.legend(frameon=False)
     target = Path(run_dir) / "curve.png"
-    partial = target.with_suffix(".partial")
     try:
-        figure.savefig(partial, format="png", dpi=130)
-        os.replace(partial, target)
+        with atomic_file(target) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
     finally:
         pyplot.close(figure)
-        partial.unlink(missing_ok=True)
     return target

@@ -1,9 +1,8 @@
 """Where the time of some training steps goes, and the memory, as torch.profiler sees it."""
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch.profiler import record_function
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import UserError, describe_os_error, first_line
+from txl_dist.files.atomic import atomic_file
 from txl_dist.tracking.console import ConsoleReporter
 from txl_dist.tracking.meter import ThroughputMeter
 
@@ -78,7 +78,9 @@ class Profile:
             self.reporter.say(costliest(self.profiler, self.gpu))
 
     def write_files(self, name: str) -> None:
-        write(self.folder / f"{name}.json.gz", self.profiler.export_chrome_trace)
+        self.folder.mkdir(exist_ok=True)
+        with atomic_file(self.folder / f"{name}.json.gz") as temporary:
+            self.profiler.export_chrome_trace(str(temporary))
         if self.gpu:
             write_memory(self.folder, name)
 
@@ -108,19 +110,11 @@ def out_of_memory_reported(job: TrainJob, group: ProcessGroup) -> Iterator[None]
 
 def write_memory(folder: Path, name: str) -> Path:
     """Write a snapshot of this GPU's memory, for pytorch.org/memory_viz, and return its path."""
-    write(path := folder / f"{name}-memory.pickle", torch.cuda.memory._dump_snapshot)
+    path = folder / f"{name}-memory.pickle"
+    folder.mkdir(exist_ok=True)
+    with atomic_file(path) as temporary:
+        torch.cuda.memory._dump_snapshot(str(temporary))
     return path
-
-
-def write(path: Path, export: Callable[[str], None]) -> None:
-    """Aside first: a file with this name is whole."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")  # what is exported depends on the name's end
-    try:
-        export(str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def costliest(profiler: torch.profiler.profile, gpu: bool, rows: int = 10) -> Table:

@@ -5,6 +5,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from txl_dist.files.atomic import atomic_file
+
 RESERVED = ":;,#?/'"  # W&B uses them in its own addresses
 MAX_LENGTH = 128
 
@@ -33,9 +35,11 @@ def claim_run_id(run_dir: str, wanted: str | None, say: Callable[[str], None]) -
             say(f"{run_dir}: was {owner} before, and stays W&B run {run_id}; remove its wandb_id for a run of its own")
     run_id = run_id or wanted or secrets.token_hex(4)
     if read_id(here) != run_id:
-        write(here / "wandb_id", run_id.encode())
+        with atomic_file(here / "wandb_id") as temporary:
+            temporary.write_text(run_id + "\n", "utf-8")
     if owner != here:
-        write(here / "wandb_path", os.fsencode(here))
+        with atomic_file(here / "wandb_path") as temporary:
+            temporary.write_bytes(os.fsencode(here) + b"\n")
     return run_id
 
 
@@ -82,10 +86,3 @@ def is_copy(run_dir: Path, owner: Path, run_id: str) -> bool:
         return not (owner / probe.name).exists()
     finally:
         probe.unlink()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Aside first: a file with this name is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content + b"\n")
-    os.replace(partial, path)

@@ -11,9 +11,8 @@ from typing import IO, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from txl_dist.data.preparing.shards import sha256_of_file
 from txl_dist.errors import UserError
-from txl_dist.files.atomic import make_folder, new_folder
+from txl_dist.files.atomic import make_folder, new_folder, rename, sha256_of_file
 from txl_dist.files.lock import locked
 
 ARCHIVES = (".zip", ".tgz", ".tar.gz")
@@ -52,7 +51,7 @@ def download(source: Download, path: Path, advance: Callable[[int], None]) -> No
         if problem := difference(partial, source):
             partial.unlink()
             raise UserError(f"{source.url}: what came {problem}; it is deleted: start again, or get it from elsewhere")
-        partial.replace(path)
+        rename(partial, path)
 
 
 def transfer(source: Download, partial: Path, advance: Callable[[int], None]) -> None:

@@ -11,39 +11,23 @@ readers, `json`: the document it starts in, the token's offset in that document,
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from txl_dist.data import tokenizers
+from txl_dist.files.atomic import sha256_of_file, sha256_of_json
 from txl_dist.files.parsing import Sha256, Size
 
 FORMAT = {"format": "txl_dist dataset", "version": 1}
 SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])
 DOCUMENT_TABLE = np.dtype("<u8")
 SIDE_FILES = ("samples.npy", "documents.npy")
-
-
-def sha256_of(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return sha256_of(stream)
-
-
-def sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Shard(NamedTuple):
