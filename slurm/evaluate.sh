@@ -4,7 +4,7 @@
 #   sbatch slurm/evaluate.sh run=runs/wt103_large split=test
 #   sbatch slurm/evaluate.sh 'run=runs/ablation/*' split=valid format=json
 #
-# What to change: the #SBATCH lines, and Python as in slurm/train.sh.
+# Change the #SBATCH lines, and Python as in slurm/train.sh.
 
 #SBATCH --job-name=txl_dist-evaluate
 #SBATCH --gpus=1

@@ -4,8 +4,8 @@
 #   sbatch slurm/prepare.sh corpus=wikitext103
 #   sbatch --cpus-per-task=64 slurm/prepare.sh corpus=text 'corpus.path=texts/*.zst' tokenizer=sentencepiece data.dir=data/mine
 #
-# What to change: the #SBATCH lines, and Python as in slurm/train.sh. Where compute nodes have no network, run
-# txl_dist.prepare of a published corpus on a login node, or give corpus.path.
+# Change the #SBATCH lines, and Python as in slurm/train.sh. Where compute nodes have no network, run txl_dist.prepare
+# of a published corpus on a login node, or give corpus.path.
 
 #SBATCH --job-name=txl_dist-prepare
 #SBATCH --cpus-per-task=16

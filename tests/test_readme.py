@@ -1,0 +1,168 @@
+"""What README.md and the pages of docs/ show holds: commands parse and compose, make targets and links exist.
+
+Commands are those of fenced blocks marked `sh`, and those of code spans that begin like one. A word in capitals, such
+as RUN_DIR, is a placeholder: it stands where a text may stand, so it composes like any other text. Nothing is trained.
+"""
+
+import re
+import runpy
+import subprocess
+from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
+from torch.distributed.run import get_args_parser
+
+from txl_dist.overrides import CONF, CommandLine
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")])
+REFERENCE = runpy.run_path(str(REPO / "docs" / "generate_configuration.py"))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"\s*(python |torchrun |deepspeed |srun |sbatch |make |txl-)")
+OTHERS = {"git", "pip", "pre-commit"}  # programs whose arguments are not checked
+
+# Bash expands a block as a user's shell would: loops, variables, quotes. Commands are not found, and printed instead.
+RECORD = r"""
+set -eu
+PATH=/nowhere
+cd() { :; }
+command_not_found_handle() { printf '%s\0' "$@" $'\1'; }
+"""
+
+
+def blocks(language):
+    for page in PAGES:
+        text = page.read_text()
+        for block in FENCE.finditer(text):
+            if block[1] == language:
+                line = text.count("\n", 0, block.start()) + 1
+                yield pytest.param(block[2], id=f"{page.relative_to(REPO)}:{line}")
+
+
+def commands_in(script, folder):
+    """Return the commands that a script would run, each as the list of its words."""
+    script = RECORD + script.replace(".venv/bin/", "")
+    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, env={})
+    assert not done.returncode and not done.stderr, done.stderr
+    return [command.split("\0")[:-1] for command in done.stdout.split("\1\0")[:-1]]
+
+
+def check(words):
+    """Refuse a command that would not start."""
+    program, *arguments = words
+    if program.startswith("txl-"):
+        check_job(program.removeprefix("txl-"), arguments)
+    elif program == "make":
+        assert set(arguments) <= set(re.findall(r"^([\w./]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    elif program == "python":
+        check_python(arguments)
+    elif program == "torchrun":
+        parsed = get_args_parser().parse_args(arguments)
+        assert parsed.module
+        check_python(["-m", parsed.training_script, *parsed.training_script_args])
+    elif program == "deepspeed":
+        assert arguments[0] == "--module"
+        check_python(["-m", *arguments[1:]])
+    elif program == "srun":
+        check_python(arguments[arguments.index("python") + 1 :])
+    elif program == "sbatch":
+        script, *overrides = [word for word in arguments if not word.startswith("-")]
+        assert (REPO / script).is_file()
+        check_job(Path(script).stem, overrides)
+    else:
+        assert program in OTHERS, f"{program}: is not a command that this test knows"
+
+
+def check_python(arguments):
+    if arguments[0] != "-m":
+        assert (REPO / arguments[0]).is_file(), arguments[0]
+    elif arguments[1].startswith("txl_dist."):
+        check_job(arguments[1].removeprefix("txl_dist."), arguments[2:])
+    else:
+        assert find_spec(arguments[1]), arguments[1]
+        assert all((REPO / word).exists() for word in arguments[2:] if "/" in word)
+
+
+def check_job(name, arguments):
+    """Compose a command's config and read it by the schema. Without arguments it is only named."""
+    line = CommandLine(arguments)
+    line.for_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(name, line.spelled)
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=bool(arguments))
+    values = {f"{key}_" if key == "from" else key: value for key, value in values.items()}
+    TypeAdapter(REFERENCE["COMMANDS"][name]).validate_python(values)
+
+
+def slugs(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("script", blocks("sh"))
+def test_commands_of_a_block_start(script, tmp_path):
+    commands = commands_in(script, tmp_path)
+    assert commands
+    for words in commands:
+        check(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_commands_within_the_text_start(page, tmp_path):
+    spans = re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()))
+    for span in filter(COMMAND.match, spans):
+        for words in commands_in(span, tmp_path):
+            check(words)
+
+
+@pytest.mark.parametrize("block", blocks(""))
+def test_commands_stand_in_marked_blocks(block):
+    assert not [line for line in block.splitlines() if COMMAND.match(line)], "mark the block with sh"
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_compiles(code):
+    compile(code, "a page", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        place, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), link
+        assert not anchor or anchor in slugs(target), link
+
+
+def test_the_reference_of_the_configuration_is_current():
+    assert REFERENCE["PAGE"].read_text() == REFERENCE["generate"](), "run python docs/generate_configuration.py"
+
+
+def test_the_reference_names_every_key_of_the_schema():
+    page = REFERENCE["PAGE"].read_text()
+    for name, job in REFERENCE["COMMANDS"].items():
+        chapter = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        missing = [key for key in keys_of(job) if f"| `{key}` |" not in chapter]
+        assert not missing
+
+
+def keys_of(kind, prefix=""):
+    """Yield the dotted keys of a config class, those of all choices of a group included."""
+    for field in fields(kind):
+        hint = get_type_hints(kind)[field.name]
+        key = prefix + field.name.removesuffix("_")
+        classes = [choice for choice in (hint, *get_args(hint)) if is_dataclass(choice)]
+        for config_class in classes:
+            yield from keys_of(config_class, f"{key}.")
+        if not classes and not (field.name == "name" and get_origin(hint) is Literal):  # the choice of a group
+            yield key
