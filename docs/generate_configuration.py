@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BeforeValidator
 
-from txl_dist import config as schema
+from txl_dist.config import schema
 
 REPO = Path(__file__).resolve().parents[1]
 CONF = REPO / "conf"

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 from torch.distributed.run import get_args_parser
 
-from txl_dist.overrides import CONF, CommandLine
+from txl_dist.config.overrides import CONF, CommandLine
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")])

@@ -92,9 +92,7 @@ def test_a_curve_that_cannot_be_written_is_said(tmp_path, capsys):
     write(tmp_path)
     (tmp_path / "curve.png").mkdir()
     show(tmp_path)
-    assert (
-        f"learning curve        could not be drawn: {tmp_path}/curve.png: Is a directory" in capsys.readouterr().out
-    )
+    assert f"learning curve        could not be drawn: {tmp_path}/curve.png: Is a directory" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "metrics.jsonl"]
 
 
