@@ -9,9 +9,9 @@ import ast
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import tokenize
@@ -52,27 +52,26 @@ def code(tree: Path) -> Iterator[tuple[Path, ast.AST]]:
             yield path, node
 
 
-def texts(tree: Path) -> Iterator[Path]:
+def texts(tree: Path, *suffixes: str) -> Iterator[Path]:
     """Yield the files in which words are counted, without the runs and datasets of earlier versions."""
     for name in TEXTS:
         for path in [tree / name, *sorted((tree / name).rglob("*"))]:
-            if path.suffix in {".py", ".md", ".yaml"} and "fixtures" not in path.parts:
+            if path.suffix in suffixes and "fixtures" not in path.parts:
                 yield path
 
 
 def matches(expression: str, tree: Path) -> Iterator[Place]:
-    for path in texts(tree):
+    for path in texts(tree, ".py", ".md", ".yaml"):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             for _ in re.finditer(expression, line):
                 yield path, number, line.strip()
 
 
 def names(tree: Path) -> Iterator[Place]:
-    for path in texts(tree):
-        if path.suffix == ".py":
-            for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-                if token.type == tokenize.NAME and token.string in NAMES.split():
-                    yield path, token.start[0], token.line.strip()
+    for path in texts(tree, ".py"):
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if token.type == tokenize.NAME and token.string in NAMES.split():
+                yield path, token.start[0], token.line.strip()
 
 
 def parallel_assignments(tree: Path) -> Iterator[Place]:
@@ -171,6 +170,7 @@ def measure(tree: Path, quick: bool) -> dict[str, str]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show CHECK | head` is quiet
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tree", nargs="?", type=Path, default=Path(__file__).parents[1], help="default: this checkout")
     parser.add_argument("--before", metavar="REV", help="measure this revision of git, too")
@@ -184,11 +184,9 @@ def main() -> None:
         return
     columns = {"now": measure(tree, options.quick)}
     if options.before:
-        archive = subprocess.run(
-            ["git", "archive", options.before], cwd=tree, stdout=subprocess.PIPE, check=True
-        ).stdout
-        with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(folder, filter="data")
+        archive = subprocess.check_output(["git", "archive", options.before], cwd=tree)
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
             columns = {options.before: measure(Path(folder), options.quick)} | columns
     table = Table("", *columns, box=None)
     for title in columns["now"]:
