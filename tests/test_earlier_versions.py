@@ -5,12 +5,16 @@ Only commands and files are used here, as a user has them: how they are read may
 
 import json
 import platform
+import random
 import shutil
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import txl_dist
 
 FIXTURE = Path(__file__).parent / "fixtures" / "v0_1"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -41,7 +45,7 @@ OVERRIDES = [
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of all that version 0.1 has left."""
+    """Copy all that version 0.1 has left."""
     return Path(shutil.copytree(FIXTURE, tmp_path / "old"))
 
 
@@ -78,6 +82,25 @@ def tensors(run_dir):
     return found
 
 
+def test_prepare_makes_the_same_dataset(run, tmp_path):
+    """The same text is the same dataset, file by file, whatever version has prepared it."""
+    (tmp_path / "text").mkdir()
+    draw = random.Random(1)
+    for number in range(24):
+        names = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(3)]
+        lines = [" ".join(draw.choices(["the", "and", "of", *names], k=6)) for _ in range(draw.randint(2, 7))]
+        (tmp_path / f"text/{number:02d}.txt").write_text("\n".join(lines) + "\n")
+    settings = ["corpus.valid_share=0.1", "corpus.test_share=0.1", "data.sample_tokens=512", "data.shard_samples=4"]
+    source = ["corpus=text", "corpus.path=text", "tokenizer=bytes"]
+    run("txl_dist.prepare", *source, *settings, "data.dir=dataset", cwd=tmp_path)
+
+    index = json.loads((tmp_path / "dataset/index.json").read_text())
+    old = json.loads((FIXTURE / "dataset/index.json").read_text())
+    assert index.pop("written_by") == {"txl_dist": txl_dist.__version__}
+    assert index.pop("sha256") != old.pop("sha256")
+    assert index == old
+
+
 def test_a_run_continues_as_it_did(run, old):
     """The dataset, the weights, the optimizer, the memories and the steps to be skipped are read."""
     run("txl_dist.train", *OVERRIDES, "run.dir=run", cwd=old)
@@ -92,6 +115,9 @@ def test_a_run_continues_as_it_did(run, old):
     rtol, atol = (0.0, 0.0) if made_here() else (1e-4, 1e-6)
     for key in wanted:
         torch.testing.assert_close(found[key], wanted[key], rtol=rtol, atol=atol)
+    (manifest,) = (json.loads(path.read_text()) for path in (old / "run").glob("checkpoints/*/checkpoint.json"))
+    versions = {"txl_dist": txl_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    assert manifest["state"]["written_by"] == {"ranks": 1, "precision": "fp32"} | versions
 
 
 def test_a_finished_run_stays_as_it_is(run, old):

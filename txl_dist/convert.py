@@ -13,9 +13,11 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from txl_dist import __version__
 from txl_dist.checkpoint.format import CheckpointWriter, find_checkpoint, save_tensors
 from txl_dist.cli import command
 from txl_dist.config.checks import model_fits_together
@@ -146,7 +148,12 @@ def write_checkpoint(
     writer.add("weights", weights)
     writer.commit(
         writer.files,
-        state={"step": 0, "tokens": 0, "imported": {"from": str(job.from_), "title": source.title}},
+        state={
+            "step": 0,
+            "tokens": 0,
+            "imported": {"from": str(job.from_), "title": source.title},
+            "written_by": {"txl_dist": __version__, "torch": str(torch.__version__)},
+        },
         config={"model": asdict(config), "data": {"dir": dataset, "reset_memory": "never"}},
         data={"fingerprint": None, "vocab_size": source.vocab_size} | place,
     )

@@ -36,6 +36,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "path": str(checkpoint.path),
             "step": checkpoint.step,
             "imported": state["imported"],
+            "written_by": state.get("written_by") or {},
             "data": data,
             "holds": holds,
         }
@@ -83,6 +84,7 @@ def origin(told: dict[str, Any]) -> dict[str, str]:
     return {
         "imported": f"from {whence['from']}: {whence['title']}",
         "data": f"{told['data']['dir'] or 'none'}, vocabulary of {told['data']['vocab_size']:,}",
+        "versions": versions(told["written_by"]),
     }
 
 
@@ -96,6 +98,7 @@ def course(told: dict[str, Any]) -> dict[str, str]:
         f"seed {told['seed']}",
         "data": f"{data['dir']}, vocabulary of {data['vocab_size']:,}, fingerprint {data['fingerprint'][:12]}",
         "written by": split(told["written_by"]),
+        "versions": versions(told["written_by"]),
     }
 
 
@@ -108,6 +111,12 @@ def split(by: dict[str, Any]) -> str:
         f"{'no pipeline' if stages == 1 else f'{stages} pipeline stages'}, ZeRO {by['zero_stage']}, "
         f"{by['gradient_accumulation']} micro-batches, {by['precision']}, offload {by['offload']}"
     )
+
+
+def versions(by: dict[str, Any]) -> str:
+    """Name the packages that wrote a checkpoint, with their versions."""
+    packages = [name for name in ("txl_dist", "torch", "deepspeed") if by.get(name)]
+    return ", ".join(f"{name} {by[name]}" for name in packages) or "not recorded"
 
 
 def main() -> None:

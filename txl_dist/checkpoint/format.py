@@ -45,8 +45,8 @@ Files = dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
 class Checkpoint:
     """A checkpoint on disk, read as far as its manifest.
 
-    state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split,
-    "valid_loss": valid/loss as evaluated at this very step, else None}
+    state: {"step", "tokens", "origin": of the lanes, "optimizer": numbers that are no tensors, "written_by": the split
+    and the versions, "valid_loss": valid/loss as evaluated at this very step, else None}
     config: the run's whole config. data: {"fingerprint", "vocab_size", "tokenizer": file -> sha256, "place": absolute}
     of what it was trained on.
     Of an imported model (txl_dist.convert): state is {"step": 0, "tokens": 0, "imported": whence}, config has `model`

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from txl_dist.config.schema import ModelConfig
-from txl_dist.files.parsing import FileName, Number, Sha256, Size
+from txl_dist.files.parsing import FileName, Number, Sha256, Size, Version
 
 PositiveInt = Annotated[Size, Field(ge=1)]
 TensorFile = Annotated[str, Field(pattern=r"^(weights|optimizer|memory)-\d{5,}\.safetensors$", max_length=255)]
@@ -28,7 +28,15 @@ class OptimizerNumbers(BaseModel):
     loss_scaler: dict[str, Number]
 
 
-class WrittenBy(BaseModel):
+class Versions(BaseModel):
+    """The packages that wrote a checkpoint; early checkpoints of 0.1.0 do not name them."""
+
+    txl_dist: Version | None = None
+    torch: Version | None = None
+    deepspeed: Version | None = None
+
+
+class WrittenBy(Versions):
     ranks: PositiveInt
     precision: str
 
@@ -114,6 +122,7 @@ class ImportedState(BaseModel):
     step: Literal[0]
     tokens: Literal[0]
     imported: ImportedFrom
+    written_by: Versions | None = None
     valid_loss: None = None
 
 

@@ -30,7 +30,7 @@ from txl_dist.data.preparing.shards import (
 from txl_dist.errors import UserError
 from txl_dist.files.atomic import atomic_file, sha256_of, sha256_of_file, sha256_of_json
 from txl_dist.files.lock import locked
-from txl_dist.files.parsing import PARSE_ERRORS, Sha256, Size, describe, shown
+from txl_dist.files.parsing import PARSE_ERRORS, Sha256, Size, Version, describe, shown
 
 PAUSES = (1, 2, 4)  # seconds between the attempts to fetch a file
 
@@ -315,6 +315,7 @@ class SplitEntry(BaseModel):
 class IndexFile(BaseModel):
     """The schema of index.json."""
 
+    written_by: dict[Literal["txl_dist"], Version] = {}  # early datasets of 0.1.0 do not record it
     fingerprint: Sha256
     corpus: dict[str, Any]
     tokenizer: TokenizerEntry

@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from txl_dist import __version__
 from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.checkpoint.writer import AsyncCheckpointer
 from txl_dist.config.schema import LANE_KEYS, EngineConfig, ModelConfig, TrainJob
@@ -260,7 +261,13 @@ class Engine(ABC):
             "origin": asdict(self.origin),
             "optimizer": self.state.numbers(),
             "losses": list(self.guard.losses),
-            "written_by": {"ranks": self.group.size, "precision": self.precision},
+            "written_by": {
+                "ranks": self.group.size,
+                "precision": self.precision,
+                "txl_dist": __version__,
+                "torch": str(torch.__version__),
+                "deepspeed": deepspeed.__version__,
+            },
             "valid_loss": valid_loss,
         }
         self.checkpointer.save(self.step, tensors, state, asdict(self.job), data)

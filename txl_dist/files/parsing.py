@@ -27,6 +27,7 @@ PARSE_ERRORS = (
 Size = Annotated[int, Strict(), Field(ge=0, lt=1 << 62)]  # a count or a position: sums of them fit into int64
 Number = Annotated[float, Strict()]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_!-]{1,64}$")]  # of a package
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=255)]  # leads out of no folder
 
 

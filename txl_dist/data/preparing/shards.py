@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from txl_dist import __version__
 from txl_dist.data import tokenizers
 from txl_dist.files.atomic import sha256_of_file, sha256_of_json
 from txl_dist.files.parsing import Sha256, Size
@@ -202,6 +203,7 @@ def write_index(
     files = {path.name: sha256_of_file(path) for path in sorted((folder / "tokenizer").iterdir())}
     index = {
         **FORMAT,
+        "written_by": {"txl_dist": __version__},
         "fingerprint": content_fingerprint(files, splits),
         "corpus": corpus,
         "tokenizer": {
