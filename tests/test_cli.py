@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from txl_dist.cli import errors_reported
-from txl_dist.data.index import how_to_prepare
+from txl_dist.data.store import how_to_prepare
 from txl_dist.tracking.result import show_result
 
 REPO = Path(__file__).resolve().parents[1]

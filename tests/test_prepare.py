@@ -14,30 +14,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from txl_dist import prepare as entry
 from txl_dist.config.schema import (
-    BytesTokenizer,
+    BytesTokenizerConfig,
     DatasetConfig,
     PrepareJob,
-    SentencePieceTokenizer,
-    StdlibCorpus,
-    TextCorpus,
-    WordTokenizer,
+    SentencePieceTokenizerConfig,
+    StdlibCorpusConfig,
+    TextCorpusConfig,
+    WordTokenizerConfig,
 )
 from txl_dist.data.index import Index
-from txl_dist.data.preparing import corpora
+from txl_dist.data.preparing import corpora, pipeline, splitting, tokenizing
+from txl_dist.data.preparing.workers import WorkerPool
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError, RunError, UserError
-from txl_dist.prepare import Work, prepare
+from txl_dist.prepare import prepare
 
 REPO = Path(__file__).resolve().parents[1]
 TEXTS = Path(os.environ.get("TXL_DIST_TEXT", REPO.parent / "shared" / "data"))
 
 TOKENIZERS: dict[str, Any] = {
-    "bytes": BytesTokenizer("bytes"),
-    "word": WordTokenizer("word", None, 1, None),
-    "unigram": SentencePieceTokenizer("sentencepiece", 305, "unigram", None),
-    "bpe": SentencePieceTokenizer("sentencepiece", 305, "bpe", None),
+    "bytes": BytesTokenizerConfig("bytes"),
+    "word": WordTokenizerConfig("word", None, 1, None),
+    "unigram": SentencePieceTokenizerConfig("sentencepiece", 305, "unigram", None),
+    "bpe": SentencePieceTokenizerConfig("sentencepiece", 305, "bpe", None),
 }
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 
@@ -46,7 +46,7 @@ def text_job(folder: Path, tokenizer: str = "bytes", workers: int = 1, sample: i
     values: dict[str, Any] = dict.fromkeys(("path", "train", "valid", "test"))
     values |= {"document": "file", "split_by": "auto", "valid_share": 0.1, "test_share": 0.1, **corpus}
     cut = DatasetConfig(str(folder), sample_tokens=sample, shard_samples=8)
-    return PrepareJob(TextCorpus(name="text", **values), TOKENIZERS[tokenizer], cut, workers)
+    return PrepareJob(TextCorpusConfig(name="text", **values), TOKENIZERS[tokenizer], cut, workers)
 
 
 def texts(folder: Path, number: int = 30) -> Path:
@@ -103,8 +103,8 @@ def test_every_document_comes_out_whole_in_its_split(tmp_path, tokenizer):
 
 @every_tokenizer
 def test_the_result_does_not_depend_on_workers_or_place(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 100)  # many pieces, so that the order of the results matters
-    monkeypatch.setattr(entry, "SENTENCEPIECE_BYTES", 4000)  # less than there is
+    monkeypatch.setattr(splitting, "PIECE_BYTES", 100)  # many pieces, so that the order of the results matters
+    monkeypatch.setattr(tokenizing, "SENTENCEPIECE_BYTES", 4000)  # less than there is
     prepare(text_job(tmp_path / "one", tokenizer, 1, path=str(texts(tmp_path / "text"))))
     prepare(text_job(tmp_path / "two", tokenizer, 3, path=str(texts(tmp_path / "another" / "place"))))
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -115,7 +115,7 @@ def test_the_result_does_not_depend_on_workers_or_place(tmp_path, monkeypatch, t
 def test_the_result_does_not_depend_on_how_the_text_is_cut_into_pieces(tmp_path, monkeypatch, tokenizer, document):
     folder = str(texts(tmp_path / "text"))
     prepare(text_job(tmp_path / "one", tokenizer, path=folder, document=document))
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 100)
+    monkeypatch.setattr(splitting, "PIECE_BYTES", 100)
     prepare(text_job(tmp_path / "two", tokenizer, path=folder, document=document))
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
@@ -126,7 +126,7 @@ def test_a_second_run_finds_nothing_to_do_and_another_is_refused(tmp_path, capsy
     prepare(job)
     before = content(tmp_path / "data")
     capsys.readouterr()
-    monkeypatch.setattr(entry, "write_splits", None)
+    monkeypatch.setattr(pipeline, "write_splits", None)
     prepare(job)
     assert "Nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data.dir=.*another dataset \(other settings\).*another data.dir, or delete"):
@@ -139,7 +139,7 @@ def test_a_second_run_finds_nothing_to_do_and_another_is_refused(tmp_path, capsy
 
 def test_what_is_no_dataset_or_a_damaged_one_is_never_overwritten(tmp_path):
     folder = texts(tmp_path / "text")
-    with pytest.raises(UserError, match="holds something that is no dataset"):
+    with pytest.raises(UserError, match="holds something that is not a dataset"):
         prepare(text_job(folder, path=str(folder)))
     job = text_job(tmp_path / "data", path=str(folder))
     (tmp_path / "data").mkdir()  # an empty folder is nothing
@@ -158,7 +158,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeyp
     left.mkdir(parents=True)  # of a run that was killed
     (left / "000000.tar").write_text("half")
     with monkeypatch.context() as patch:
-        patch.setattr(entry.shards, "write_index", lambda *values: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline.shards, "write_index", lambda *values: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(job)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
@@ -184,7 +184,7 @@ def test_two_at_once_make_one_dataset(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("words\n")
-    monkeypatch.setattr(entry, "Work", None)
+    monkeypatch.setattr(pipeline, "WorkerPool", None)
     with pytest.raises(RunError, match=r"data.dir=.*/a.txt/data: cannot be written: .*/a.txt: Not a directory"):
         prepare(text_job(tmp_path / "a.txt" / "data", path=str(tmp_path / "a.txt")))
 
@@ -202,16 +202,25 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path, full_disk):
 
 def test_workers_that_are_killed_end_it_in_words(tmp_path):
     (tmp_path / "a.txt").write_text("some words\n" * 1000)
-    with pytest.raises(RunError, match="counting words: one of the 2 processes was killed"), Work(2) as work:
-        list(work.map("counting words", kill_yourself, iter([piece(b"x")] * 3), 3))
+    with pytest.raises(RunError, match="counting words: one of the 2 processes was killed"), WorkerPool(2) as workers:
+        list(workers.map("counting words", kill_yourself, iter([piece(b"x")] * 3), 3))
 
 
 def piece(data):
-    return corpora.Piece(corpora.Source(Path("a"), "a", None), "train", 0, data, True, True, None, False)
+    return splitting.Piece(corpora.SourceFile(Path("a"), "a", None), "train", 0, data, True, True, None, False)
 
 
 def kill_yourself(pieces):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_processes_that_tokenize_start_without_torch_and_hydra():
+    with WorkerPool(2) as workers:
+        assert list(workers.map("importing", heavy_modules, iter([piece(b"x")]), 1)) == [set()]
+
+
+def heavy_modules(pieces):
+    return {"torch", "hydra", "deepspeed"} & set(sys.modules)
 
 
 def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):
@@ -260,7 +269,9 @@ def test_a_given_model_is_the_datasets_tokenizer(tmp_path):
     prepare(text_job(tmp_path / "first", "bpe", path=str(folder)))
     model = tmp_path / "first" / "tokenizer" / "sentencepiece.model"
     job = text_job(tmp_path / "second", path=str(folder))
-    prepare(PrepareJob(job.corpus, SentencePieceTokenizer("sentencepiece", 8000, "unigram", str(model)), job.data, 1))
+    prepare(
+        PrepareJob(job.corpus, SentencePieceTokenizerConfig("sentencepiece", 8000, "unigram", str(model)), job.data, 1)
+    )
     assert (tmp_path / "second" / "tokenizer" / "sentencepiece.model").read_bytes() == model.read_bytes()
     assert decoded(tmp_path / "second") == decoded(tmp_path / "first")
 
@@ -286,7 +297,7 @@ def test_byte_order_marks_are_left_out_and_counted_but_for_bytes(tmp_path, capsy
 def test_a_given_model_reads_no_byte_order_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes(BOM_UTF8 + b"line of the sea\n" * 40)
     prepare(text_job(tmp_path / "first", "bpe", path=str(texts(tmp_path / "text"))))
-    tokenizer = SentencePieceTokenizer(
+    tokenizer = SentencePieceTokenizerConfig(
         "sentencepiece", 8000, "bpe", str(tmp_path / "first" / "tokenizer" / "sentencepiece.model")
     )
     job = text_job(tmp_path / "second", train=str(tmp_path / "a.txt"))
@@ -294,24 +305,11 @@ def test_a_given_model_reads_no_byte_order_mark(tmp_path):
     assert decoded(tmp_path / "second")["train"] == ["line of the sea\n" * 40]
 
 
-@pytest.mark.parametrize(
-    "tokenizer, told",
-    [
-        (SentencePieceTokenizer("sentencepiece", 8000, "bpe", ""), "tokenizer.model: is empty"),
-        (WordTokenizer("word", None, 1, ""), "tokenizer.vocab: is empty"),
-    ],
-)
-def test_an_empty_path_of_a_tokenizer_is_refused_with_its_key(tmp_path, tokenizer, told):
-    job = text_job(tmp_path / "data", path=str(texts(tmp_path / "text")))
-    with pytest.raises(UserError, match=told):
-        prepare(PrepareJob(job.corpus, tokenizer, job.data, 1))
-
-
 @every_tokenizer
 @pytest.mark.parametrize("document", ["file", "line"])
 @pytest.mark.parametrize("piece", [1 << 20, 40])
 def test_characters_and_words_are_those_of_the_original_text(tmp_path, monkeypatch, tokenizer, document, piece):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", piece)
+    monkeypatch.setattr(splitting, "PIECE_BYTES", piece)
     lines = [f"    line\t {n} — été,  of\u2003it\r\n" for n in range(300)] + ["\n", "x" * 99 + "日" * 40, " end"]
     (tmp_path / "a.txt").write_bytes("".join(lines).encode())
     (tmp_path / "b.txt").write_bytes(b"word")  # of its own, though no line end parts them
@@ -358,7 +356,7 @@ def test_the_command_prepares_the_standard_library_and_tells_what_is_next(tmp_pa
 
 
 def test_the_documents_of_the_stdlib_are_its_files(tmp_path):
-    config = StdlibCorpus("stdlib", 0, 0)
+    config = StdlibCorpusConfig("stdlib", 0, 0)
     prepare(PrepareJob(config, TOKENIZERS["bytes"], DatasetConfig(str(tmp_path / "data"), 8192, 64), 1))
     index = Index.open(str(tmp_path / "data"))
     texts = [text for source in corpora.find(config, []) if (text := source.path.read_bytes())]

@@ -177,7 +177,7 @@ class Training:
     def save(self, valid_loss: float | None, **more: Any) -> None:
         index = self.index
         data = {"fingerprint": index.fingerprint, "vocab_size": index.vocab_size, "tokenizer": index.tokenizer_files}
-        data |= {"place": index.store.place}
+        data |= {"place": index.store.absolute_location}
         with self.meter.saving():
             self.engine.save(data | more, valid_loss)
         self.watchdog.beat(f"the checkpoint of step {self.engine.step}")
@@ -202,7 +202,7 @@ class Training:
             reset_memory=data.reset_memory,
             origin=self.engine.origin,
         )
-        reader = SampleReader(self.index, "train", lost=NOT_SCORED if data.on_error == "skip_sample" else None)
+        reader = SampleReader(self.index, "train", fill_value=NOT_SCORED if data.on_error == "skip_sample" else None)
         lanes, eos = self.engine.lanes, self.index.eos
         return Segments(plan, reader, lanes, eos, self.start, self.stop, data.workers, model.mem_len)
 

@@ -27,10 +27,10 @@ def stream(dataset):
     return SampleReader(index, "train").tokens(0, index.splits["train"].tokens).astype(np.int64)
 
 
-def segments(folder, lanes=range(LANES), start=0, stop=60, lost=NOT_SCORED, workers=1, **options):
+def segments(folder, lanes=range(LANES), start=0, stop=60, fill_value=NOT_SCORED, workers=1, **options):
     index = Index.open(str(folder))
     plan = LanePlan(index.splits["train"].document_starts, LANES, TGT_LEN, seed=3, **options)
-    reader = SampleReader(index, "train", lost=lost)
+    reader = SampleReader(index, "train", fill_value=fill_value)
     return Segments(plan, reader, lanes, index.eos, start, stop, workers, MEM_LEN)
 
 
@@ -80,7 +80,7 @@ def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
 @pytest.mark.parametrize("options", ORDERS, ids=lambda options: "-".join(options.values()))
 def test_other_lanes_and_whole_data_are_untouched(harmed, dataset, options):
     folder, samples = harmed
-    plain = list(segments(dataset, lost=None, **options))
+    plain = list(segments(dataset, fill_value=None, **options))
     whole, some = list(segments(dataset, **options)), segments(folder, **options)
     for name in ("inputs", "targets", "lookback"):
         assert np.array_equal([getattr(each, name) for each in whole], [getattr(each, name) for each in plain])
@@ -149,7 +149,7 @@ def test_a_model_reads_on_behind_a_gap_as_at_a_beginning(harmed, stream, make_co
 def test_a_damaged_sample_is_read_once_and_stays_damaged(harmed, dataset, tmp_path):
     folder, samples = harmed
     index = Index.open(str(folder))
-    reader = SampleReader(index, "train", cache_samples=1, lost=NOT_SCORED)
+    reader = SampleReader(index, "train", cache_samples=1, fill_value=NOT_SCORED)
     sample = min(samples - {0})
     assert reader.sample(sample).tolist() == [NOT_SCORED] * SAMPLE
     assert f": sample {sample}: the tokens are not those that were written" in reader.damaged[sample]
@@ -166,7 +166,7 @@ def test_of_a_cut_shard_only_what_is_gone_is_lost(dataset, tmp_path):
     shard = tmp_path / "copy" / index.splits["train"].shards[1].name  # samples 16 to 31
     end = int(index.splits["train"].sample_table["offset"][20])
     shard.write_bytes(shard.read_bytes()[:end])
-    reader = SampleReader(index, "train", lost=NOT_SCORED)
+    reader = SampleReader(index, "train", fill_value=NOT_SCORED)
     assert [bool((reader.sample(number) < 0).all()) for number in range(14, 34)] == [False] * 6 + [True] * 12 + [
         False
     ] * 2
@@ -179,7 +179,7 @@ def test_a_shard_that_is_not_there_is_no_damaged_sample(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "copy")
     index = Index.open(str(tmp_path / "copy"))
     (tmp_path / "copy" / index.splits["train"].shards[1].name).unlink()
-    reader = SampleReader(index, "train", lost=NOT_SCORED)
+    reader = SampleReader(index, "train", fill_value=NOT_SCORED)
     with pytest.raises(UserError, match="sample 16: No such file"):
         reader.sample(16)
 

@@ -9,12 +9,12 @@ import pytest
 import sentencepiece
 
 from txl_dist.config.schema import (
-    BytesTokenizer,
+    BytesTokenizerConfig,
     DatasetConfig,
     PrepareJob,
-    SentencePieceTokenizer,
-    TextCorpus,
-    WordTokenizer,
+    SentencePieceTokenizerConfig,
+    TextCorpusConfig,
+    WordTokenizerConfig,
 )
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
@@ -28,7 +28,7 @@ def dataset(folder: Path, tokenizer: Any, documents: list[str]) -> Index:
     for number, document in enumerate(documents):
         (folder / "text").mkdir(parents=True, exist_ok=True)
         (folder / "text" / f"{number}.txt").write_bytes(document.encode())
-    corpus = TextCorpus("text", None, [str(folder / "text")], None, None, "file", "auto", 0, 0)
+    corpus = TextCorpusConfig("text", None, [str(folder / "text")], None, None, "file", "auto", 0, 0)
     prepare(PrepareJob(corpus, tokenizer, DatasetConfig(str(folder / "data"), 16, 8), 1))
     return Index.open(str(folder / "data"))
 
@@ -47,23 +47,23 @@ def counted(documents: list[str]) -> TextSize:
     return TextSize(sum(len(text.encode()) for text in documents), sum(map(len, documents)), words)
 
 
-def given_model(folder: Path) -> SentencePieceTokenizer:
+def given_model(folder: Path) -> SentencePieceTokenizerConfig:
     """One made by SentencePiece's defaults: it loses line ends and runs of spaces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(DOCUMENTS * 20), model_writer=model, vocab_size=40, hard_vocab_limit=False, minloglevel=3
     )
     (folder / "given.model").write_bytes(model.getvalue())
-    return SentencePieceTokenizer("sentencepiece", 8000, "bpe", str(folder / "given.model"))
+    return SentencePieceTokenizerConfig("sentencepiece", 8000, "bpe", str(folder / "given.model"))
 
 
 def tokenizer_of(name: str, folder: Path) -> Any:
     if name == "given":
         return given_model(folder)
     return {
-        "bytes": BytesTokenizer("bytes"),
-        "word": WordTokenizer("word", 4, 1, None),
-        "trained": SentencePieceTokenizer("sentencepiece", 300, "bpe", None),
+        "bytes": BytesTokenizerConfig("bytes"),
+        "word": WordTokenizerConfig("word", 4, 1, None),
+        "trained": SentencePieceTokenizerConfig("sentencepiece", 300, "bpe", None),
     }[name]
 
 
@@ -82,13 +82,13 @@ def test_a_whole_split_has_the_size_of_its_text_whatever_the_tokens(tmp_path, na
 def test_parts_are_counted_exactly_where_tokens_give_the_text_back(tmp_path):
     for name in ("bytes", "trained"):
         index = dataset(tmp_path / name, tokenizer_of(name, tmp_path), DOCUMENTS * 5)
-        spelling = index.tokenizer().spelling()
-        assert spelling is not None
+        token_bytes = index.tokenizer().token_bytes()
+        assert token_bytes is not None
         stream = SampleReader(index, "train").tokens(0, index.splits["train"].tokens).tolist()
         for tokens in range(1, len(stream), 7):
             documents = [[]]
             for token in stream[:tokens]:
-                documents[-1].append(spelling[token])
+                documents[-1].append(token_bytes[token])
                 documents += [[]] * (token == index.eos)
             data = [b"".join(pieces) for pieces in documents]
             texts = [piece.decode(errors="replace") for piece in data]
@@ -114,7 +114,7 @@ def test_words_of_a_part_do_not_count_the_token_behind_a_line_without_end(tmp_pa
 def test_what_is_not_utf8_has_bytes_alone(tmp_path):
     (tmp_path / "text").mkdir(parents=True)
     (tmp_path / "text" / "latin.txt").write_bytes(b"caf\xe9 au lait\n" * 9)
-    index = dataset(tmp_path, BytesTokenizer("bytes"), [])
+    index = dataset(tmp_path, BytesTokenizerConfig("bytes"), [])
     for found in (index, without_counts(index)):
         assert size_of_text(found, "train", 118) == TextSize(117, None, None)
         assert size_of_text(found, "train", 30) == TextSize(30, None, None)

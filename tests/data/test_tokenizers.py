@@ -218,10 +218,10 @@ def test_what_is_wrong_with_a_vocabulary_is_told_with_its_line(tmp_path, content
 @settings(max_examples=100, deadline=None)
 @given(text=any_text)
 @example(text=NASTY)
-def test_the_spelling_of_tokens_is_the_text(tokenizer, text):
-    spelling = tokenizer.spelling()
-    assert spelling is not None and len(spelling) == tokenizer.vocab_size
-    assert b"".join(spelling[token] for token in tokenizer.encode(text.encode(), True)) == text.encode()
+def test_the_bytes_of_all_tokens_are_the_text(tokenizer, text):
+    token_bytes = tokenizer.token_bytes()
+    assert token_bytes is not None and len(token_bytes) == tokenizer.vocab_size
+    assert b"".join(token_bytes[token] for token in tokenizer.encode(text.encode(), True)) == text.encode()
 
 
 KEEPS_ALL: dict[str, Any] = {
@@ -243,16 +243,16 @@ LOSSY: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "options", [{}, {"user_defined_symbols": ["\n", "a b"]}, {"model_type": "char"}, *LOSSY], ids=str
 )
-def test_a_given_model_has_a_spelling_only_where_it_changes_nothing(options):
+def test_a_given_model_has_token_bytes_only_where_it_changes_nothing(options):
     model = io.BytesIO()
     settings = {"vocab_size": 330, "hard_vocab_limit": False, "minloglevel": 3, **KEEPS_ALL, **options}
     sentencepiece.SentencePieceTrainer.Train(sentence_iterator=iter(LINES), model_writer=model, **settings)
     tokenizer = SentencePieceTokenizer(model.getvalue())
-    spelling = tokenizer.spelling()
-    assert (spelling is None) == (options in LOSSY)
-    if spelling is not None:
+    token_bytes = tokenizer.token_bytes()
+    assert (token_bytes is None) == (options in LOSSY)
+    if token_bytes is not None:
         text = (NASTY + "a b Å ﬁ" + "  x  ").encode()
-        assert b"".join(spelling[token] for token in tokenizer.encode(text, True)) == text
+        assert b"".join(token_bytes[token] for token in tokenizer.encode(text, True)) == text
 
 
 def test_damaged_folders_are_told(tmp_path):

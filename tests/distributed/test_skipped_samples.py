@@ -103,7 +103,7 @@ def test_the_loss_is_the_mean_of_what_is_scored_and_nothing_attends_to_a_gap(run
     model, _ = load_model(str(run_dir), None, LengthsConfig(None, None, None, None))
     index = Index.open(str(folder))
     plan = LanePlan(index.splits["train"].document_starts, LANES, TGT_LEN, seed=1)
-    reader, memory, skipped = SampleReader(index, "train", lost=NOT_SCORED), model.empty_memory(LANES), []
+    reader, memory, skipped = SampleReader(index, "train", fill_value=NOT_SCORED), model.empty_memory(LANES), []
     losses = told(metrics, run_dir, "train/loss")
     for segment in Segments(plan, reader, range(LANES), index.eos, 0, STEPS, mem_len=MEM_LEN):
         arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))

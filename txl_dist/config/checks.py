@@ -85,8 +85,7 @@ def plain_words(section: str, kind: Any, value: Any, error: ValidationError) -> 
     for detail in error.errors():
         # Of a group with several shapes pydantic names the shape too; a user's key does not hold it.
         path = [str(part) for i, part in enumerate(detail["loc"]) if not (i == 0 and part == tag)]
-        # A single value that stands for a list of it has no place in a list either.
-        key = ".".join([section, *path]) if isinstance(value, dict | list) else section
+        key = ".".join([section, *given_parts(value, path)])
         if detail["type"] == "unexpected_keyword_argument":
             yield unknown_key(key, [f"{section}.{field}" for field in field_names(kind)])
         elif detail["type"] == "missing":
@@ -101,6 +100,18 @@ def plain_words(section: str, kind: Any, value: Any, error: ValidationError) -> 
         else:
             given = "null" if detail["input"] is None else detail["input"]
             yield f"{key}={given}: {detail['msg'].replace('Input should', 'should')}"
+
+
+def given_parts(value: Any, path: list[str]) -> Iterator[str]:
+    """Yield the parts of a path that lead into `value`: a single value that stands for a list of it has no index."""
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list):
+            value = value[int(part)]
+        else:
+            return
+        yield part
 
 
 def field_names(kind: Any) -> set[str]:

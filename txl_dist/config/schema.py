@@ -52,9 +52,9 @@ Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=
 NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Strict(), Field(gt=0, le=1e9, allow_inf_nan=False)]
-StrList = Annotated[list[str], BeforeValidator(listed)]
 Prompts = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
 PathStr = Annotated[str, AfterValidator(checked_path)]  # or a URL, or a glob
+PathList = Annotated[list[PathStr], Field(min_length=1), BeforeValidator(listed)]
 RunDir = Annotated[PathStr, AfterValidator(checked_run)]
 RunDirs = Annotated[list[RunDir], Field(min_length=1), BeforeValidator(listed)]
 
@@ -72,19 +72,19 @@ CheckpointChoice = Annotated[int | Literal["best"] | None, PlainValidator(step_o
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class StdlibCorpus:
+class StdlibCorpusConfig:
     name: Literal["stdlib"]
     valid_share: Fraction
     test_share: Fraction
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class TextCorpus:
+class TextCorpusConfig:
     name: Literal["text"]
-    path: StrList | None
-    train: StrList | None
-    valid: StrList | None
-    test: StrList | None
+    path: PathList | None
+    train: PathList | None
+    valid: PathList | None
+    test: PathList | None
     document: Literal["file", "line"]
     split_by: Literal["auto", "document", "position"]
     valid_share: Fraction
@@ -92,39 +92,41 @@ class TextCorpus:
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class PublishedCorpus:
+class PublishedCorpusConfig:
     """A corpus of the Transformer-XL paper. path: the archive, or the folder with its files; null: downloaded."""
 
     name: Literal["ptb", "wikitext2", "wikitext103", "enwik8", "text8", "lm1b"]
-    path: str | None
+    path: PathStr | None
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class BytesTokenizer:
+class BytesTokenizerConfig:
     name: Literal["bytes"]
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class WordTokenizer:
+class WordTokenizerConfig:
     name: Literal["word"]
     vocab_size: Annotated[int, Strict(), Field(ge=3)] | None
     min_count: PositiveInt
-    vocab: str | None  # a file, a word a line; null: the training split's words
+    vocab: PathStr | None  # a file, a word a line; null: the training split's words
 
 
 MIN_PIECES = 300  # of a SentencePiece vocabulary: 256 are bytes
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class SentencePieceTokenizer:
+class SentencePieceTokenizerConfig:
     name: Literal["sentencepiece"]
     vocab_size: Annotated[int, Strict(), Field(ge=MIN_PIECES, le=INT32_MAX)]
     type: Literal["unigram", "bpe"]
-    model: str | None
+    model: PathStr | None
 
 
-CorpusConfig = Annotated[StdlibCorpus | TextCorpus | PublishedCorpus, Field(discriminator="name")]
-TokenizerConfig = Annotated[BytesTokenizer | WordTokenizer | SentencePieceTokenizer, Field(discriminator="name")]
+CorpusConfig = Annotated[StdlibCorpusConfig | TextCorpusConfig | PublishedCorpusConfig, Field(discriminator="name")]
+TokenizerConfig = Annotated[
+    BytesTokenizerConfig | WordTokenizerConfig | SentencePieceTokenizerConfig, Field(discriminator="name")
+]
 
 
 @dataclass(config=SCHEMA, frozen=True)

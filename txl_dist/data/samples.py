@@ -1,4 +1,4 @@
-"""Reads any tokens of a split, each sample checked as it is read."""
+"""Reads any tokens of a split, and checks each sample as it is read."""
 
 import errno
 import re
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from txl_dist.data.format import Shard
 from txl_dist.data.index import Index
-from txl_dist.data.preparing.shards import Shard
 from txl_dist.errors import UserError
 
 NPY = re.compile(
     rb"\x93NUMPY\x01\x00..{'descr': '([<>|][uif]\d)', 'fortran_order': False, 'shape': \((\d{1,18}),\), } *\n(.*)",
     re.DOTALL,
 )
+UNREADABLE = "no sample can be read here"
 
 
 class DamagedSample(UserError):
@@ -25,25 +26,31 @@ class DamagedSample(UserError):
 
 
 class SampleReader:
-    """Reads any span of a split's stream. Threads may share it; the last `cache_samples` samples are kept decoded.
+    """Reads any span of a split's stream; threads may share it.
 
     Args:
-        lost: what stands for the tokens of a damaged sample; None: it is an error.
+        cache_samples: how many samples are kept decoded, the latest ones.
+        fill_value: stands for the tokens of a damaged sample; None: a damaged sample is an error.
 
     Attributes:
         damaged: sample -> what is wrong with it. A sample that was found damaged is not read again.
     """
 
-    def __init__(self, index: Index, split: str, cache_samples: int = 4096, lost: int | None = None):
-        self.index, self.split, self.lost = index, index.splits[split], lost
+    def __init__(self, index: Index, split: str, cache_samples: int = 4096, fill_value: int | None = None):
+        self.index = index
+        self.split = index.splits[split]
+        self.fill_value = fill_value
         self.damaged: dict[int, str] = {}
         self._cached = lru_cache(maxsize=cache_samples)(self._read)
 
     def tokens(self, start: int, length: int) -> np.ndarray:
-        """Tokens [length] from position `start` of the stream, read-only; of `index.dtype`, where some are lost int64.
+        """Return tokens [length] from position `start` of the stream, read-only.
+
+        They are of `index.dtype`, or int64 if some are filled in.
 
         Raises:
-            UserError: where a shard is not what the index says, naming shard and sample.
+            DamagedSample: naming shard and sample, if a sample is damaged and there is no `fill_value`.
+            UserError: if a shard cannot be read at all.
         """
         end = start + length
         assert 0 <= start <= end <= self.split.tokens, f"span [{start}, {end}) of {self.split.tokens} tokens"
@@ -55,16 +62,21 @@ class SampleReader:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.index.dtype), *parts])
 
     def sample(self, number: int) -> np.ndarray:
-        """The tokens [sample_tokens] (the last sample may be shorter) of one sample, read-only; raises as `tokens`."""
+        """Return the tokens [sample_tokens] of one sample, read-only; the last sample may be shorter.
+
+        Raises:
+            DamagedSample, UserError: as `tokens`.
+        """
         assert 0 <= number < self.split.samples
         if number not in self.damaged:
             try:
                 return self._cached(number)
             except DamagedSample as error:
-                if self.lost is None:
+                if self.fill_value is None:
                     raise
                 self.damaged[number] = str(error)
-        return np.broadcast_to(np.array(self.lost, np.int64), self._size(number))
+        # Takes no memory: an index may claim any number of tokens for a sample that cannot be read.
+        return np.broadcast_to(np.array(self.fill_value, np.int64), self._size(number))
 
     def _size(self, number: int) -> int:
         return min(self.index.sample_tokens, self.split.tokens - number * self.index.sample_tokens)
@@ -72,64 +84,69 @@ class SampleReader:
     def _read(self, number: int) -> np.ndarray:
         shard = self.split.shards[number // self.index.shard_samples]
         path = self.index.store.local(shard.name, shard.sha256)
-        place, remedy = f"{path}: sample {number}", self.index.store.remedy(path)
+        sample = f"{path}: sample {number}"
+        remedy = self.index.store.remedy(path)
         try:
             packed = self._packed(path, shard, number)
+            tokens = unpack(packed, f"{number:09d}")
+            self._check(tokens, number)
         except OSError as error:
             # A bad sector is damage; a shard that is not there at all is a mistake, which may be that of all shards.
             kind = DamagedSample if error.errno == errno.EIO else UserError
-            raise kind(f"{place}: {error.strerror or error}; {remedy}") from error
-        except ValueError as error:
-            raise DamagedSample(f"{place}: {error}; {remedy}") from error
-        try:
-            tokens = unpack(packed, f"{number:09d}")
-            self._check(tokens, number)
+            raise kind(f"{sample}: {error.strerror or error}; {remedy}") from error
         except (ValueError, tarfile.HeaderError) as error:
-            raise DamagedSample(f"{place}: {error}; {remedy}") from error
+            raise DamagedSample(f"{sample}: {error}; {remedy}") from error
         tokens.flags.writeable = False
         return tokens
 
     def _packed(self, path: Path, shard: Shard, number: int) -> bytes:
-        """The bytes of one sample in its tar file."""
+        """Return the bytes of one sample in its tar file."""
         offsets = self.split.sample_table["offset"]
-        next_one = number + 1
-        last = next_one == self.split.samples or next_one % self.index.shard_samples == 0
+        following = number + 1
+        is_last = following == self.split.samples or following % self.index.shard_samples == 0
         size = path.stat().st_size
-        if not path.is_file():  # a pipe would wait for a writer
-            raise OSError(errno.EINVAL, "there is something else than a file")
-        if size != shard.bytes and self.lost is None:
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise OSError(errno.EINVAL, "is not a regular file")
+        if size != shard.bytes and self.fill_value is None:
             raise ValueError(f"the shard has {size:,} bytes, not {shard.bytes:,}")
         with open(path, "rb") as file:
             start = int(offsets[number])
-            end = shard.bytes if last else int(offsets[next_one])
+            end = shard.bytes if is_last else int(offsets[following])
             file.seek(start)
             return file.read(max(min(end, size) - start, 0))
 
     def _check(self, tokens: np.ndarray, number: int) -> None:
-        dtype, shape = self.index.dtype, (self._size(number),)
+        dtype = self.index.dtype
+        shape = (self._size(number),)
         if tokens.dtype != dtype or tokens.shape != shape:
             raise ValueError(f"{tokens.dtype} {tokens.shape} instead of {dtype} {shape}")
         expected = int(self.split.sample_table["crc32"][number])
-        if (found := zlib.crc32(tokens.tobytes())) != expected:
+        actual = zlib.crc32(tokens.tobytes())
+        if actual != expected:
             raise ValueError(
-                f"the tokens are not those that were written (their crc32 is {found:08x}, not {expected:08x})"
+                f"the tokens are not those that were written (their crc32 is {actual:08x}, not {expected:08x})"
             )
-        if (largest := int(tokens.max())) >= self.index.vocab_size:
+        largest = int(tokens.max())
+        if largest >= self.index.vocab_size:
             raise ValueError(f"token {largest} is not in the vocabulary of {self.index.vocab_size:,}")
 
 
 def unpack(packed: bytes, key: str) -> np.ndarray:
-    """The tokens in the bytes of one sample, which has this key."""
-    found = dict(members(packed))
-    if f"{key}.tokens.npy" not in found:
-        other = next(iter(found), "").partition(".")[0]
-        endings = ", ".join(sorted(name.removeprefix(f"{other}.") for name in found))
-        raise ValueError(f"not {key} with its tokens is here, but {other} with {endings}")
+    """Return the tokens in the bytes of one sample, whose key is `key`.
+
+    Raises:
+        ValueError, tarfile.HeaderError: if they are those of another sample, or damaged.
+    """
+    contents = dict(members(packed))
+    if f"{key}.tokens.npy" not in contents:
+        other = next(iter(contents), "").partition(".")[0]
+        endings = ", ".join(sorted(name.removeprefix(f"{other}.") for name in contents))
+        raise ValueError(f"expected {key} with its tokens here, but there is {other} with {endings}")
     # Not by np.load: it has Python's compiler read the header, which fails in threads at times (CPython 106905),
     # and an intact sample would be taken for a damaged one.
-    array = NPY.fullmatch(found[f"{key}.tokens.npy"])
+    array = NPY.fullmatch(contents[f"{key}.tokens.npy"])
     if not array:
-        raise ValueError("its tokens.npy holds no array of numbers")
+        raise ValueError("its tokens.npy does not hold an array of numbers")
     tokens = np.frombuffer(array[3], array[1].decode())
     if len(tokens) != int(array[2]):
         raise ValueError(f"its tokens.npy holds {len(tokens)} numbers, not {int(array[2])}")
@@ -137,24 +154,30 @@ def unpack(packed: bytes, key: str) -> np.ndarray:
 
 
 def members(packed: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each member of a tar file's part.
+    """Yield name and content of each member of a part of a tar file.
 
-    Plain files alone, as they are written here: a sparse or compressed one grows as large as its author wants, and a
-    header of another kind tells a size of its own.
+    Only plain files, as they are written here: a sparse or compressed member grows as large as its author wants, and
+    headers of other kinds carry a size of their own.
+
+    Raises:
+        ValueError: if there is anything else.
     """
-    at = 0
+    position = 0
     names = set()
-    while at < len(packed) and any(header := packed[at : at + tarfile.BLOCKSIZE]):
+    while position < len(packed):
+        start = position + tarfile.BLOCKSIZE
+        header = packed[position:start]
+        if not any(header):  # a block of zeros ends a tar file
+            break
         if header[257:262] != b"ustar":
-            raise ValueError("no sample can be read here")
+            raise ValueError(UNREADABLE)
         member = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
-        start = at + tarfile.BLOCKSIZE
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= len(packed) - start:
-            raise ValueError("no sample can be read here")
+            raise ValueError(UNREADABLE)
         if member.name in names:
             raise ValueError(f"{member.name}: duplicate file name in tar file")
         names.add(member.name)
         yield member.name, packed[start : start + member.size]
-        at = start - -member.size // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        position = start - -member.size // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE  # the size is rounded up to blocks
     if not names:
-        raise ValueError("no sample can be read here")
+        raise ValueError(UNREADABLE)

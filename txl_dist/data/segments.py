@@ -1,4 +1,4 @@
-"""Segments: what the lanes of one rank read at one step, as arrays, fetched ahead in the background."""
+"""Segments: the tokens that the lanes of one rank read at one step, as arrays, read ahead in the background."""
 
 import time
 from collections import deque
@@ -13,16 +13,17 @@ from txl_dist.data.index import Index
 from txl_dist.data.lanes import EvaluationPlan, LanePlan, ResetMemory
 from txl_dist.data.samples import SampleReader
 
-NOT_SCORED = -100  # the target of a position that holds no token: torch's own mark for it
+NOT_SCORED = -100  # the target of a position that holds no token: the default of torch's `ignore_index`
 
 
 @dataclass(frozen=True)
 class Segment:
     """One step of some lanes; all arrays int64 [lanes, tgt_len].
 
-    targets: the tokens of the lanes' spans, NOT_SCORED where a lane has ended or the token is lost.
-    inputs: the token before each target; `<eos>` before a document's first, and for a lost one.
-    reach: how many tokens back each position may look: those that the lane has read and may remember.
+    Attributes:
+        inputs: the token before each target; `<eos>` before a document's first, and for a lost one.
+        targets: the tokens of the lanes' spans; NOT_SCORED where a lane has ended or the token is lost.
+        lookback: how many tokens back each position may look: those that the lane has read and may remember.
     """
 
     step: int
@@ -34,14 +35,18 @@ class Segment:
 class Segments:
     """Iterates over the segments of `lanes` for the steps from `start` up to `stop`.
 
-    `workers` threads read ahead; their number changes nothing in what comes out. `waited` holds the seconds that the
-    consumer has waited for data so far.
+    If the reader fills in NOT_SCORED for tokens that are lost, the tokens after such a gap are read as if a document
+    began there: no position looks back into the gap or beyond it.
 
-    Where the reader gives NOT_SCORED for tokens that are lost, what comes after such a gap is read as if a document
-    began there: no position looks back into the gap or beyond it, up to `mem_len` tokens before the segment.
+    Args:
+        workers: threads that read ahead; their number changes nothing in the segments.
+        mem_len: how many tokens before a segment are searched for gaps: those that a model may remember.
+
+    Attributes:
+        waited: seconds that the consumer has waited for data so far.
 
     Raises:
-        UserError: where a shard disagrees with the index, naming shard and sample.
+        UserError: while iterating, if a shard disagrees with the index, naming shard and sample.
     """
 
     def __init__(
@@ -55,8 +60,14 @@ class Segments:
         workers: int = 1,
         mem_len: int = 0,
     ):
-        self.plan, self.reader, self.lanes, self.eos = plan, reader, lanes, eos
-        self.start, self.stop, self.workers, self.mem_len = start, stop, workers, mem_len
+        self.plan = plan
+        self.reader = reader
+        self.lanes = lanes
+        self.eos = eos
+        self.start = start
+        self.stop = stop
+        self.workers = workers
+        self.mem_len = mem_len
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -79,35 +90,45 @@ class Segments:
                     future.cancel()
 
     def read(self, step: int) -> Segment:
+        """Return the segment of one step."""
         shape = (len(self.lanes), self.plan.tgt_len)
-        inputs, lookback = np.full(shape, self.eos), np.zeros(shape, np.int64)
+        inputs = np.full(shape, self.eos)
         targets = np.full(shape, NOT_SCORED)
+        lookback = np.zeros(shape, np.int64)
         for row, lane in enumerate(self.lanes):
-            at = 0
+            start = 0
             for span in self.plan.spans(lane, step):
-                here = slice(at, at + span.length)
+                end = start + span.length
                 before = min(1, span.position)  # the stream's first token has none before it: <eos> stands there
                 tokens = self.reader.tokens(span.position - before, span.length + before)
-                targets[row, here] = tokens[before:]
-                inputs[row, at + 1 - before : at + span.length] = tokens[: span.length - 1 + before]
-                lookback[row, here] = np.arange(span.history, span.history + span.length)
-                at += span.length
-            if self.reader.lost is not None:
+                targets[row, start:end] = tokens[before:]
+                inputs[row, start + 1 - before : end] = tokens[: span.length - 1 + before]
+                lookback[row, start:end] = np.arange(span.history, span.history + span.length)
+                start = end
+            if self.reader.fill_value is not None:
                 lookback[row] = np.minimum(lookback[row], self.since_gap(lane, step))
         inputs[inputs == NOT_SCORED] = self.eos
         return Segment(step, inputs, targets, lookback)
 
     def since_gap(self, lane: int, step: int) -> np.ndarray:
-        """How many tokens each position of a segment has before it since the last gap; many, where memory holds none.
+        """Count the tokens between each position of a segment and the last gap before it.
 
-        int64 [tgt_len]. Looked for in the lane's own past, of which every start of a run finds the same.
+        The gap is looked for in the lane's own past, so every start of a run finds the same one; where none is within
+        `mem_len` tokens, the count is larger than any memory.
+
+        Returns:
+            int64 [tgt_len].
         """
-        remembered = range(max(self.plan.origin.step, step - -(-self.mem_len // self.plan.tgt_len)), step + 1)
-        spans = [span for each in remembered for span in self.plan.spans(lane, each)]
-        lost = np.concatenate([self.reader.tokens(span.position, span.length) == NOT_SCORED for span in spans])
-        place = np.arange(len(lost))
-        last = np.maximum.accumulate(np.where(lost, place, np.iinfo(np.int64).min // 2))
-        return (place - last - 1).clip(min=0)[-self.plan.tgt_len :]
+        segments_back = -(-self.mem_len // self.plan.tgt_len)
+        first_step = max(self.plan.origin.step, step - segments_back)
+        is_lost = []
+        for past_step in range(first_step, step + 1):
+            for span in self.plan.spans(lane, past_step):
+                is_lost.append(self.reader.tokens(span.position, span.length) == NOT_SCORED)
+        lost = np.concatenate(is_lost)
+        position = np.arange(len(lost))
+        last_lost = np.maximum.accumulate(np.where(lost, position, np.iinfo(np.int64).min // 2))
+        return (position - last_lost - 1).clip(min=0)[-self.plan.tgt_len :]
 
 
 def whole_split(
@@ -120,7 +141,10 @@ def whole_split(
     workers: int = 1,
     tokens: int | None = None,
 ) -> Segments:
-    """The segments of `lanes` in one pass over a split, or its first `tokens`: all num_lanes score every token once."""
+    """Return the segments of `lanes` in one pass over a split, or over its first `tokens`.
+
+    All num_lanes lanes together read every token once.
+    """
     starts = index.splits[name].document_starts
     if tokens is not None:
         starts = np.append(starts[starts < tokens], np.uint64(tokens))

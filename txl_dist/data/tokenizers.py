@@ -1,7 +1,7 @@
 """From text to token numbers and back: bytes, words, SentencePiece.
 
 Every tokenizer has a token `<eos>` that ends a document (with words: a line, as in the Penn Treebank and WikiText-103
-experiments of the Transformer-XL paper). They are saved as files a person can read; no pickle.
+experiments of the Transformer-XL paper). They are saved as JSON, text and SentencePiece's own format; no pickle.
 """
 
 import codecs
@@ -22,55 +22,66 @@ import sentencepiece
 from txl_dist.config.schema import MIN_PIECES
 from txl_dist.errors import UserError
 
-EOS, UNK = "<eos>", "<unk>"
+EOS = "<eos>"
+UNK = "<unk>"
 BLOCK = "\u2581"  # what SentencePiece writes for a space
 
 
 class Decoder(Protocol):
-    """Turns tokens into text one at a time, so that a character of several tokens comes out whole."""
+    """Turns tokens into text one at a time; a character of several tokens comes out with the last of them."""
 
     def feed(self, token: int) -> str:
-        """The text that is settled by this token; it may be empty."""
+        """Return the text that this token completes; it may be empty."""
 
     def end(self) -> str:
-        """The rest: an unfinished character comes out as U+FFFD."""
+        """Return the rest: an unfinished character comes out as U+FFFD."""
 
 
 class Tokenizer(ABC):
-    """vocab_size: tokens are 0 .. vocab_size - 1. eos: the token that ends a document (words: a line)."""
+    """Turns text into tokens and tokens into text.
+
+    Attributes:
+        vocab_size: tokens are 0 .. vocab_size - 1.
+        eos: the token that ends a document (words: a line).
+    """
 
     kind: str
     vocab_size: int
     eos: int
 
     @property
-    def dtype(self) -> np.dtype:
-        """How tokens are stored: little-endian, as narrow as the vocabulary allows."""
+    def dtype(self) -> np.dtype[Any]:
+        """The type in which tokens are stored: little-endian, as narrow as the vocabulary allows."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     @abstractmethod
     def encode(self, data: bytes, end: bool) -> np.ndarray:
-        """Tokens [n], of `dtype`, of a piece of a document that ends at a line end, or with the document (`end`).
+        """Encode a piece of a document that ends at a line end, or with the document (`end`).
 
-        The pieces' tokens, one after the other, are those of the whole document.
+        The tokens of all pieces, one after the other, are those of the document.
+
+        Returns:
+            Tokens [n] of `dtype`.
 
         Raises:
-            UnicodeDecodeError: where the tokenizer needs text and `data` are not UTF-8.
+            UnicodeDecodeError: if the tokenizer reads characters and `data` are not UTF-8.
         """
 
     @abstractmethod
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> Decoder:
+        """Make a decoder that takes tokens one at a time."""
 
     @abstractmethod
-    def spelling(self) -> list[bytes] | None:
-        """Return the bytes of each token, which joined are the text; None where tokens do not give every text back."""
+    def token_bytes(self) -> list[bytes] | None:
+        """Return the bytes of each token, which joined are the text; None if tokens do not give every text back."""
 
     def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of some tokens."""
         decoder = self.decoder()
         return "".join(decoder.feed(int(token)) for token in tokens) + decoder.end()
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, and the vocabulary beside it where there is one."""
+        """Write tokenizer.json, and the vocabulary beside it if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eos": self.eos}
         (folder / "tokenizer.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -80,7 +91,7 @@ class Tokenizer(ABC):
 
 
 class BytesTokenizer(Tokenizer):
-    """Token = byte, whatever the bytes are; 256 is `<eos>`."""
+    """One token per byte, of any bytes; 256 is `<eos>`."""
 
     kind = "bytes"
     vocab_size = 257
@@ -94,11 +105,13 @@ class BytesTokenizer(Tokenizer):
     def decoder(self) -> Decoder:
         return BytesDecoder()
 
-    def spelling(self) -> list[bytes]:
+    def token_bytes(self) -> list[bytes]:
         return [*(bytes([byte]) for byte in range(256)), b""]
 
 
 class BytesDecoder:
+    """Decodes UTF-8 byte by byte."""
+
     def __init__(self) -> None:
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -115,25 +128,29 @@ class BytesDecoder:
 
 
 class WordTokenizer(Tokenizer):
-    """Token = word, as white space separates them; `<eos>` after every line, `<unk>` for an unknown word.
+    """One token per word, as white space separates them; `<eos>` after every line, `<unk>` for an unknown word.
 
-    `<unk>` written in the text is that token, too; `<eos>` written in the text is a word that is never known.
+    `<unk>` written in the text is that token, too; `<eos>` written in the text is always an unknown word.
+
+    Args:
+        words: the vocabulary in the order of the tokens; `<eos>` and `<unk>` are among them.
     """
 
     kind = "word"
 
     def __init__(self, words: list[str]):
-        """words: the vocabulary in the order of the tokens; `<eos>` and `<unk>` are among them."""
         self.words = words
         self.vocab_size = len(words)
-        self.eos, self.unk = words.index(EOS), words.index(UNK)
+        self.eos = words.index(EOS)
+        self.unk = words.index(UNK)
         self.ids = {word: token for token, word in enumerate(words) if token != self.eos}
 
     @classmethod
     def train(cls, counts: Counter[str], vocab_size: int | None, min_count: int) -> "WordTokenizer":
-        """`<eos>`, then the words by frequency, those of equal count as `counts` has them: the authors' order.
+        """Make a vocabulary in the order of the paper's code: `<eos>`, then the words by frequency.
 
-        `<unk>` is one of them; where the text has none, it comes first. At most `vocab_size` tokens in all.
+        Words of equal count keep the order of `counts`. `<unk>` is one of the words; if the text has none, it comes
+        first. There are at most `vocab_size` tokens in all.
         """
         known = [word for word, count in counts.most_common() if count >= min_count and word != EOS]
         size = vocab_size and vocab_size - 1
@@ -143,11 +160,13 @@ class WordTokenizer(Tokenizer):
 
     @staticmethod
     def read_counts(path: Path) -> Counter[str]:
-        """A published vocabulary, "word count" a line, as Jozefowicz et al. (2016) have made it of the 1-billion-word
-        benchmark: `<S>`, around every sentence, is `<eos>`, and `<UNK>` is `<unk>`.
+        """Read a published vocabulary with "word count" in each line.
+
+        So Jozefowicz et al. (2016) published the words of the 1-billion-word benchmark: `<S>`, around every sentence,
+        is `<eos>`, and `<UNK>` is `<unk>`.
 
         Raises:
-            UserError: where it is another kind of file.
+            UserError: if it is another kind of file.
         """
         counts: Counter[str] = Counter()
         names = {"<S>": EOS, "<UNK>": UNK}
@@ -163,17 +182,17 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def open(cls, path: Path) -> "WordTokenizer":
-        """A given vocabulary file, a word a line in the order of the tokens.
+        """Read a vocabulary file: one word per line, in the order of the tokens.
 
-        A byte order mark and line ends of Windows are left out.
+        A byte order mark and the line ends of Windows are left out.
 
         Raises:
-            UserError: where it cannot be read, or is no vocabulary of words with `<eos>` and `<unk>`.
+            UserError: if it cannot be read, or is not a vocabulary of words with `<eos>` and `<unk>`.
         """
         try:
             lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
         except OSError as error:
-            raise UserError(f"{path}: cannot be read as a vocabulary ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be read as a vocabulary ({error.strerror}); give another file") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: cannot be read as a vocabulary ({error}); convert it (iconv) to UTF-8") from error
         words = [line.removesuffix("\r") for line in lines]
@@ -184,14 +203,18 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def checked(cls, words: list[str], path: Path) -> "WordTokenizer":
-        """words: of a file from elsewhere; raises as `open`."""
+        """Make a tokenizer of the words of a file from elsewhere.
+
+        Raises:
+            UserError: if they are not a vocabulary of words with `<eos>` and `<unk>`.
+        """
         problems = [f"it has no {word}" for word in (EOS, UNK) if word not in words]
         if len(set(words)) < len(words):
             problems.append("a word is in it twice")
         if any(word.split() != [word] for word in set(words)):
             problems.append("a word in it is empty or has white space")
         if problems:
-            raise UserError(f"{path}: is no vocabulary of the word tokenizer: {', '.join(problems)}")
+            raise UserError(f"{path}: is not a vocabulary of the word tokenizer: {', '.join(problems)}")
         return cls(words)
 
     def encode(self, data: bytes, end: bool) -> np.ndarray:
@@ -210,7 +233,7 @@ class WordTokenizer(Tokenizer):
     def decoder(self) -> Decoder:
         return WordDecoder(self)
 
-    def spelling(self) -> None:
+    def token_bytes(self) -> None:
         return None  # white space and unknown words are lost
 
     def save(self, folder: Path) -> None:
@@ -219,6 +242,8 @@ class WordTokenizer(Tokenizer):
 
 
 class WordDecoder:
+    """Puts a space between the words of a line."""
+
     def __init__(self, tokenizer: WordTokenizer):
         self.tokenizer = tokenizer
         self.space = ""
@@ -241,20 +266,26 @@ class WordDecoder:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, applied line by line, line ends included.
 
-    One trained here loses nothing: no normalization, bytes where a character has no piece, the line end a piece of its
-    own, and U+2581, which SentencePiece itself writes for a space, goes by its bytes. A given model is used as it is:
-    what it does to white space and to rare characters it does to every line.
+    A model trained here loses nothing: no normalization, bytes for a character that has no piece, a piece of its own
+    for the line end, and bytes for U+2581, which SentencePiece itself writes for a space. A given model is used as it
+    is: it may change white space and rare characters.
+
+    Args:
+        model: the content of a .model file.
+
+    Raises:
+        ValueError: if `model` is not one.
     """
 
     kind = "sentencepiece"
 
     def __init__(self, model: bytes):
-        """model: the content of a .model file; raises a ValueError where it is none."""
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.pieces = processor(model)
         self.vocab_size = self.pieces.get_piece_size()
         self.eos = self.pieces.eos_id()
+        # The tokens of U+2581, if the model has a piece for each byte; else it is encoded as a space.
         block = self._byte_pieces(BLOCK.encode())
         self.block = block if all(map(self.pieces.is_byte, block)) else []
 
@@ -263,7 +294,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Train on lines of text. The result depends on nothing else.
 
         Raises:
-            UserError: where the text allows no vocabulary of this size; it names the size that would work.
+            UserError: if the text allows no vocabulary of this size; it names a size that would work.
         """
         model = io.BytesIO()
         try:
@@ -283,7 +314,7 @@ class SentencePieceTokenizer(Tokenizer):
                 eos_piece=EOS,
                 bos_id=-1,
                 pad_id=-1,
-                num_threads=4,  # sums are made in as many parts, so the number must not be the machine's
+                num_threads=4,  # a constant, because each thread sums its part: the rounding depends on their number
                 minloglevel=3,
             )
         except RuntimeError as error:
@@ -292,15 +323,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def open(cls, path: Path) -> "SentencePieceTokenizer":
-        """A given .model file.
+        """Read a .model file.
 
         Raises:
-            UserError: where it is no SentencePiece model, or one without a token that ends a text.
+            UserError: if it is not a SentencePiece model, or one without a token that ends a text.
         """
         try:
             tokenizer = cls(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer.model={path}: cannot be read as a SentencePiece model ({error})") from error
+            raise UserError(
+                f"tokenizer.model={path}: cannot be read as a SentencePiece model ({error}); give another file"
+            ) from error
         if tokenizer.eos < 0:
             raise UserError(f"tokenizer.model={path}: the model has no end-of-text token; train it with an eos_id >= 0")
         return tokenizer
@@ -321,12 +354,13 @@ class SentencePieceTokenizer(Tokenizer):
     def decoder(self) -> Decoder:
         return SentencePieceDecoder(self.pieces)
 
-    def spelling(self) -> list[bytes] | None:
-        if not (changes_nothing(self.model) and all(map(self.pieces.is_byte, self._byte_pieces(range(256))))):
+    def token_bytes(self) -> list[bytes] | None:
+        has_all_bytes = all(map(self.pieces.is_byte, self._byte_pieces(range(256))))
+        if not has_all_bytes or not changes_nothing(self.model):
             return None
-        return [self._spelled(token) for token in range(self.vocab_size)]
+        return [self._bytes_of(token) for token in range(self.vocab_size)]
 
-    def _spelled(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> bytes:
         piece = self.pieces.id_to_piece(token)
         if self.pieces.is_byte(token):
             return bytes([byte_of(piece)])
@@ -341,6 +375,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class SentencePieceDecoder:
+    """Joins the pieces' texts; consecutive byte pieces are decoded together as UTF-8."""
+
     def __init__(self, pieces: sentencepiece.SentencePieceProcessor):
         self.pieces = pieces
         self.bytes = BytesDecoder()
@@ -349,52 +385,62 @@ class SentencePieceDecoder:
         if self.pieces.is_byte(token):
             return self.bytes.feed(byte_of(self.pieces.id_to_piece(token)))
         if self.pieces.is_control(token) or self.pieces.is_unknown(token):
-            return self.end() + self.pieces.decode([token])
-        return self.end() + self.pieces.id_to_piece(token).replace(BLOCK, " ")
+            return self.end() + str(self.pieces.decode([token]))
+        return self.end() + str(self.pieces.id_to_piece(token)).replace(BLOCK, " ")
 
     def end(self) -> str:
         return self.bytes.end()
 
 
 def byte_of(piece: str) -> int:
-    return int(piece[3:5], 16)  # of "<0xE2>"
+    """Return the byte that a piece such as "<0xE2>" stands for."""
+    return int(piece[3:5], 16)
 
 
 def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     """Load a SentencePiece model.
 
     Raises:
-        ValueError: where it is none, or is damaged.
+        ValueError: if it is damaged, or something else.
     """
     if not model:
         raise ValueError("it is empty")
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # each a text
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # fails if one is not UTF-8
         pieces.encode(["a"])
     except (RuntimeError, LookupError, UnicodeDecodeError) as error:
         raise ValueError("it is damaged, or is something else") from error
     return pieces
 
 
-# Of sentencepiece_model.proto: fields of ModelProto, of its TrainerSpec and of its NormalizerSpec.
-TRAINER, NORMALIZER = 2, 3
-MODEL_TYPE, BYTE_FALLBACK = 3, 35
-CHARSMAP, DUMMY_PREFIX, EXTRA_WHITESPACES, ESCAPE = 2, 3, 4, 5
-UNIGRAM, WORD = 1, 3
+# The numbers of fields in sentencepiece_model.proto: of ModelProto ...
+TRAINER = 2
+NORMALIZER = 3
+# ... of its TrainerSpec, with two values of its model type ...
+MODEL_TYPE = 3
+UNIGRAM = 1
+WORD = 3
+BYTE_FALLBACK = 35
+# ... and of its NormalizerSpec.
+CHARSMAP = 2
+DUMMY_PREFIX = 3
+EXTRA_WHITESPACES = 4
+ESCAPE = 5
 
 
 def changes_nothing(model: bytes) -> bool:
     """Return whether a SentencePiece model takes every text as it is, its rare characters as bytes.
 
-    It does where it maps no character to another, adds no space in front, keeps every space (which it writes as U+2581)
+    It does if it maps no character to another, adds no space in front, keeps every space (which it writes as U+2581)
     and falls back to bytes; models of type `word` lose spaces even so.
     """
     parts: dict[int, bytes] = defaultdict(bytes)
     for number, value in protobuf_fields(model):
         if isinstance(value, bytes) and number in (TRAINER, NORMALIZER):
-            parts[number] += value  # a message in several parts is those one after the other
-    trainer, normalizer = (dict(protobuf_fields(parts[number])) for number in (TRAINER, NORMALIZER))
+            parts[number] += value  # a message may come in several parts, one after the other
+    trainer = dict(protobuf_fields(parts[TRAINER]))
+    normalizer = dict(protobuf_fields(parts[NORMALIZER]))
     rules = [normalizer.get(number, 1) for number in (DUMMY_PREFIX, EXTRA_WHITESPACES, ESCAPE)]
     keeps_spaces = rules == [0, 0, 1] and trainer.get(MODEL_TYPE, UNIGRAM) != WORD
     return keeps_spaces and not normalizer.get(CHARSMAP) and trainer.get(BYTE_FALLBACK) == 1
@@ -405,17 +451,26 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     stream = io.BytesIO(message)
     while stream.tell() < len(message):
         key = varint(stream)
-        number, kind = key >> 3, key & 7
-        if kind == 0:
+        number = key >> 3
+        wire_type = key & 7
+        if wire_type == 0:
             yield number, varint(stream)
-        elif kind in (1, 2, 5):
-            yield number, stream.read({1: 8, 2: 0, 5: 4}[kind] or varint(stream))
+        elif wire_type == 1:
+            yield number, stream.read(8)
+        elif wire_type == 2:
+            yield number, stream.read(varint(stream))
+        elif wire_type == 5:
+            yield number, stream.read(4)
         else:
-            raise UserError("the SentencePiece model has a field of a kind that none has; it is damaged")
+            raise UserError(
+                f"the SentencePiece model is damaged (a field of the unknown type {wire_type}); give another"
+            )
 
 
 def varint(stream: io.BytesIO) -> int:
-    value = shift = 0
+    """Read a number in protobuf's encoding: 7 bits per byte, the lowest first."""
+    value = 0
+    shift = 0
     while True:
         byte = stream.read(1)[0]
         value |= (byte & 0x7F) << shift
@@ -425,34 +480,36 @@ def varint(stream: io.BytesIO) -> int:
 
 
 def sentences(lines: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends, in stretches that SentencePiece accepts: it leaves out longer ones (4192 bytes)."""
+    """Yield lines without their ends, cut into stretches: SentencePiece ignores those of more than 4,192 bytes."""
     for line in lines:
         text = line.rstrip("\n")
-        yield from (text[at : at + 1000] for at in range(0, len(text), 1000))
+        yield from (text[start : start + 1000] for start in range(0, len(text), 1000))
 
 
 def vocabulary_problem(vocab_size: int, error: str) -> str:
-    found = re.search(r"too high .*<= (\d+)", error)
-    if (found and int(found[1]) < MIN_PIECES) or "!sentences_.empty()" in error:
+    """Say what would be right where SentencePiece refuses to train, by the text of its error."""
+    too_high = re.search(r"too high .*<= (\d+)", error)
+    if (too_high and int(too_high[1]) < MIN_PIECES) or "!sentences_.empty()" in error:
         return (
             f"tokenizer=sentencepiece: the training text is too short for {MIN_PIECES} pieces, the least there are; "
             "give more text, or use tokenizer=bytes"
         )
-    if found:
-        return f"tokenizer.vocab_size={vocab_size}: the training text has too few pieces; choose {found[1]} or less"
-    if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
-        return f"tokenizer.vocab_size={vocab_size}: too few for all characters of the text; choose {found[1]} or more"
-    return f"tokenizer: SentencePiece cannot be trained on this text: {error}"
+    if too_high:
+        return f"tokenizer.vocab_size={vocab_size}: the training text has too few pieces; choose {too_high[1]} or less"
+    too_low = re.search(r"smaller than required_chars. \d+ vs (\d+)", error)
+    if too_low:
+        return f"tokenizer.vocab_size={vocab_size}: too few for all characters of the text; choose {too_low[1]} or more"
+    return f"tokenizer: SentencePiece cannot be trained on this text ({error}); use tokenizer=bytes"
 
 
 # --------------------------------------------------------------------------------------------------------- load
 
 
 def load(folder: Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote.
+    """Load a tokenizer from the folder to which `Tokenizer.save` wrote it.
 
     Raises:
-        UserError: where it is not there or does not fit together.
+        UserError: if it is not there, or is damaged.
     """
     path = folder / "tokenizer.json"
     try:

@@ -14,7 +14,7 @@ class DroppedSamples:
 
     def read(self) -> dict[str, int]:
         """The count as a metric; samples that any rank has found damaged are told. Every rank must call it."""
-        if self.reader.lost is None:
+        if self.reader.fill_value is None:
             return {}
         if self.tokens:  # the same on every rank
             for damage in self.group.gather(list(self.reader.damaged.values())):

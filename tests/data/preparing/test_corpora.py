@@ -1,28 +1,16 @@
-"""Files are found, split and cut the same everywhere; what is wrong with them is told by name and place."""
+"""Files are found under the same names everywhere; what is wrong with them is reported by key and path."""
 
-import gzip
-import sys
-from codecs import BOM_UTF8
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pytest
-import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from txl_dist.config.schema import StdlibCorpus, TextCorpus
+from txl_dist.config.schema import StdlibCorpusConfig, TextCorpusConfig
 from txl_dist.data.preparing import corpora
-from txl_dist.errors import UserError
-
-BOOK = "".join(f"line {number} of a book\n" for number in range(1000)).encode()
 
 
-def text_corpus(**values) -> TextCorpus:
+def text_corpus(**values) -> TextCorpusConfig:
     defaults: dict[str, Any] = dict.fromkeys(("path", "train", "valid", "test"))
     defaults |= {"document": "file", "split_by": "auto", "valid_share": 0.05, "test_share": 0.1}
-    return TextCorpus(name="text", **{**defaults, **values})
+    return TextCorpusConfig(name="text", **{**defaults, **values})
 
 
 def made(folder: Path, files: dict[str, bytes]) -> Path:
@@ -32,28 +20,7 @@ def made(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def planned(config: TextCorpus | StdlibCorpus) -> corpora.Plan:
-    problems: list[str] = []
-    sources = corpora.find(config, problems)
-    assert not problems
-    return corpora.plan(config, corpora.survey(sources, lambda size: None))
-
-
-def documents(plan: corpora.Plan) -> list[tuple[str, str, bytes]]:
-    """All (split, name, text), put together again from the pieces."""
-    found: list[list] = []
-    finished = True
-    for piece in (document for some in plan.pieces() for document in corpora.documents(some, plan.shares)):
-        assert piece.first == finished
-        if piece.first:
-            found.append([piece.split, piece.source.name, b""])
-        found[-1][2] += piece.data
-        finished = piece.last
-    assert finished
-    return [(split, name, text) for split, name, text in found]
-
-
-def names(config: TextCorpus) -> list[str]:
+def names(config: TextCorpusConfig) -> list[str]:
     problems: list[str] = []
     found = [source.name for source in corpora.find(config, problems)]
     assert not problems
@@ -75,20 +42,20 @@ def test_files_folders_and_globs_are_found_sorted_under_relative_names(tmp_path)
     ]
 
 
-def test_all_problems_of_the_paths_are_told_at_once(tmp_path):
+def test_all_problems_of_the_paths_are_reported_at_once(tmp_path):
     file = made(tmp_path, {"a.txt": b"x", "empty/.hidden": b""}) / "a.txt"
     problems: list[str] = []
     paths = [str(tmp_path / name) for name in ("none.txt", "*.none", "empty")]
     corpora.find(text_corpus(path=paths, valid=str(file), valid_share=0.5, test_share=0.5), problems)
-    told = "\n".join(problems)
+    text = "\n".join(problems)
     for part in (
         "valid_share + corpus.test_share",
         "corpus.path and corpus.valid",
         "none.txt: there is no",
         "*.none: no file",
     ):
-        assert part in told
-    assert "holds no files" in told and len(problems) == 5
+        assert part in text
+    assert "holds no files" in text and len(problems) == 5
 
     for wrong, part in [({}, "corpus.path: is missing"), ({"valid": str(file)}, "corpus.train: is missing")]:
         problems = []
@@ -101,188 +68,9 @@ def test_all_problems_of_the_paths_are_told_at_once(tmp_path):
 
 def test_stdlib_is_python_source_without_tests():
     problems: list[str] = []
-    found = [source.name for source in corpora.find(StdlibCorpus("stdlib", 0.02, 0.02), problems)]
+    found = [source.name for source in corpora.find(StdlibCorpusConfig("stdlib", 0.02, 0.02), problems)]
     assert found == sorted(found) and not problems
     assert {"argparse.py", "json/decoder.py"} <= set(found)
     assert not [
         name for name in found if not name.endswith(".py") or {"test", "tests", "site-packages"} & {*name.split("/")}
     ]
-
-
-def test_files_are_split_by_quota_and_stay_where_they_are_when_moved(tmp_path):
-    files = {f"{number}.txt": f"document {number}\n".encode() for number in range(40)}
-    here = documents(planned(text_corpus(path=str(made(tmp_path / "here", files)))))
-    there = documents(planned(text_corpus(path=str(made(tmp_path / "or" / "there", files)))))
-    assert here == there
-    assert [name for _, name, _ in here] == sorted(files) and {name: text for _, name, text in here} == files
-    assert [sum(split == wanted for split, _, _ in here) for wanted in corpora.SPLITS] == [34, 2, 4]
-    fewer = dict(list(files.items())[:-5])  # a hash, not the order, decides: most documents stay in their split
-    found = documents(planned(text_corpus(path=str(made(tmp_path / "fewer", fewer)))))
-    assert len({*here} & {*found}) >= len(fewer) - 2
-    assert "train" in {split for split, _, _ in here[:6]}
-
-
-def test_few_files_are_cut_by_position_at_line_ends(tmp_path):
-    made(tmp_path, {"a.txt": BOOK, "b.txt": BOOK[:-1]})
-    found = documents(planned(text_corpus(path=str(tmp_path))))
-    assert [(split, name) for split, name, _ in found] == [
-        (split, name) for name in ("a.txt", "b.txt") for split in corpora.SPLITS
-    ]
-    for name, whole in (("a.txt", BOOK), ("b.txt", BOOK[:-1])):
-        train, valid, test = (text for _, other, text in found if other == name)
-        assert train + valid + test == whole and train.endswith(b"\n") and valid.endswith(b"\n")
-        assert abs(len(train) - 0.85 * len(whole)) < 30 and abs(len(valid) - 0.05 * len(whole)) < 60
-
-
-def test_line_ends_are_found_at_or_after_every_position(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 5)
-    text = b"one\n\ntwo\nthree three\nx"
-    made(tmp_path, {"a": text})
-    file = corpora.File(corpora.Source(tmp_path / "a", "a", None), len(text), "")
-    ends = [0, 4, 5, 9, 21, 22]
-    for first in range(1, len(text) + 1):
-        wanted = {at: min(end for end in ends if end >= at) for at in range(1, len(text) + 1)}
-        assert corpora.line_ends(file, [first, len(text)]) == [wanted[first], len(text)]
-
-
-def test_lines_are_split_by_their_hash_each_for_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 100)
-    plan = planned(text_corpus(path=str(made(tmp_path, {"a.txt": BOOK + b"no end"})), document="line"))
-    found = documents(plan)
-    assert [text for _, _, text in found] == [*BOOK.splitlines(keepends=True), b"no end"]
-    lines = [line for piece in plan.pieces() for line in corpora.documents(piece, plan.shares)]
-    assert all(BOOK[line.offset :].startswith(line.data) for line in lines[:-1])
-    counts = [sum(split == wanted for split, _, _ in found) for wanted in corpora.SPLITS]
-    assert 800 < counts[0] < 900 and 25 < counts[1] < 75 and 70 < counts[2] < 130
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 1 << 20)
-    assert documents(plan) == found
-
-
-def test_a_line_longer_than_a_piece_stays_one_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 16)
-    text = "short\n" + "a long line of words " * 9 + "\n" + "ä日" * 30 + "\nend"
-    for document in ("line", "file"):
-        plan = planned(text_corpus(train=str(made(tmp_path, {"a.txt": text.encode()})), document=document))
-        wanted = text.splitlines(keepends=True) if document == "line" else [text]
-        assert [found.decode() for _, _, found in documents(plan)] == wanted
-        pieces = list(plan.pieces())
-        assert all(len(piece.data) <= 16 and piece.data.decode() for piece in pieces)
-        assert [piece.offset for piece in pieces] == [sum(len(p.data) for p in pieces[:n]) for n in range(len(pieces))]
-
-
-def test_given_splits_take_their_files_whole_and_the_others_are_absent(tmp_path):
-    made(tmp_path, {"t/1": b"1\n", "t/2": b"2\n", "t/empty": b"", "v": b"3\n"})
-    plan = planned(text_corpus(train=str(tmp_path / "t"), valid=str(tmp_path / "v")))
-    assert [file.source.name for file, _ in plan.files] == ["1", "2", "v"]  # the empty one is no document
-    found = documents(plan)
-    assert found == [("train", "1", b"1\n"), ("train", "2", b"2\n"), ("valid", "v", b"3\n")]
-
-
-@pytest.mark.parametrize(
-    "share, splits", [((0, 0), ["train"]), ((0.1, 0), ["train", "valid"]), ((0, 0.1), ["train", "test"])]
-)
-@pytest.mark.parametrize("split_by", ["document", "position"])
-def test_a_share_of_zero_leaves_a_split_absent(tmp_path, share, splits, split_by):
-    made(tmp_path, {f"{number}": BOOK for number in range(10)})
-    config = text_corpus(path=str(tmp_path), split_by=split_by, valid_share=share[0], test_share=share[1])
-    found = documents(planned(config))
-    assert {split for split, _, _ in found} == set(splits)
-    assert b"".join(text for _, _, text in found) == BOOK * 10
-
-
-@pytest.mark.parametrize(
-    "files, values, told",
-    [
-        ({"a": b"1\n", "b": b"2\n"}, {"split_by": "document"}, "too few to split .* corpus.split_by=position"),
-        ({"a": b"one line"}, {}, "no text falls to valid and test; .* corpus.valid_share=0 corpus.test_share=0"),
-        ({"a": b"word " * 9999}, {}, r"cut at line ends \(\\n\), and none has one after its first 85 %"),
-        ({"a": b"a line\r" * 9999}, {}, r"cut at line ends \(\\n\), and none has one after its first 85 %"),
-        ({"a": b"a\n" * 89 + b"x" * 22}, {"valid_share": 0}, "to test; each file .* after its first 90 %"),
-        ({"a": b"a\n" * 40 + b"x" * 12 + b"\nab cdef\n"}, {}, "to valid; each file .* between 85 and 90 % of it"),
-        ({"a": b""}, {"split_by": "document"}, "corpus.path: the files are empty"),
-        ({"a": b""}, {"document": "line"}, "corpus.path: the files are empty"),
-        ({"a": b"", "b": b""}, {}, "corpus.path: the files are empty; give others"),
-    ],
-)
-def test_a_split_without_text_is_refused_with_a_remedy(tmp_path, files, values, told):
-    with pytest.raises(UserError, match=told):
-        planned(text_corpus(path=str(made(tmp_path, files)), **values))
-
-
-def test_gz_and_zst_hold_the_same_text(tmp_path):
-    packed = {
-        "a.gz": gzip.compress(BOOK[:5000]) + gzip.compress(BOOK[5000:]),
-        "b.zst": zstandard.compress(BOOK[:5000]) + zstandard.compress(BOOK[5000:]),
-        "c": BOOK,
-    }
-    found = documents(planned(text_corpus(path=str(made(tmp_path, packed)))))
-    for _, texts in groupby(found, key=lambda document: document[1]):
-        assert b"".join(text for _, _, text in texts) == BOOK
-    assert [(split, text) for split, name, text in found if name == "a.gz"] == [
-        (split, text) for split, name, text in found if name == "c"
-    ]
-
-
-@pytest.mark.parametrize("suffix, pack", [(".gz", gzip.compress), (".zst", zstandard.compress)])
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-10], lambda data: data[: len(data) // 2], lambda data: b"text" + data]
-)
-def test_damaged_archives_are_told_by_name_and_place(tmp_path, suffix, pack, damage):
-    made(tmp_path, {f"a{suffix}": damage(pack(BOOK))})
-    with pytest.raises(UserError, match=rf"a{suffix}: damaged at about byte [\d,]+ of"):
-        planned(text_corpus(train=str(tmp_path)))
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
-    plan = planned(text_corpus(train=str(made(tmp_path, {"a": BOOK}))))
-    (tmp_path / "a").write_bytes(BOOK[:100])
-    with pytest.raises(UserError, match="a: became shorter"):
-        documents(plan)
-
-
-SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
-
-
-def test_a_long_line_is_cut_before_any_white_space_that_separates_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE_BYTES", 64)
-    words = [f"word{number}" for number in range(300)]
-    for space in [space for space in SPACES if space != "\n"]:
-        made(tmp_path, {"a.txt": space.join(words).encode()})
-        pieces = list(planned(text_corpus(train=str(tmp_path))).pieces())
-        assert [word for piece in pieces for word in piece.data.decode().split()] == words
-        assert not any(piece.midword for piece in pieces)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    parts=st.lists(st.sampled_from(["a", "bc", "é", "日", "\n", " ", "\t", "\u2003", "\x85", "\r\n"]), max_size=80),
-    document=st.sampled_from(["file", "line"]),
-    size=st.integers(4, 30),
-)
-def test_the_pieces_of_a_text_hold_its_words_once(tmp_path_factory, parts, document, size):
-    text = "start" + "".join(parts)
-    folder = made(tmp_path_factory.mktemp("text"), {"a.txt": text.encode()})
-    plan = planned(text_corpus(train=str(folder), document=document))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "PIECE_BYTES", size)
-        pieces = [line for piece in plan.pieces() for line in corpora.documents(piece, plan.shares)]
-    assert b"".join(piece.data for piece in pieces) == text.encode()
-    words = sum(len(piece.data.decode().split()) - piece.midword for piece in pieces)
-    assert words == len(text.split())
-
-
-def test_a_byte_order_mark_is_no_part_of_the_text_where_characters_are_read(tmp_path):
-    files = {"a.txt": BOM_UTF8 + b"one\ntwo\n", "b.txt": b"three\n", "c.txt": BOM_UTF8, "d.txt": BOM_UTF8 + b"\n"}
-    made(tmp_path, {**files, "e.gz": gzip.compress(BOM_UTF8 + b"five\n")})
-    sources = corpora.find(text_corpus(train=str(tmp_path)), [])
-    for document, texts in [("file", [b"one\ntwo\n", b"three\n", b"\n", b"five\n"]), ("line", None)]:
-        config = text_corpus(train=str(tmp_path), document=document)
-        plan = corpora.plan(config, corpora.survey(sources, lambda size: None, characters=True))
-        found = [text for _, _, text in documents(plan)]
-        assert found == (texts or [b"one\n", b"two\n", b"three\n", b"\n", b"five\n"])
-        assert next(plan.pieces()).offset == 3
-        plan = corpora.plan(config, corpora.survey(sources, lambda size: None))  # bytes are kept as they are
-        assert b"".join(text for _, _, text in documents(plan)).count(BOM_UTF8) == 4
-    config = text_corpus(path=str(made(tmp_path / "book", {"a.txt": BOM_UTF8 + BOOK})))
-    files = corpora.survey(corpora.find(config, []), lambda size: None, characters=True)
-    assert b"".join(text for _, _, text in documents(corpora.plan(config, files))) == BOOK  # cut by position

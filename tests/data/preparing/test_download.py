@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from txl_dist.data.cache import cache_folder
 from txl_dist.data.preparing.download import Download, download, unpack
 from txl_dist.errors import UserError
 
@@ -151,15 +150,3 @@ def test_a_folder_that_cannot_be_written_is_told(pack, tmp_path):
     packed = pack(tmp_path / "a.zip", {"wanted": b"x"})
     with pytest.raises(UserError, match=r"a.zip: cannot be unpacked to .*\(Not a directory\)"):
         unpack(packed, {"wanted"}, packed / "folder", ignored)
-
-
-@pytest.mark.parametrize("given", [None, "", "relative", "~/cache"])
-def test_downloads_are_kept_in_an_absolute_folder(monkeypatch, tmp_path, given):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cache_folder() == tmp_path / "cache" / "txl_dist"
-    if given is None:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-    else:
-        monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert cache_folder() == tmp_path / ".cache" / "txl_dist"

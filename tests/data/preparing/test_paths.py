@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.preparing.test_corpora import made, names, text_corpus
+from txl_dist.config.checks import parse_config
+from txl_dist.config.schema import PrepareJob
 from txl_dist.data.preparing import corpora
+from txl_dist.errors import ConfigError
 
 
 def problems_of(**values) -> list[str]:
@@ -120,13 +123,36 @@ def test_folders_that_may_not_be_read_are_named(tmp_path):
     assert len(told) == 2 and all("Permission denied" in line for line in told)
 
 
-@pytest.mark.parametrize("value", ["", " ", [], [""], ["book.txt", ""]])
-def test_an_empty_path_is_refused_with_its_key(tmp_path, monkeypatch, value):
-    monkeypatch.chdir(made(tmp_path, {"book.txt": b"x", "other.txt": b"x"}))
-    for key in ("path", "train"):
-        assert problems_of(**{key: value}) == [f"corpus.{key}: is empty; give a file, a folder or a glob"]
-    problems = problems_of(train="other.txt", valid=value)
-    assert problems == ["corpus.valid: is empty; give a file, a folder or a glob"]
+TEXT = {"name": "text", "path": None, "train": None, "valid": None, "test": None, "document": "file"}
+TEXT |= {"split_by": "auto", "valid_share": 0.05, "test_share": 0.05}
+WORD = {"name": "word", "vocab_size": None, "min_count": 1}
+SENTENCEPIECE = {"name": "sentencepiece", "vocab_size": 8000, "type": "bpe"}
+
+
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        *((f"corpus.{key}", TEXT) for key in ("path", "train", "valid", "test")),
+        ("corpus.path", {"name": "wikitext103"}),
+        ("tokenizer.vocab", WORD),
+        ("tokenizer.model", SENTENCEPIECE),
+    ],
+)
+def test_an_empty_path_is_refused_with_its_key(key, values):
+    section, name = key.split(".")
+    job = {"corpus": TEXT, "tokenizer": {"name": "bytes"}, "workers": 1}
+    job["data"] = {"dir": "data", "sample_tokens": 64, "shard_samples": 8}
+
+    def problems(value) -> list[str]:
+        with pytest.raises(ConfigError) as error:
+            parse_config(PrepareJob, job | {section: {**values, name: value}})
+        return error.value.problems
+
+    for value in ("", " "):
+        assert problems(value) == [f"{key}={value}: is empty; give a path"]
+    if values is TEXT:
+        assert problems(["book.txt", ""]) == [f"{key}.1=: is empty; give a path"]
+        assert problems([]) == [f"{key}=[]: should have 1 or more items"]
 
 
 def test_the_home_folder_may_be_written_as_a_tilde_in_every_key(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.data.preparing.test_corpora import BOOK, documents, made, planned, text_corpus
+from tests.data.preparing.test_corpora import made, text_corpus
+from tests.data.preparing.test_splitting import BOOK, documents, planned
 from txl_dist.data.preparing import corpora
 from txl_dist.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a glob stands for, under names that do not depend on where they lie."""
+"""Finds the files that a path, a folder or a glob stands for, under names that do not depend on where they lie."""
 
 import errno
 import fnmatch
@@ -14,9 +14,9 @@ LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 def match(pattern: str, problems: list[str]) -> list[tuple[str, Path]]:
     """List the files (name, path) that a path, a folder or a glob stands for, sorted by name.
 
-    What was found and cannot be read is appended to `problems`, an empty list; so is that nothing was found.
+    Files that cannot be read are appended to `problems`, an empty list; so is it if no file is found.
     """
-    path = Path(os.path.expanduser(pattern))
+    path = Path(pattern)
     fixed = len(path.parts) - 1
     matches: Iterable[Path] = [path]
     if os.path.isdir(path):
@@ -25,14 +25,14 @@ def match(pattern: str, problems: list[str]) -> list[tuple[str, Path]]:
         fixed = next(index for index, part in enumerate(path.parts) if glob.has_magic(part))
         matches = expand(Path(*path.parts[:fixed]), path.parts[fixed:], problems)
 
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     root = Path(*path.parts[:fixed])
-    for here in matches:
-        files = walk(here, problems) if os.path.isdir(here) else readable([here], problems)
-        found.update({file.relative_to(root).as_posix(): file for file in files})
-    if not found and not problems:
+    for matched in matches:
+        for file in walk(matched, problems) if os.path.isdir(matched) else readable([matched], problems):
+            files[file.relative_to(root).as_posix()] = file
+    if not files and not problems:
         problems.append("the folder holds no files" if os.path.isdir(path) else "no file matches the glob")
-    return sorted(found.items())
+    return sorted(files.items())
 
 
 def expand(root: Path, parts: Sequence[str], problems: list[str]) -> Iterator[Path]:
@@ -48,7 +48,7 @@ def expand(root: Path, parts: Sequence[str], problems: list[str]) -> Iterator[Pa
 
 
 def children(folder: Path, part: str, problems: list[str]) -> Iterator[Path]:
-    """Yield what lies in a folder and matches one part of a glob; hidden ones have to be asked for."""
+    """Yield the paths in a folder that match one part of a glob; hidden ones only if the part begins with a dot."""
     try:
         if glob.has_magic(part):
             names = fnmatch.filter(os.listdir(folder), part)
@@ -65,7 +65,7 @@ def children(folder: Path, part: str, problems: list[str]) -> Iterator[Path]:
 
 
 def walk(root: Path, problems: list[str]) -> Iterator[Path]:
-    """Yield all files below a folder but the hidden ones; links to folders are followed."""
+    """Yield all files below a folder except hidden ones; links to folders are followed."""
     for folder, names in tree(root, problems):
         yield from readable((folder / name for name in names), problems)
 
@@ -88,7 +88,8 @@ def tree(root: Path, problems: list[str]) -> Iterator[tuple[Path, list[str]]]:
                     continue
                 seen.add(identity)
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                links += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+                paths = [Path(folder, name) for name in folders]
+                links += [path for path in paths if path.is_symlink()]
                 yield Path(folder), [name for name in names if not name.startswith(".")]
         starts = links
 
@@ -104,7 +105,7 @@ def readable(paths: Iterable[Path], problems: list[str]) -> Iterator[Path]:
 
 
 def flaw(path: Path) -> str | None:
-    """Say why a path is not a file whose text can be read, if so."""
+    """Describe why a path is not a file whose text can be read; None if it is."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

@@ -1,13 +1,6 @@
-"""A dataset on disk: WebDataset shards, and an index that finds any token of a split without scanning.
+"""Writes a dataset: the shards and tables of each split as its tokens come in, and at last the index.
 
-    index.json                  written last: what there is, with sha256 of everything, itself included
-    tokenizer/                  see `tokenizers`
-    train/000000.tar ...        the split's stream of tokens in samples of `sample_tokens` (the last may be shorter)
-    train/samples.npy           of each sample: byte offset in its shard, crc32 of its tokens
-    train/documents.npy         where in the stream each document starts, and as last entry the stream's length
-
-Token p is in sample p // sample_tokens, sample k in shard k // shard_samples. A sample is `tokens.npy` and, for other
-readers, `json`: the document it starts in, the token's offset in that document, and where documents start within it.
+`data/format.py` describes the files.
 """
 
 import contextlib
@@ -16,36 +9,30 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from txl_dist import __version__
 from txl_dist.data import tokenizers
+from txl_dist.data.format import (
+    DOCUMENT_TABLE,
+    DOCUMENTS_FILE,
+    FORMAT,
+    SAMPLE_TABLE,
+    SAMPLES_FILE,
+    Shard,
+    content_fingerprint,
+)
+from txl_dist.data.text_size import TextSize
 from txl_dist.files.atomic import sha256_of_file, sha256_of_json
-from txl_dist.files.parsing import Sha256, Size
-
-FORMAT = {"format": "txl_dist dataset", "version": 1}
-SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])
-DOCUMENT_TABLE = np.dtype("<u8")
-SIDE_FILES = ("samples.npy", "documents.npy")
-
-
-class Shard(NamedTuple):
-    """name: relative to the dataset. documents: those that start in it. bytes: the size of the file."""
-
-    name: str
-    samples: Size
-    tokens: Size
-    documents: Size
-    bytes: Size
-    sha256: Sha256
 
 
 class NpyWriter:
     """A one-dimensional .npy file that grows, so that no table has to fit into memory."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype[Any]):
         self.dtype = dtype
         self.length = 0
         self.stream = open(path, "wb")  # noqa: SIM115
@@ -56,74 +43,74 @@ class NpyWriter:
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self.stream, header)
 
-    def append(self, values: Any) -> None:
+    def append(self, values: ArrayLike) -> None:
+        """Append values [n]."""
         array = np.asarray(values, self.dtype)
         self.stream.write(array.tobytes())
         self.length += len(array)
 
     def close(self) -> None:
+        """Write the header again, with the length that the table has now."""
         self.stream.seek(0)
         self._write_header()
         self.stream.close()
 
 
 class SplitWriter:
-    """Writes one split: tokens go in as they come, samples, shards and tables come out."""
+    """Writes one split: takes tokens as they come, and cuts them into samples and shards.
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, sample_tokens: int, shard_samples: int):
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.sample_tokens, self.shard_samples = sample_tokens, shard_samples
+    Args:
+        dtype: of the tokens.
+        sample_tokens: tokens in a sample.
+        shard_samples: samples in a shard.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], sample_tokens: int, shard_samples: int):
+        self.folder = folder
+        self.split = split
+        self.sample_tokens = sample_tokens
+        self.shard_samples = shard_samples
         (folder / split).mkdir()
-        self.sample_table = NpyWriter(folder / split / SIDE_FILES[0], SAMPLE_TABLE)
-        self.documents = NpyWriter(folder / split / SIDE_FILES[1], DOCUMENT_TABLE)
-        self.tokens = 0  # that went in
-        self.bytes = 0  # of text that went in
-        self.characters: int | None = 0
-        self.words: int | None = 0
-        self.rest = np.empty(0, dtype)  # tokens that are in no sample yet
-        self.starts = np.empty(0, np.int64)  # of documents that are in no sample yet
-        self.document, self.document_start = -1, 0  # the one that the next sample goes on with
+        self.sample_table = NpyWriter(folder / split / SAMPLES_FILE, SAMPLE_TABLE)
+        self.documents = NpyWriter(folder / split / DOCUMENTS_FILE, DOCUMENT_TABLE)
+        self.tokens = 0  # added so far
+        self.size = TextSize(0, 0, 0)  # of their text
+        self.rest = np.empty(0, dtype)  # tokens that are not in a sample yet
+        self.starts = np.empty(0, np.int64)  # of documents that are not in a sample yet
+        self.document = -1  # the last document of the samples so far
+        self.document_start = 0
         self.tar: Any = None
         self.shards: list[Shard] = []
-        self.shard = (0, 0, 0)  # samples, tokens, documents of the one being written
+        self.shard = (0, 0, 0)  # samples, tokens and documents of the shard that is being written
 
     def __enter__(self) -> "SplitWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close what `close` has not, without a word about a disk that is full: what ends the writing says so."""
+        """Close the files that `close` has not; a full disk is reported by the error that ended the writing."""
         for file in (self.tar, self.sample_table.stream, self.documents.stream):
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
 
-    def add(
-        self,
-        tokens: np.ndarray,
-        starts: list[int],
-        size: int,
-        characters: int | None = None,
-        words: int | None = None,
-    ) -> None:
-        """Append tokens [n] made of a text of `size` bytes.
+    def add(self, tokens: np.ndarray, starts: list[int], size: TextSize) -> None:
+        """Append tokens [n].
 
         Args:
-            starts: the positions in `tokens` at which documents start; one without a token is no document.
-            characters, words: of the text; None: not known, and so not of the split either.
+            starts: the positions in `tokens` at which documents start; one without a token is not counted.
+            size: of the text that the tokens were made of.
         """
         positions = np.array(starts, np.int64) + self.tokens
         self.starts = np.unique(np.concatenate([self.starts, positions]))
         self.rest = np.concatenate([self.rest, tokens])
         self.tokens += len(tokens)
-        self.bytes += size
-        self.characters = add_known(self.characters, characters)
-        self.words = add_known(self.words, words)
+        self.size = self.size.plus(size)
         while len(self.rest) >= self.sample_tokens:
             self._write_sample(self.rest[: self.sample_tokens])
             self.rest = self.rest[self.sample_tokens :]
 
     def close(self) -> dict[str, Any]:
-        """Write what is left, and return the split's entry in the index."""
+        """Write the last sample and the tables; return the split's entry in index.json."""
         if len(self.rest):
             self._write_sample(self.rest)
         self._close_shard()
@@ -134,11 +121,11 @@ class SplitWriter:
         return {
             "tokens": self.tokens,
             "documents": documents,
-            "bytes": self.bytes,
-            "characters": self.characters,
-            "words": self.words,
+            "bytes": self.size.bytes,
+            "characters": self.size.characters,
+            "words": self.size.words,
             "samples": self.sample_table.length,
-            "files": {name: sha256_of_file(self.folder / self.split / name) for name in SIDE_FILES},
+            "files": {name: sha256_of_file(self.folder / self.split / name) for name in (SAMPLES_FILE, DOCUMENTS_FILE)},
             "shards": [shard._asdict() for shard in self.shards],
         }
 
@@ -162,8 +149,8 @@ class SplitWriter:
         sample = {"json": json.dumps(facts, sort_keys=True).encode(), "tokens.npy": array.getvalue()}
         self.tar.write({"__key__": f"{number:09d}", **sample})
 
-        samples, count, documents = self.shard
-        self.shard = (samples + 1, count + len(tokens), documents + len(inside))
+        samples, shard_tokens, documents = self.shard
+        self.shard = (samples + 1, shard_tokens + len(tokens), documents + len(inside))
         self.starts = self.starts[len(inside) :]
         self.document += len(inside)
         if len(inside):
@@ -174,7 +161,7 @@ class SplitWriter:
 
         self._close_shard()
         name = f"{self.split}/{len(self.shards):06d}.tar"
-        # An integer time, for tarfile gives every member a second header to hold a float.
+        # An integer time: for a float, tarfile writes every member a second header.
         self.tar = TarWriter(str(self.folder / name), encoder=False, mtime=0, user="txl_dist", group="txl_dist")
 
     def _close_shard(self) -> None:
@@ -184,11 +171,8 @@ class SplitWriter:
         name = f"{self.split}/{len(self.shards):06d}.tar"
         path = self.folder / name
         self.shards.append(Shard(name, *self.shard, path.stat().st_size, sha256_of_file(path)))
-        self.tar, self.shard = None, (0, 0, 0)
-
-
-def add_known(total: int | None, count: int | None) -> int | None:
-    return None if total is None or count is None else total + count
+        self.tar = None
+        self.shard = (0, 0, 0)
 
 
 def write_index(
@@ -199,7 +183,12 @@ def write_index(
     shard_samples: int,
     splits: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Write index.json over what lies in `folder`: what `Tokenizer.save` and the splits' `SplitWriter.close` left."""
+    """Write index.json of a folder that holds the tokenizer and the shards.
+
+    Args:
+        corpus: the text and the settings that the dataset is made of.
+        splits: what each split's `SplitWriter.close` returned.
+    """
     files = {path.name: sha256_of_file(path) for path in sorted((folder / "tokenizer").iterdir())}
     index = {
         **FORMAT,
@@ -219,8 +208,3 @@ def write_index(
     }
     index["sha256"] = sha256_of_json(index)
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def content_fingerprint(tokenizer_files: Mapping[str, str], splits: Mapping[str, Any]) -> str:
-    shards = {split: [shard["sha256"] for shard in facts["shards"]] for split, facts in splits.items()}
-    return sha256_of_json({"tokenizer": tokenizer_files, "shards": shards})

@@ -1,4 +1,4 @@
-"""Files of text, plain or compressed: opened by what they hold, and refused where that is something else."""
+"""Opens files of text, plain or compressed, by their content; other kinds of files are refused."""
 
 import codecs
 import gzip
@@ -14,7 +14,7 @@ import zstandard
 
 from txl_dist.errors import UserError
 
-# How files begin that are not text; none without a control character that no text has is taken for one.
+# How files begin that are not text; `signature` also asks for a control character, which text does not have.
 SIGNATURES = {
     kind: re.compile(signature, re.DOTALL)
     for kind, signature in {
@@ -53,17 +53,24 @@ WIDE = {  # the longer marks first: that of UTF-16 begins that of UTF-32
 
 
 class ZstdReader(io.RawIOBase):
-    """Reads the frames of a .zst file; unlike zstandard's own reader it notices when the last one is cut off."""
+    """Reads the frames of a .zst file; unlike zstandard's own reader it notices if the last one is cut off."""
 
     def __init__(self, raw: BinaryIO):
         self.raw = raw
         self.frame: Any = None
-        self.compressed = self.text = b""
+        self.compressed = b""
+        self.text = b""
 
     def readable(self) -> bool:
+        """Return True, as io.BufferedReader asks."""
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with text and return how many bytes that are; 0 at the end.
+
+        Raises:
+            EOFError: if the file ends within a frame.
+        """
         while not self.text:
             self.compressed = self.compressed or self.raw.read(1 << 14)
             if not self.compressed:
@@ -88,10 +95,10 @@ READERS: dict[str, Callable[[BinaryIO], Any]] = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open the text of a file, decompressed where its content, not its name, is gzip or zstd.
+    """Open the text of a file, decompressed if its content, not its name, is gzip or zstd.
 
     Raises:
-        UserError: where the file cannot be opened or its compressed data are damaged.
+        UserError: if the file cannot be read or its compressed data are damaged.
     """
     try:
         with open(path, "rb") as raw:
@@ -102,8 +109,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             try:
                 yield io.BufferedReader(READERS[kind](raw), 1 << 16)
             except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-                place = f"at about byte {raw.tell():,} of its {path.stat().st_size:,}"
-                raise UserError(f"{path}: damaged {place} ({error}); fetch it again, or test it: {kind} -t") from error
+                position = f"about byte {raw.tell():,} of its {path.stat().st_size:,}"
+                raise UserError(
+                    f"{path}: is damaged at {position} ({error}); fetch it again, or test it: {kind} -t"
+                ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -116,34 +125,38 @@ def compression(path: Path, head: bytes) -> str | None:
     named = next((kind for kind, suffix in SUFFIXES.items() if path.name.lower().endswith(suffix)), None)
     if named and head and kind is None:
         raise UserError(
-            f"{path}: damaged at about byte 0 of its {path.stat().st_size:,} (it does not begin as {named} does); "
+            f"{path}: is damaged at about byte 0 of its {path.stat().st_size:,} (it does not begin as {named} does); "
             f"fetch it again, or rename it without {SUFFIXES[named]} where it is plain text"
         )
     return None
 
 
 def signature(head: bytes) -> str | None:
-    """Name what a file is that begins with `head`, where that is known and is not text."""
+    """Name the kind of a file that begins with `head`; None: unknown, or text."""
     kind = next((kind for kind, signature in SIGNATURES.items() if signature.match(head)), None)
     return kind if kind and CONTROL.search(head) else None
 
 
 def start_of_text(path: Path, head: bytes, characters: bool) -> int:
-    """Return where the text of a file begins, whose (decompressed) content begins with `head`.
+    """Return where the text of a file begins.
 
-    characters: whether a tokenizer reads it as characters; then a byte order mark is no part of the text.
+    Args:
+        head: the beginning of its content, decompressed.
+        characters: whether a tokenizer reads it as characters; then a byte order mark does not belong to the text.
 
     Raises:
-        UserError: where it is not text, or not UTF-8 by its mark.
+        UserError: if it is not text, or not UTF-8 by its mark.
     """
-    if kind := signature(head):
+    kind = signature(head)
+    if kind:
         raise UserError(
             f"{path}: its content is {kind}, not text; decompress it first, or export the text that it holds: "
             "plain text, gzip and zstd are read"
         )
     if not characters:
         return 0
-    if encoding := next((name for mark, name in WIDE.items() if head.startswith(mark)), None):
+    encoding = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
+    if encoding:
         raise UserError(
             f"{path}: begins with the byte order mark of {encoding}, and is not UTF-8; "
             f"convert it (iconv -f {encoding} -t UTF-8), or use tokenizer=bytes"

@@ -1,4 +1,4 @@
-"""Where downloads are kept."""
+"""The folder in which downloads are kept for all runs of a user."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,12 @@ from txl_dist.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Return txl_dist below $XDG_CACHE_HOME, or below ~/.cache where that is not set, empty or, as its specification
-    demands, relative.
+    """Return txl_dist below $XDG_CACHE_HOME, or below ~/.cache.
+
+    As the XDG specification demands, a variable that is not set, empty or relative does not count.
 
     Raises:
-        UserError: where there is no home directory either.
+        UserError: if there is no home directory either.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:

@@ -1,0 +1,96 @@
+"""The format of a dataset on disk: WebDataset shards, and an index that finds any token of a split without scanning.
+
+    index.json                  written last: the facts of the dataset, with the SHA-256 of everything, itself included
+    tokenizer/                  see `tokenizers`
+    train/000000.tar ...        the split's stream of tokens in samples of `sample_tokens` (the last may be shorter)
+    train/samples.npy           of each sample: byte offset in its shard, CRC-32 of its tokens
+    train/documents.npy         where in the stream each document starts, and as last entry the stream's length
+
+Token p is in sample p // sample_tokens, sample k in shard k // shard_samples. A sample is `tokens.npy` and, for other
+readers, `json`: the document it starts in, the token's offset in that document, and where documents start within it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from txl_dist.files.atomic import sha256_of_json
+from txl_dist.files.parsing import Sha256, Size, Version
+
+FORMAT = {"format": "txl_dist dataset", "version": 1}
+
+SAMPLES_FILE = "samples.npy"
+DOCUMENTS_FILE = "documents.npy"
+SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])  # the rows of samples.npy
+DOCUMENT_TABLE = np.dtype("<u8")  # the rows of documents.npy
+
+
+class Shard(NamedTuple):
+    """One tar file of a split.
+
+    Attributes:
+        name: its path relative to the dataset.
+        documents: how many documents start in it.
+        bytes: the size of the file.
+    """
+
+    name: str
+    samples: Size
+    tokens: Size
+    documents: Size
+    bytes: Size
+    sha256: Sha256
+
+
+class TokenizerEntry(BaseModel):
+    """The tokenizer in index.json; `files` maps each name to its SHA-256."""
+
+    vocab_size: Annotated[Size, Field(ge=1, le=1 << 32)]
+    eos: Size
+    files: dict[str, Sha256]
+
+
+class SplitEntry(BaseModel):
+    """One split in index.json; `files` maps the names of its tables to their SHA-256."""
+
+    tokens: Size
+    documents: Size
+    bytes: Size
+    characters: Size | None = None
+    words: Size | None = None
+    samples: Size
+    files: dict[str, Sha256]
+    shards: tuple[Shard, ...]
+
+
+class IndexFile(BaseModel):
+    """The schema of index.json."""
+
+    written_by: dict[Literal["txl_dist"], Version] = {}  # early datasets of 0.1.0 do not record it
+    fingerprint: Sha256
+    corpus: dict[str, Any]
+    tokenizer: TokenizerEntry
+    dtype: Literal["uint16", "uint32"]
+    sample_tokens: Annotated[Size, Field(ge=1)]
+    shard_samples: Annotated[Size, Field(ge=1)]
+    splits: dict[str, SplitEntry]
+
+    def names(self) -> Iterator[str]:
+        """Yield every name that becomes a path: an index may come from anybody."""
+        yield from (f"tokenizer/{name}" for name in self.tokenizer.files)
+        for name, split in self.splits.items():
+            yield name
+            yield from (shard.name for shard in split.shards)
+
+
+def content_fingerprint(tokenizer_files: Mapping[str, str], splits: Mapping[str, Any]) -> str:
+    """Return the SHA-256 that names the content of a dataset: its tokenizer's files and its shards.
+
+    Args:
+        tokenizer_files: name -> SHA-256.
+        splits: the entries of index.json, as JSON values.
+    """
+    shards = {split: [shard["sha256"] for shard in facts["shards"]] for split, facts in splits.items()}
+    return sha256_of_json({"tokenizer": tokenizer_files, "shards": shards})

@@ -1,0 +1,125 @@
+"""Makes the tokenizer of a dataset, and turns pieces of text into tokens.
+
+The functions that take pieces run in the processes of a WorkerPool. Those start in a moment because this module
+imports neither torch nor Hydra.
+"""
+
+import random
+from collections import Counter, defaultdict
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from txl_dist.config.schema import (
+    CorpusConfig,
+    PublishedCorpusConfig,
+    SentencePieceTokenizerConfig,
+    TokenizerConfig,
+    WordTokenizerConfig,
+)
+from txl_dist.data import tokenizers
+from txl_dist.data.preparing import published, splitting
+from txl_dist.data.preparing.splitting import Piece, Plan, Shares
+from txl_dist.data.preparing.workers import WorkerPool
+from txl_dist.data.text_size import TextSize, count_text
+from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
+
+SENTENCEPIECE_BYTES = 16 << 20  # of text to learn pieces from: more costs minutes and gigabytes, and changes little
+
+load_tokenizer = lru_cache(maxsize=1)(tokenizers.load)  # once in each process
+
+
+def given_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """Return the tokenizer if it needs no training text; else None."""
+    if isinstance(config, SentencePieceTokenizerConfig):
+        return None if config.model is None else SentencePieceTokenizer.open(Path(config.model))
+    if isinstance(config, WordTokenizerConfig):
+        return None if config.vocab is None else WordTokenizer.open(Path(config.vocab))
+    return BytesTokenizer()
+
+
+def train_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, plan: Plan, workers: WorkerPool) -> Tokenizer:
+    """Learn the vocabulary from the training split, and from nothing else."""
+    if isinstance(config, WordTokenizerConfig):
+        counts = count_all_words(plan, workers)
+        if isinstance(corpus, PublishedCorpusConfig):
+            published.check_vocabulary(corpus, counts)
+        return WordTokenizer.train(counts, config.vocab_size, config.min_count)
+    assert isinstance(config, SentencePieceTokenizerConfig)
+    size = plan.size("train")
+    sample = partial(sample_lines, plan.shares, min(1.0, SENTENCEPIECE_BYTES / size))
+    lines: list[str] = []
+    for sampled in workers.map("sampling lines", sample, plan.pieces("train"), size):
+        lines += sampled
+    workers.say(f"training SentencePiece ({config.type}, {config.vocab_size} pieces) on {len(lines):,} lines")
+    return SentencePieceTokenizer.train(lines, config.vocab_size, config.type)
+
+
+def count_all_words(plan: Plan, workers: WorkerPool) -> Counter[str]:
+    """Count the words of the training split, or read the counts that the corpus was published with."""
+    if plan.vocabulary is not None:
+        return WordTokenizer.read_counts(plan.vocabulary.source.path)
+    counts: Counter[str] = Counter()
+    count = partial(count_words, plan.shares)
+    for counted in workers.map("counting words", count, plan.pieces("train"), plan.size("train")):
+        counts.update(counted)
+    return counts
+
+
+def count_words(shares: Shares, pieces: list[Piece]) -> Counter[str]:
+    """Count the words of the training split in some pieces."""
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        for document in splitting.documents(piece, shares):
+            if document.split == "train":
+                counts.update(splitting.text(document).split())
+    return counts
+
+
+def sample_lines(shares: Shares, rate: float, pieces: list[Piece]) -> list[str]:
+    """Draw each line of the training split with a probability of `rate`; the draw depends on the pieces alone."""
+    lines = []
+    for piece in pieces:
+        rng = random.Random(f"{piece.source.name}:{piece.offset}")
+        for document in splitting.documents(piece, shares):
+            if document.split == "train":
+                lines += [line for line in splitting.text(document).split("\n") if line and rng.random() < rate]
+    return lines
+
+
+class Encoded(NamedTuple):
+    """Tokens [n] of a split, the positions in them at which documents start, and the size of their text."""
+
+    tokens: np.ndarray
+    starts: list[int]
+    size: TextSize
+
+
+def encode_pieces(tokenizer_folder: Path, shares: Shares, pieces: list[Piece]) -> dict[str, Encoded]:
+    """Tokenize some pieces; return the tokens of each split that they hold text of."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokens: dict[str, list[np.ndarray]] = defaultdict(list)
+    starts: dict[str, list[int]] = defaultdict(list)
+    texts: dict[str, list[bytes]] = defaultdict(list)
+    lengths: Counter[str] = Counter()
+    midword: Counter[str] = Counter()
+    for piece in pieces:
+        for document in splitting.documents(piece, shares):
+            split = document.split
+            assert split is not None
+            try:
+                encoded = tokenizer.encode(document.data, document.last)
+            except UnicodeDecodeError as error:
+                raise splitting.not_utf8(document, error) from error
+            if document.first:
+                starts[split].append(lengths[split])
+            tokens[split].append(encoded)
+            texts[split].append(document.data)
+            lengths[split] += len(encoded)
+            midword[split] += document.midword
+    return {
+        split: Encoded(np.concatenate(tokens[split]), starts[split], count_text(texts[split], midword[split]))
+        for split in tokens
+    }
