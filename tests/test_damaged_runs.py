@@ -283,7 +283,7 @@ def gone_on(run, job, killed, tmp_path_factory):
 def test_the_run_goes_on_from_the_newest_whole_checkpoint(gone_on, whole, metrics, name):
     folder, told = gone_on
     _, _, step, words = GOES_ON[name]
-    assert f"{folder / name}: going on from step {step};" in told[name] and words in told[name]
+    assert f"{folder / name}: resuming from step {step};" in told[name] and words in told[name]
     assert ("passed over" in told[name]) == (step == 10 and name != "step removed_whole"), told[name]
     assert [path.name for path in sorted((folder / name / "checkpoints").glob("*0*"))] == [
         "step-000000015",

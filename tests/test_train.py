@@ -46,16 +46,16 @@ def test_the_run_directory_stands_alone(trained):
     assert "num_lanes: 8" in (run_dir / "config.yaml").read_text()
     assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
     assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
-    for told in ("test bits per byte", str(run_dir / "curve.png"), f"txl_dist.evaluate run={run_dir}"):
-        assert told in printed
+    for words in ("test bits per byte", str(run_dir / "curve.png"), f"txl_dist.evaluate run={run_dir}"):
+        assert words in printed
 
 
-def test_a_start_shorter_than_log_every_is_told(run, small, metrics, tmp_path):
+def test_a_start_shorter_than_log_every_is_logged(run, small, metrics, tmp_path):
     done = run("txl_dist.train", *small, f"run.dir={tmp_path}", "train.stop_at=2", "tracking.log_every=10")
     assert [line["step"] for line in metrics(tmp_path)] == [2] and "2 of 20" in done.stdout
 
 
-def test_a_finished_run_is_only_told_again(trained, run, small, metrics):
+def test_the_result_of_a_finished_run_is_only_shown_again(trained, run, small, metrics):
     run_dir, printed = trained
     before = metrics(run_dir)
     again = run("txl_dist.train", *small, f"run.dir={run_dir}").stdout
@@ -74,7 +74,7 @@ def test_a_run_beyond_its_end_is_left_alone(trained, run, small, tmp_path, end):
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
-def test_a_finished_run_goes_on_where_more_steps_are_asked_for(trained, run, small, metrics, tmp_path):
+def test_a_finished_run_is_resumed_where_more_steps_are_asked_for(trained, run, small, metrics, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", "train.max_steps=23")
     before, after = metrics(trained[0]), metrics(tmp_path / "run")
@@ -82,21 +82,22 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(trained, run, sma
     assert [line["step"] for line in after[len(before) :]] == [21, 22, 23, 23]
 
 
-def test_a_run_that_was_killed_goes_on_from_its_checkpoint(trained, run, small, metrics, tmp_path):
+def test_a_run_that_was_killed_resumes_from_its_checkpoint(trained, run, small, metrics, tmp_path):
     """Killed after step 13 while a checkpoint was being written: steps 11 to 13 are done again, and logged once."""
-    whole = trained[0]
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000000020")
-    half = tmp_path / "run/checkpoints/.step-000000020.partial"
-    half.mkdir()
-    (half / "weights-00000.safetensors").write_bytes(b"half")
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "run/metrics.jsonl").write_text("".join(lines[:13]) + lines[13][:20])
-    run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}")
+    finished = trained[0]
+    killed = tmp_path / "run"
+    shutil.copytree(finished, killed)
+    shutil.rmtree(killed / "checkpoints/step-000000020")
+    half_written = killed / "checkpoints/.step-000000020.partial"
+    half_written.mkdir()
+    (half_written / "weights-00000.safetensors").write_bytes(b"half")
+    lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:13]) + lines[13][:20])
+    run("txl_dist.train", *small, f"run.dir={killed}")
     for key in ("step", "train/loss", "valid/loss", "test/loss"):
-        told = [[line[key] for line in metrics(each) if key in line] for each in (whole, tmp_path / "run")]
-        assert told[0] == told[1], key
-    one, two = (latest(each).tensors("weights") for each in (whole, tmp_path / "run"))
+        logged = [[line[key] for line in metrics(run_dir) if key in line] for run_dir in (finished, killed)]
+        assert logged[0] == logged[1], key
+    one, two = (latest(run_dir).tensors("weights") for run_dir in (finished, killed))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -117,36 +118,37 @@ def test_other_lanes_are_refused_with_the_choices(trained, run, small):
         assert words in done.stderr, words
 
 
-def test_other_lanes_go_on_from_the_same_share_of_the_epoch(run, small, metrics, dataset, tmp_path):
+def test_other_lanes_start_at_the_same_share_of_the_epoch(run, small, metrics, dataset, tmp_path):
     """10 steps of 8 lanes x 16, then 4 lanes x 24: position and history are found in the losses of fresh weights.
 
-    With a learning rate of (almost) nothing a loss tells which tokens were read, and with which memory.
+    With a learning rate of (almost) nothing a loss shows which tokens were read, and with which memory.
     """
     still = [*small, "optimizer.lr=1e-30", "train.eval_every=1000"]
     lanes = ["data.num_lanes=4", "model.tgt_len=24", "model.mem_len=30", "run.on_lane_change=reset_memory"]
-    changed, parts, fresh = (tmp_path / each for each in ("changed", "parts", "fresh"))
-    for where, stop in ((changed, 10), (changed, 20), (parts, 10), (parts, 15), (parts, 20)):
-        run("txl_dist.train", *still, f"run.dir={where}", *(lanes if stop > 10 else []), f"train.stop_at={stop}")
+    changed, parts, fresh = (tmp_path / name for name in ("changed", "parts", "fresh"))
+    for run_dir, stop in ((changed, 10), (changed, 20), (parts, 10), (parts, 15), (parts, 20)):
+        run("txl_dist.train", *still, f"run.dir={run_dir}", *(lanes if stop > 10 else []), f"train.stop_at={stop}")
     lines = [line for line in metrics(changed) if "train/loss" in line]
     tokens = 10 * 8 * 16
     assert [line["tokens"] for line in lines[10:]] == [tokens + step * 4 * 24 for step in range(1, 11)]
     assert latest(changed).state["origin"] == {"step": 10, "tokens": tokens}
     memory = latest(changed).tensors("memory")
     assert memory.keys() == {f"layer.{layer}.lane.{lane}" for layer in range(2) for lane in range(4)}
-    assert {tuple(each.shape) for each in memory.values()} == {(30, 32)}
+    assert {tuple(states.shape) for states in memory.values()} == {(30, 32)}
 
-    # Stopped once more on the way, it goes on to the bit: the new lanes' origin is kept.
+    # Stopped once more on the way, it is the same run to the bit: the new lanes' origin is kept.
     assert [line["train/loss"] for line in metrics(parts) if "train/loss" in line] == [
         line["train/loss"] for line in lines
     ]
-    assert all(torch.equal(each, latest(parts).tensors("memory")[name]) for name, each in memory.items())
+    assert all(torch.equal(states, latest(parts).tensors("memory")[name]) for name, states in memory.items())
 
     # By hand: the same weights, new memories, and each lane at its share of the text.
     run("txl_dist.train", *still, f"run.dir={fresh}", "train.stop_at=1")
     model, _ = load_model(str(fresh), None, LengthsConfig(24, 30, None, None))
     index = Index.open(str(dataset))
     stream = SampleReader(index, "train")
-    size, memory = index.splits["train"].tokens, model.empty_memory(4)
+    size = index.splits["train"].tokens
+    memory = model.empty_memory(4)
     for step in range(10):
         begins = [lane * size // 4 + tokens // 4 + step * 24 for lane in range(4)]
         read = torch.tensor(np.stack([stream.tokens(begin - 1, 25) for begin in begins]).astype(np.int64))
@@ -157,21 +159,18 @@ def test_other_lanes_go_on_from_the_same_share_of_the_epoch(run, small, metrics,
 
 
 def test_evaluation_may_have_other_lengths(run, small, metrics, tmp_path):
-    """The same as the evaluate command finds with these lengths."""
+    """The loss is the one that the evaluate command finds with these lengths."""
     lengths = ["tgt_len=3", "mem_len=2", "clamp_len=1", "same_length=true"]
-    run("txl_dist.train", *small, f"run.dir={tmp_path}", *(f"evaluation.{each}" for each in lengths))
-    told = json.loads(
-        run(
-            "txl_dist.evaluate", f"run={tmp_path}", "split=valid", "format=json", *(f"model.{each}" for each in lengths)
-        ).stdout
-    )
+    run("txl_dist.train", *small, f"run.dir={tmp_path}", *(f"evaluation.{length}" for length in lengths))
+    command = ["txl_dist.evaluate", f"run={tmp_path}", "split=valid", "format=json"]
+    evaluated = json.loads(run(*command, *(f"model.{length}" for length in lengths)).stdout)
     in_training = [line["valid/loss"] for line in metrics(tmp_path) if "valid/loss" in line][-1]
-    assert told["loss"] == pytest.approx(in_training, rel=1e-6)
-    plain = json.loads(run("txl_dist.evaluate", f"run={tmp_path}", "split=valid", "format=json").stdout)
+    assert evaluated["loss"] == pytest.approx(in_training, rel=1e-6)
+    plain = json.loads(run(*command).stdout)
     assert plain["loss"] != pytest.approx(in_training, rel=1e-5)
 
 
-def test_a_mistake_is_told_once_by_several_processes(run, small):
+def test_a_mistake_is_reported_once_by_several_processes(run, small):
     done = run("txl_dist.train", *small, "data.num_lanes=7", "+model.zzz=1", processes=2, expect=1)
     assert done.stderr.count("data.num_lanes=7") == done.stderr.count("model.zzz") == 1
     ours = done.stderr.split("torch.distributed.elastic")[0].split("ChildFailedError")[0]
@@ -188,20 +187,20 @@ def test_a_sweep_is_several_runs(run, small, metrics, tmp_path):
 
 @pytest.mark.parametrize("entry", ["prepare", "train", "evaluate", "generate", "inspect"])
 def test_help_shows_groups_keys_and_an_example(run, entry):
-    told = run(f"txl_dist.{entry}", "--help").stdout
-    assert f"python -m txl_dist.{entry}" in told or f"-m txl_dist.{entry}" in told
-    assert "Groups" in told and "Examples" in told and "KEY=VALUE" in told
+    printed = run(f"txl_dist.{entry}", "--help").stdout
+    assert f"-m txl_dist.{entry}" in printed
+    assert "Groups" in printed and "Examples" in printed and "KEY=VALUE" in printed
 
 
-def test_another_optimizer_that_goes_on_is_told(run, small, metrics, tmp_path):
+def test_a_run_that_another_optimizer_resumes_says_so(run, small, metrics, tmp_path):
     """Without weight decay adamw is adam; with it, it is not."""
     decay = {"none": ["optimizer.weight_decay=0"], "some": ["optimizer.weight_decay=0.1"]}
     for where in decay:
         adam = [f"run.dir={tmp_path / where}", "optimizer=adam"]
-        told = run("txl_dist.train", *small, *adam, "train.stop_at=10").stdout
-        assert "starting;" in told and "in place of" not in told
-        told = run("txl_dist.train", *small, adam[0], "optimizer=adamw", *decay[where]).stdout
-        assert "going on from step 10 with adamw in place of adam;" in told
+        printed = run("txl_dist.train", *small, *adam, "train.stop_at=10").stdout
+        assert "starting;" in printed and "in place of" not in printed
+        printed = run("txl_dist.train", *small, adam[0], "optimizer=adamw", *decay[where]).stdout
+        assert "resuming from step 10 with adamw in place of adam;" in printed
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'adam'}", "optimizer=adam")
     none, some, adam = (
         [line["train/loss"] for line in metrics(tmp_path / where) if "train/loss" in line]
@@ -211,22 +210,22 @@ def test_another_optimizer_that_goes_on_is_told(run, small, metrics, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["optimizer=lamb", "engine.zero_stage=0"], ["optimizer=adamw", "schedule=linear"]])
-def test_other_optimizers_learn_and_go_on(run, small, metrics, tmp_path, options):
-    for where, stops in (("whole", [[]]), ("parts", [["train.stop_at=10"], []])):
+def test_other_optimizers_learn_and_resume(run, small, metrics, tmp_path, options):
+    for name, stops in (("one-start", [[]]), ("two-starts", [["train.stop_at=10"], []])):
         for stop in stops:
-            run("txl_dist.train", *small, f"run.dir={tmp_path / where}", *options, *stop)
-    whole, parts = (
-        [line["train/loss"] for line in metrics(tmp_path / where) if "train/loss" in line]
-        for where in ("whole", "parts")
+            run("txl_dist.train", *small, f"run.dir={tmp_path / name}", *options, *stop)
+    one, two = (
+        [line["train/loss"] for line in metrics(tmp_path / name) if "train/loss" in line]
+        for name in ("one-start", "two-starts")
     )
-    assert whole == parts and whole[-1] < whole[0] - 0.3
+    assert one == two and one[-1] < one[0] - 0.3
 
 
 def test_only_the_second_half_counts_where_it_is_asked_for(run, small, metrics, dataset, tmp_path):
     """With a learning rate of (almost) nothing the losses are those of the first weights, computed by hand."""
     still = [*small, "optimizer.lr=1e-30", "train.loss=second_half", "train.stop_at=3", f"run.dir={tmp_path}"]
     run("txl_dist.train", *still)
-    told = [line["train/loss"] for line in metrics(tmp_path) if "train/loss" in line]
+    logged = [line["train/loss"] for line in metrics(tmp_path) if "train/loss" in line]
     model, _ = load_model(str(tmp_path), None, LengthsConfig(None, None, None, None))
     index = Index.open(str(dataset))
     plan = LanePlan(index.splits["train"].document_starts, 8, 16, seed=1)
@@ -235,8 +234,8 @@ def test_only_the_second_half_counts_where_it_is_asked_for(run, small, metrics, 
         arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))
         with torch.no_grad():
             nats, memory = model(*arrays, memory)
-        assert told[segment.step] == pytest.approx(nats[:, 8:].mean().item(), rel=1e-5)
-        assert told[segment.step] != pytest.approx(nats.mean().item(), rel=1e-5)
+        assert logged[segment.step] == pytest.approx(nats[:, 8:].mean().item(), rel=1e-5)
+        assert logged[segment.step] != pytest.approx(nats.mean().item(), rel=1e-5)
 
 
 def test_a_scaled_learning_rate_is_another_learning_rate(run, small, metrics, tmp_path):

@@ -4,7 +4,7 @@ A JSON file holds [overrides, {step: fault}] of each. Faults are of lane 0, whic
 
     loss            its hidden states are nan from the embedding on: so are its loss, its memories and the gradient
     gradient        the gradient is nan, and nothing else
-    out of memory   as torch tells it of a GPU
+    out of memory   as torch reports it of a GPU
     hang            rank 1 waits for ever
 """
 
@@ -25,8 +25,10 @@ from txl_dist.engine.engine import Engine
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.train import train
 
-embed, train_step = TransformerXL.embed, Engine.train_step
-faults, fault = {}, None  # of the run by step; of the next micro-batch
+embed = TransformerXL.embed
+train_step = Engine.train_step
+faults = {}  # of the run, by step
+fault = None  # of the next micro-batch
 
 
 def faulty_step(engine, segment):
@@ -41,7 +43,9 @@ def faulty_step(engine, segment):
 
 def faulty_embed(model, tokens):
     global fault
-    (now, fault), hidden = (fault, None), embed(model, tokens)
+    now = fault
+    fault = None
+    hidden = embed(model, tokens)
     if now == "out of memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
     if now == "gradient":
@@ -51,7 +55,8 @@ def faulty_embed(model, tokens):
     return hidden
 
 
-TransformerXL.embed, Engine.train_step = faulty_embed, faulty_step
+TransformerXL.embed = faulty_embed
+Engine.train_step = faulty_step
 with initialize_config_dir(str(CONF), version_base="1.3"), errors_reported():
     for job in json.loads(Path(sys.argv[1]).read_text()):
         overrides, faults = job

@@ -1,8 +1,8 @@
 """Train, as txl_dist.train does, and halt where a test cuts the link.
 
 HALT=module:name, HALT_CALL=N, HALT_RANK, HALT_FILE: this rank makes the file when it calls that function for the Nth
-time, and goes on when a test has made HALT_FILE.over. Until it halts no rank stands still, however slowly all start: a
-short guard.stall_timeout is enough.
+time, and continues when a test has made HALT_FILE.over. Until it halts the watchdog is kept awake, however slowly all
+ranks start: a short guard.stall_timeout is enough.
 """
 
 # ruff: noqa: E402

@@ -1,5 +1,5 @@
 """Run several trainings in one process group, as many_runs does, with a slow disk: a checkpoint is written only when
-training has gone on for five steps more."""
+training has done five steps more."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from txl_dist.data.index import Index
 from txl_dist.distributed.preemption import Preemption
 from txl_dist.distributed.process_group import exit_process, process_group
 from txl_dist.distributed.watchdog import Watchdog
-from txl_dist.train import Training
+from txl_dist.training.loop import Training
 
 with initialize_config_dir(str(CONF), version_base="1.3"):
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
@@ -24,7 +24,8 @@ with initialize_config_dir(str(CONF), version_base="1.3"):
         training = Training(
             job, Index.open(job.data.dir), None, process_group(), Watchdog(None), Preemption(process_group()), None
         )
-        engine, write = training.engine, training.engine.checkpointer._write
+        engine = training.engine
+        write = engine.checkpointer._write
 
         def late(writer, step, *more, engine=engine, write=write, stop=training.stop):
             while engine.step < min(step + 5, stop):

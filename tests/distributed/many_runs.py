@@ -20,7 +20,8 @@ from txl_dist.distributed.launcher import launcher_env
 from txl_dist.distributed.process_group import exit_process
 from txl_dist.train import train
 
-relu, closest = Tensor.relu_, math.inf
+relu = Tensor.relu_
+closest = math.inf
 
 
 def noted_relu(tensor: Tensor) -> Tensor:

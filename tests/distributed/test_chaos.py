@@ -56,7 +56,7 @@ class Run:
 
     def starts(self):
         """The step at which each start went on."""
-        told = re.findall(r": (?:going on from step ([\d,]+)|starting);", self.log.read_text())
+        told = re.findall(r": (?:resuming from step ([\d,]+)|starting);", self.log.read_text())
         return [int(step.replace(",", "") or 0) for step in told]
 
     def wait_for(self, moment, patience=300):

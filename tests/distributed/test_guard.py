@@ -1,4 +1,4 @@
-"""What goes wrong while a run trains: bad steps, processes that hang or are killed, memory that is used up."""
+"""Faults while a run trains: bad steps, processes that hang or are killed, memory that is used up."""
 
 import json
 import random
@@ -26,7 +26,7 @@ SPLITS = {
     "pipeline-0": ["engine.zero_stage=0", "engine.pipeline_stages=2", "engine.gradient_accumulation=2"],
     "pipeline-1": ["engine.zero_stage=1", "engine.pipeline_stages=2", "engine.gradient_accumulation=2"],
 }
-GOES_BACK = ["zero-1", "zero-3", "pipeline-1"]
+ROLLED_BACK = ["zero-1", "zero-3", "pipeline-1"]
 SKIP, ROLLBACK = ["guard.on_bad_step=skip"], ["guard.on_bad_step=rollback"]
 
 
@@ -37,10 +37,10 @@ def train(run, small, tmp_path_factory):
     short = [*small, "train.max_steps=12", "train.eval_every=100", "checkpoint.keep_last=20"]
 
     def train(*runs, processes=None, expect=0):
-        told = folder / "jobs.json"
+        file = folder / "jobs.json"
         jobs = [([*short, f"run.dir={folder / name}", *more], faults) for name, more, faults in runs]
-        told.write_text(json.dumps(jobs))
-        return run(FAULTY, str(told), processes=processes, expect=expect)
+        file.write_text(json.dumps(jobs))
+        return run(FAULTY, str(file), processes=processes, expect=expect)
 
     train.folder = folder
     return train
@@ -48,23 +48,25 @@ def train(run, small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def skipped(train):
-    """Skipped in one process and in two, each with all its checkpoints; gone back; and told of the steps beforehand.
+    """Runs that skip the faults (in one process, and under each split in two), with all their checkpoints.
 
-    More steps than guard.max_bad_steps that are to be passed later are no reason to stop.
+    And runs that were rolled back (back-*), beside runs that knew the bad steps beforehand (known-*). More steps than
+    guard.max_bad_steps that are to be skipped later are not a reason to stop.
     """
-    every, now_and_then = ["checkpoint.every=1"], ["checkpoint.every=3", "tracking.log_every=4"]
+    every = ["checkpoint.every=1"]
+    now_and_then = ["checkpoint.every=3", "tracking.log_every=4"]
     (train.folder / "one").mkdir()
     later = [{"step": step, "why": "later"} for step in range(50, 70)]
-    (train.folder / "one/passed_steps.json").write_text(json.dumps(later))
-    for name in GOES_BACK:
-        (train.folder / f"told-{name}").mkdir()
-        passed = [{"step": step, "why": "told"} for step in FAULTS]
-        (train.folder / f"told-{name}/passed_steps.json").write_text(json.dumps(passed))
+    (train.folder / "one/skipped_steps.json").write_text(json.dumps(later))
+    for name in ROLLED_BACK:
+        (train.folder / f"known-{name}").mkdir()
+        known = [{"step": step, "why": "known"} for step in FAULTS]
+        (train.folder / f"known-{name}/skipped_steps.json").write_text(json.dumps(known))
     train(("one", [*SPLITS["zero-0"], *SKIP, *every], FAULTS))
     train(
         *((name, [*split, *SKIP, *every], FAULTS) for name, split in SPLITS.items()),
-        *((f"back-{name}", [*SPLITS[name], *ROLLBACK, *now_and_then], FAULTS) for name in GOES_BACK),
-        *((f"told-{name}", [*SPLITS[name], *now_and_then], FAULTS) for name in GOES_BACK),
+        *((f"back-{name}", [*SPLITS[name], *ROLLBACK, *now_and_then], FAULTS) for name in ROLLED_BACK),
+        *((f"known-{name}", [*SPLITS[name], *now_and_then], FAULTS) for name in ROLLED_BACK),
         processes=2,
     )
     return train.folder
@@ -87,7 +89,7 @@ def test_a_skipped_step_changes_nothing_but_the_memory(skipped, metrics, name):
         assert at[step - 1].state["optimizer"] == at[step].state["optimizer"]
         assert not equal(at[step], at[step + 1], ("weights",))
     assert all(tensor.isfinite().all() for tensor in at[12].tensors("memory").values())
-    # The lane that has read nan keeps what it remembered before; the others go on. After 24 tokens none has any of it.
+    # The lane that has read nan keeps what it remembered before; the others do not. After 24 tokens none has any of it.
     before, after = at[4].tensors("memory"), at[5].tensors("memory")
     kept = {key for key in before if torch.equal(before[key], after[key])}
     assert kept == {"layer.0.lane.0", "layer.1.lane.0"}
@@ -98,36 +100,42 @@ def test_a_skipped_step_changes_nothing_but_the_memory(skipped, metrics, name):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_skips_the_same(skipped, metrics, name):
-    mine, theirs = losses(metrics, skipped / name), losses(metrics, skipped / "one")
-    del mine[5], theirs[5]  # nan
-    assert mine == pytest.approx(theirs, rel=1e-5)
+    split = losses(metrics, skipped / name)
+    one = losses(metrics, skipped / "one")
+    del split[5], one[5]  # nan
+    assert split == pytest.approx(one, rel=1e-5)
     for key, value in latest(skipped / "one").tensors("weights").items():
         assert (latest(skipped / name).tensors("weights")[key] - value).norm() <= 1e-5 * value.norm(), key
 
 
-@pytest.mark.parametrize("name", GOES_BACK)
-def test_a_run_that_went_back_is_the_run_that_was_told_before(skipped, metrics, name):
-    """To the bit: at step 6 it finds out about step 5, at 8 about 8, and goes back to steps 3 and 6."""
-    back, told = skipped / f"back-{name}", skipped / f"told-{name}"
-    assert steps(back) == steps(told) == [3, 6, 9, 12]
-    assert all(equal(*(open_checkpoint(directory(each, step)) for each in (back, told))) for step in steps(back))
-    assert [each["step"] for each in json.loads((back / "passed_steps.json").read_text())] == list(FAULTS)
-    assert losses(metrics, back) == losses(metrics, told)
+@pytest.mark.parametrize("name", ROLLED_BACK)
+def test_a_run_that_was_rolled_back_is_the_run_that_knew_the_bad_steps(skipped, metrics, name):
+    """To the bit: at step 6 it finds out about step 5, at 8 about 8, and resumes from steps 3 and 6."""
+    back = skipped / f"back-{name}"
+    known = skipped / f"known-{name}"
+    assert steps(back) == steps(known) == [3, 6, 9, 12]
+    for step in steps(back):
+        assert equal(open_checkpoint(directory(back, step)), open_checkpoint(directory(known, step))), step
+    assert [entry["step"] for entry in json.loads((back / "skipped_steps.json").read_text())] == list(FAULTS)
+    assert losses(metrics, back) == losses(metrics, known)
     assert [line["step"] for line in metrics(back) if "train/loss" in line] == [4, 8, 12]
 
 
 def test_what_was_skipped_is_skipped_again_after_a_restart(train):
     """The gradient was wrong once, and the process was killed before the next checkpoint."""
     often = ["checkpoint.every=4", *SKIP]
-    whole, parts = train.folder / "whole", train.folder / "parts"
     train(("whole", often, {5: "gradient"}), ("parts", [*often, "train.stop_at=7"], {5: "gradient"}))
+    parts = train.folder / "parts"
     (parts / "checkpoints/step-000000007").rename(parts / "away")
     train(("parts", often, {}))
-    assert equal(latest(whole), latest(parts))
+    assert equal(latest(train.folder / "whole"), latest(parts))
 
 
-def test_a_run_may_begin_with_steps_that_are_passed(train, metrics):
-    """A checkpoint of nothing else has no optimizer states under ZeRO 0; it is gone on from all the same."""
+def test_a_run_may_begin_with_skipped_steps(train, metrics):
+    """A checkpoint of nothing else has no optimizer states under ZeRO 0; a run is resumed from it all the same.
+
+    The file has the name of version 0.1.
+    """
     runs = {"begun": [], "begun-0": ["engine.zero_stage=0"], "begun-1": ["engine.zero_stage=1"]}
     for name in runs:
         (train.folder / name).mkdir()
@@ -140,14 +148,14 @@ def test_a_run_may_begin_with_steps_that_are_passed(train, metrics):
     assert len(one) == 12 and other == pytest.approx(one, rel=1e-6)
 
 
-def test_passed_steps_that_cannot_be_read_or_written_are_told_once(train, run, small, tmp_path):
-    (tmp_path / "passed_steps.json").write_text('[{"step": 12}]')
+def test_skipped_steps_that_cannot_be_read_or_written_are_reported_once(train, run, small, tmp_path):
+    (tmp_path / "skipped_steps.json").write_text('[{"step": 12}]')
     done = run("txl_dist.train", *small, f"run.dir={tmp_path}", processes=2, expect=1)
-    assert done.stderr.count(f"{tmp_path}/passed_steps.json: at [0].why: Field required") == 1
-    assert done.stderr.count("exitcode  : 2") == 2 and list(tmp_path.iterdir()) == [tmp_path / "passed_steps.json"]
-    (train.folder / "unwritable/passed_steps.partial").mkdir(parents=True)
+    assert done.stderr.count(f"{tmp_path}/skipped_steps.json: at [0].why: Field required") == 1
+    assert done.stderr.count("exitcode  : 2") == 2 and list(tmp_path.iterdir()) == [tmp_path / "skipped_steps.json"]
+    (train.folder / "unwritable/.partial-skipped_steps.json").mkdir(parents=True)
     done = train(("unwritable", [*SKIP, "engine.zero_stage=1"], {5: "gradient"}), processes=2, expect=1)
-    assert done.stderr.count("passed_steps.json: cannot be written: ") == 1 and "Is a directory" in done.stderr
+    assert done.stderr.count("skipped_steps.json: cannot be written: ") == 1 and "Is a directory" in done.stderr
     assert done.stderr.count("exitcode  : 1") == 2
 
 
@@ -159,14 +167,14 @@ def test_a_bad_step_ends_the_run_before_it_reaches_a_checkpoint(train, fault, wh
     done = train((where, late, {5: fault}), processes=2, expect=1)
     assert done.stderr.count("step 5:") == 1 and why in done.stderr
     assert ("lane 0, loss nan: reads document 0 of train from its token 64 on" in done.stderr) == (fault == "loss")
-    assert "goes on from step 3" in done.stderr and "Traceback" not in done.stderr.partition("torch/distributed")[0]
+    assert "resumes from step 3" in done.stderr and "Traceback" not in done.stderr.partition("torch/distributed")[0]
     assert steps(train.folder / where) == [3] and done.stderr.count("exitcode  : 1") == 2
 
 
-def test_a_run_that_diverges_does_not_go_back_for_ever(train):
+def test_a_run_that_diverges_is_not_rolled_back_for_ever(train):
     wild = ["optimizer.lr=1e30", "optimizer.clip=0.0", "schedule.warmup_steps=0", "guard.max_bad_steps=2"]
     done = train(("wild", [*wild, *ROLLBACK, "engine.zero_stage=0"], {}), expect=1)
-    assert done.stdout.count("Training goes on from the beginning") == 2
+    assert done.stdout.count("Training resumes from the beginning") == 2
     assert "step 4: the loss is nan" in done.stderr and "guard.max_bad_steps=2" in done.stderr
 
 
@@ -192,20 +200,18 @@ def test_bad_data_are_a_spike(train, spoilt, metrics):
         ("spike-none", [*more, "guard.spike=null"], {}),
     )
     first = 401 // 16 + 1  # the step in which lane 3 reads the first token of document 25; two have most of the noise
-    passed = {
-        name: json.loads((train.folder / name / "passed_steps.json").read_text())
-        for name in ("spike-skip", "spike-back")
-    }
-    assert [each["step"] for each in passed["spike-skip"]] == [first, first + 1]
-    assert passed["spike-skip"] == passed["spike-back"]
+    skip, back = (
+        json.loads((train.folder / name / "skipped_steps.json").read_text()) for name in ("spike-skip", "spike-back")
+    )
+    assert skip == back and [entry["step"] for entry in skip] == [first, first + 1]
     assert equal(latest(train.folder / "spike-skip"), latest(train.folder / "spike-back"))
-    told = re.search(rf"step {first}: the loss is ([\d.]+), above .* guard.spike=8 .*\n(.*)\n", done.stdout)
-    assert float(told[1]) == pytest.approx(losses(metrics, train.folder / "spike-skip")[first], abs=1e-4)
-    assert re.match(r"lane 3, loss [\d.]+: reads document 24 of train from its token 400 on, to document 25", told[2])
-    assert not (train.folder / "spike-none/passed_steps.json").exists()
+    report = re.search(rf"step {first}: the loss is ([\d.]+), above .* guard.spike=8 .*\n(.*)\n", done.stdout)
+    assert float(report[1]) == pytest.approx(losses(metrics, train.folder / "spike-skip")[first], abs=1e-4)
+    assert re.match(r"lane 3, loss [\d.]+: reads document 24 of train from its token 400 on, to document 25", report[2])
+    assert not (train.folder / "spike-none/skipped_steps.json").exists()
 
 
-def test_no_memory_left_is_told_with_what_takes_less(train):
+def test_a_lack_of_memory_is_reported_with_what_takes_less(train):
     done = train(("memory", ["engine.gradient_accumulation=2"], {2: "out of memory"}), processes=2, expect=1)
     ours = done.stderr.split("torch/distributed")[0]
     assert "rank 0 has no memory left" in ours and "Tried to allocate 2.00 GiB" in ours
@@ -214,25 +220,26 @@ def test_no_memory_left_is_told_with_what_takes_less(train):
 
 @pytest.fixture
 def start(train, small):
-    """Start two processes that train for ever; the torchrun process, its two children, and a file with all they say."""
+    """Start two processes that train for ever; return torchrun, its two children, and a file of their output."""
     started = []
 
     def start(name, *more):
-        where, told = train.folder / name, train.folder / f"{name}.json"
+        run_dir = train.folder / name
+        file = train.folder / f"{name}.json"
         # In the first run the libraries are imported, which may take its time.
-        jobs = [([*small, f"run.dir={where}-before", "train.max_steps=1", "train.eval_every=100"], {})]
-        jobs += [([*small, f"run.dir={where}", "train.max_steps=1000000", "train.eval_every=1000000", *more], {})]
-        told.write_text(json.dumps(jobs))
-        command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(FAULTY), str(told)]
-        said = told.with_suffix(".txt")
-        with said.open("w") as file:
-            torchrun = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file)
+        jobs = [([*small, f"run.dir={run_dir}-before", "train.max_steps=1", "train.eval_every=100"], {})]
+        jobs += [([*small, f"run.dir={run_dir}", "train.max_steps=1000000", "train.eval_every=1000000", *more], {})]
+        file.write_text(json.dumps(jobs))
+        command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(FAULTY), str(file)]
+        output = file.with_suffix(".txt")
+        with output.open("w") as stream:
+            torchrun = subprocess.Popen([sys.executable, *command], stdout=stream, stderr=stream)
         started.append(torchrun)
         until = time.monotonic() + 300
-        while not re.search(r"^step +20/1000000", said.read_text(), re.MULTILINE):
-            assert torchrun.poll() is None and time.monotonic() < until, said.read_text()
+        while not re.search(r"^step +20/1000000", output.read_text(), re.MULTILINE):
+            assert torchrun.poll() is None and time.monotonic() < until, output.read_text()
             time.sleep(0.2)
-        return torchrun, psutil.Process(torchrun.pid).children(), said
+        return torchrun, psutil.Process(torchrun.pid).children(), output
 
     yield start
     for torchrun in started:
@@ -244,7 +251,7 @@ def start(train, small):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_stands_still_ends_the_run_with_all_stacks(start, rank):
-    torchrun, processes, said = start(f"stopped-{rank}", "guard.stall_timeout=10", "checkpoint.every=1000000")
+    torchrun, processes, output = start(f"stopped-{rank}", "guard.stall_timeout=10", "checkpoint.every=1000000")
     stopped = next(process for process in processes if process.environ()["RANK"] == str(rank))
     began = time.monotonic()
     stopped.suspend()
@@ -252,17 +259,17 @@ def test_a_process_that_stands_still_ends_the_run_with_all_stacks(start, rank):
     assert time.monotonic() - began < 60  # 10, and some for a busy machine
     psutil.wait_procs(processes, timeout=10)
     assert not any(process.is_running() for process in processes)
-    heads = re.split(r"--- rank (\d) \(process (\d+) on .*\) stands here:\n", said.read_text())
+    heads = re.split(r"--- rank (\d) \(process (\d+) on .*\) stands here:\n", output.read_text())
     assert "Nothing was done for" in heads[0] and "after step" in heads[0]
     assert [heads[1], heads[4]] == ["0", "1"] and {heads[2], heads[5]} == {str(process.pid) for process in processes}
     for stacks in (heads[3], heads[6]):
-        assert re.search(r'txl_dist/train.py", line \d+ in loop', stacks), stacks
+        assert re.search(r'txl_dist/training/loop.py", line \d+ in loop', stacks), stacks
 
 
 def test_a_process_that_is_killed_ends_the_others(start):
-    torchrun, processes, said = start("killed", "checkpoint.every=1000000")
+    torchrun, processes, output = start("killed", "checkpoint.every=1000000")
     processes[1].send_signal(signal.SIGKILL)
     assert torchrun.wait(timeout=200) != 0
     psutil.wait_procs(processes, timeout=10)
     assert not any(process.is_running() for process in processes)
-    assert "Signal 9 (SIGKILL) received by PID" in said.read_text()
+    assert "Signal 9 (SIGKILL) received by PID" in output.read_text()

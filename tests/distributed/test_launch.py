@@ -111,7 +111,7 @@ def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, check_ide
     assert start.lines() == 29 and latest(start.run_dir).step == 30
 
     again = Start(tmp_path / "run", overrides, processes=2)
-    again.until(lambda: again.told().count("going on from step 30") == 1)
+    again.until(lambda: again.told().count("resuming from step 30") == 1)
     os.kill(again.worker(0), signal.SIGTERM)
     again.end()
     assert "Stopped by SIGTERM in the evaluation of valid after step 30" in again.told()
@@ -143,7 +143,7 @@ def test_torchrun_replaces_a_killed_worker(undisturbed, check_identical, tmp_pat
     start.until(lambda: steps(start.run_dir))
     os.kill(start.worker(1), signal.SIGKILL)
     assert start.end() == 0, start.told()
-    assert re.search(r"going on from step \d", start.told())
+    assert re.search(r"resuming from step \d", start.told())
     check_identical(whole, start.run_dir)
 
 
@@ -157,7 +157,7 @@ def test_torchruns_on_two_machines_replace_killed_workers(undisturbed, check_ide
         machines[0].until(lambda step=step: step in steps(tmp_path / "run"))
         os.kill(machines[0].worker(rank), signal.SIGKILL)
     assert [machine.end() for machine in machines] == [0, 0], machines[0].told()
-    assert [int(step) for step in re.findall(r"going on from step (\d+)", machines[0].told())] == [15, 45]
+    assert [int(step) for step in re.findall(r"resuming from step (\d+)", machines[0].told())] == [15, 45]
     check_identical(whole, tmp_path / "run")
 
 

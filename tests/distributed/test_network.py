@@ -15,7 +15,7 @@ NO_WORDS = ["Traceback", "stands here", "frame #", "terminate called"]
 MOMENTS = {
     "step": ("txl_dist.engine.zero:ZeroEngine.forward_backward_step", 14),
     "save": ("txl_dist.checkpoint.format:CheckpointWriter.add", 4),  # kinds of tensors, three in each checkpoint
-    "evaluation": ("txl_dist.evaluation.likelihood:tensors", 3),
+    "evaluation": ("txl_dist.distributed.watchdog:Watchdog.beat", 16),  # 12 steps, a checkpoint, the third segment
     "before they meet": ("txl_dist.distributed.process_group:find_first", 1),
     "while they greet": ("txl_dist.distributed.process_group:greet", 1),
     "while they connect": ("txl_dist.distributed.process_group:choose_interface", 1),

@@ -87,7 +87,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_the_run_goes_on_with_more
     )  # known at a step's end, at the latest at the next save
     subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
     again = run("txl_dist.train", *job, processes=processes)
-    assert "going on from step 5;" in again.stdout and steps(small_disk.parent) == [15, 20]
+    assert "resuming from step 5;" in again.stdout and steps(small_disk.parent) == [15, 20]
     whole = [line["train/loss"] for line in metrics(runs / "late" / "zero 1") if "train/loss" in line]
     told = [line["train/loss"] for line in metrics(small_disk.parent) if "train/loss" in line]
     assert told == pytest.approx(whole, rel=1e-5) and (processes or told == whole)

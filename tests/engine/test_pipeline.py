@@ -4,7 +4,7 @@ from itertools import accumulate, product
 
 import pytest
 
-from txl_dist.engine.pipeline import balanced
+from txl_dist.engine.pipeline import balance_layers
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from txl_dist.engine.pipeline import balanced
     ],
 )
 def test_stages_cost_alike(costs, stages, cut):
-    assert balanced(costs, stages) == cut
+    assert balance_layers(costs, stages) == cut
 
 
 def test_no_cut_has_a_cheaper_costliest_stage():
@@ -32,4 +32,4 @@ def test_no_cut_has_a_cheaper_costliest_stage():
                 ends = [0, *(1 + end for end in accumulate(cut[:-1])), len(costs)]
                 return max(sum(costs[start:end]) for start, end in zip(ends, ends[1:], strict=False))
 
-            assert costliest(balanced(costs, stages)) == min(map(costliest, cuts)), (costs, stages)
+            assert costliest(balance_layers(costs, stages)) == min(map(costliest, cuts)), (costs, stages)

@@ -1,11 +1,10 @@
-"""The loss of segments in micro-batches; losses of single tokens, each in a context of its own."""
+"""Losses of single tokens, each in a context of its own."""
 
 import numpy as np
 import pytest
 import torch
 
-from txl_dist.data.segments import Segment
-from txl_dist.evaluation.likelihood import losses_in_context, score
+from txl_dist.evaluation.likelihood import losses_in_context
 from txl_dist.models.transformer_xl import TransformerXL
 
 EOS, VOCAB = 0, 30
@@ -50,14 +49,3 @@ def test_a_context_ends_with_its_document(make_config, stream):
     begins = [0, 10, 10, 13, 13]
     expected = [by_hand(model, stream, p, 6, b) for p, b in zip([9, 10, 12, 13, 30], begins, strict=True)]
     assert found == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_micro_batches_do_not_count(make_config, stream, micro_batches):
-    """Each remembers its own lanes: a model whose weights are large, so that what it remembers matters."""
-    model = build(make_config, init_std=0.5)
-    tokens = np.random.default_rng(1).integers(1, VOCAB, (4, 15))
-    steps = [tokens[:, start : start + 5] for start in (0, 5, 10)]
-    segments = [Segment(i, part, part, np.tile(np.arange(5 * i, 5 * i + 5), (4, 1))) for i, part in enumerate(steps)]
-    whole = score(model, segments, torch.device("cpu"), 4)
-    assert score(model, segments, torch.device("cpu"), 4, micro_batches).nats == pytest.approx(whole.nats, rel=1e-12)

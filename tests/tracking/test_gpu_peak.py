@@ -10,7 +10,7 @@ from txl_dist.tracking.gpu_peak import peak_tflops
     "name, bf16, fp32",
     [
         ("NVIDIA A100-SXM4-80GB", 312, 19.5),
-        ("A100-SXM4-40GB", 312, 19.5),  # older drivers tell no maker
+        ("A100-SXM4-40GB", 312, 19.5),  # older drivers leave out the maker
         ("NVIDIA A100 80GB PCIe", 312, 19.5),
         ("NVIDIA A10", 125, 31.2),
         ("NVIDIA L4", 121, 30.3),

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation as a run tells it."""
+"""Model FLOPs utilisation as a run reports it."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -18,11 +18,11 @@ def test_mfu_is_the_share_of_all_devices_peak(run, small, metrics, dataset, tmp_
     command = [*small, *options, f"run.dir={tmp_path}", "train.stop_at=3", "engine.peak_tflops=0.002"]
     printed = run("txl_dist.train", *command, processes=processes).stdout
     model = ModelConfig(**OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml").model))
-    a_token = training_flops(model, Index.open(str(dataset)).vocab_size, lanes=8) / (8 * 16)
+    flops_per_token = training_flops(model, Index.open(str(dataset)).vocab_size, lanes=8) / (8 * 16)
     lines = [line for line in metrics(tmp_path) if "train/tokens_per_second" in line]
     assert len(lines) == 3
     for line in lines:
-        expected = line["train/tokens_per_second"] * a_token / ((processes or 1) * 0.002e12)
+        expected = line["train/tokens_per_second"] * flops_per_token / ((processes or 1) * 0.002e12)
         assert line["train/mfu"] == pytest.approx(expected, rel=1e-12)
         assert f"tokens/s  MFU {line['train/mfu']:.1%}" in printed
 

@@ -373,11 +373,11 @@ def run_continues_itself(
 
 
 @check(TrainJob)
-def passed_steps_can_be_read(run: RunConfig) -> Iterator[str]:
-    from txl_dist.engine.anomaly_guard import read_passed_steps
+def skipped_steps_can_be_read(run: RunConfig) -> Iterator[str]:
+    from txl_dist.engine.skipped_steps import read_skipped_steps
 
     try:
-        read_passed_steps(run.dir)
+        read_skipped_steps(run.dir)
     except UserError as error:
         yield str(error)
 

@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-# DeepSpeed decides all of this when it is imported: on CPU it shall look for no compiler, and say only what matters.
+# DeepSpeed reads all of this when it is imported. On a CPU it would otherwise look for a compiler.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's to mend
+warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # raised by DeepSpeed itself

@@ -18,40 +18,45 @@ def build_optimizer(
 
     Every part has every group, in the same order: DeepSpeed's ZeRO 1 reduces over the pipeline's stages once per group,
     and would wait for ever for a stage that has fewer. A group without a parameter in this part holds a zero that gets
-    no gradient, because DeepSpeed drops what is empty.
+    no gradient, because DeepSpeed drops empty groups.
 
     Args:
         parameters: of this part, by name.
         names: of all parameters of the whole model.
     """
-    groups: dict[float, list[nn.Parameter]] = {scale_of(name, config.lr_scale): [] for name in names}
+    groups: dict[float, list[nn.Parameter]] = {lr_scale(name, config.lr_scale): [] for name in names}
     for name, parameter in parameters.items():
-        groups[scale_of(name, config.lr_scale)].append(parameter)
+        groups[lr_scale(name, config.lr_scale)].append(parameter)
+    scaled = []
+    for scale, members in groups.items():
+        scaled.append({"params": members or [nn.Parameter(torch.zeros(1))], "lr_scale": scale})
     beta1, beta2 = config.betas
-    options: dict[str, Any] = {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps}
-    options["weight_decay"] = config.weight_decay
-    scaled = [
-        {"params": members or [nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale, members in groups.items()
-    ]
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (beta1, beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
     if config.name == "lamb":
         from pytorch_optimizer import Lamb
 
         return Lamb(scaled, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](scaled, fused=True, **options)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    return kind(scaled, fused=True, **options)
 
 
-def scale_of(name: str, scales: dict[str, float]) -> float:
-    """Return the factor of the first pattern that is found in a parameter's name, 1 where none is."""
+def lr_scale(name: str, scales: dict[str, float]) -> float:
+    """Return the factor of the first pattern that occurs in a parameter's name, 1 where none does."""
     return next((scale for pattern, scale in scales.items() if re.search(pattern, name)), 1.0)
 
 
 def keep_average(optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> None:
-    """Have an optimizer keep, beside its own state, the mean of the weights as "average" (Polyak & Juditsky 1992).
+    """Have an optimizer keep the mean of the weights as its state "average" (Polyak & Juditsky 1992).
 
-    Under ZeRO it sees flat parts of the parameters, and averages those.
+    Under ZeRO it sees flat shares of the parameters, and averages those.
 
     Args:
-        steps: how many are averaged, the one that is being done included; below 1 the average is the weights.
+        steps: returns how many steps are averaged, the current one included; below 1 the average is the weights.
     """
 
     def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -66,7 +71,7 @@ def keep_average(optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> 
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, peak: float, max_steps: int) -> float:
-    """The learning rate of optimizer step `step` (the first is 0): linear warm-up to `peak`, then the schedule's shape.
+    """Return the learning rate of a step, counted from 0: linear warm-up to `peak`, then the schedule's shape.
 
     cosine and linear run from the end of the warm-up to min_lr at max_steps; inverse_sqrt is
     peak * sqrt(warmup / step) (Vaswani et al. 2017, section 5.3), never below min_lr.

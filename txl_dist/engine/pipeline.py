@@ -3,17 +3,17 @@
     stage 0                       stage 1                       last stage
     embedding, layers 0 ... i     layers i + 1 ... j            layers j + 1 ..., softmax, loss
     (layer, lane) memories        (layer, lane) memories        (layer, lane) memories
-          |  hidden, reach, rows        |  hidden, reach, rows        |
+          |  hidden, lookback, rows     |  hidden, lookback, rows     |
           +---------------------------->+---------------------------->+
 
-Of a micro-batch its hidden states cross, and two kinds of small integers: `reach` and the rows, which say of whose
+Of a micro-batch its hidden states cross, and two kinds of small integers: `lookback`, and the rows, which say of whose
 lanes the states are. A memory never leaves its stage.
 """
 
 import contextlib
 import io
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import deepspeed
@@ -22,64 +22,83 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
+from txl_dist.checkpoint.format import Checkpoint
+from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.engine.anomaly_guard import AnomalyGuard
-from txl_dist.engine.engine import Engine
-from txl_dist.evaluation.likelihood import row_slices, tensors
+from txl_dist.distributed.process_group import ProcessGroup
+from txl_dist.engine.deepspeed_internals import (
+    expect_other_lengths,
+    first_and_last_ranks,
+    mark_as_replica,
+    pipeline_group,
+)
+from txl_dist.engine.engine import Engine, LocalModule, build_model, lane_split, parameter_names
+from txl_dist.engine.micro_batches import row_slices, segment_tensors
 from txl_dist.models.flops import flops
 from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
 
-Arriving = tuple[Tensor, Tensor, Tensor]  # tokens or hidden states, reach, rows
+StageInput = tuple[Tensor, Tensor, Tensor]  # tokens or hidden states, lookback, rows
 
 
 class Stage(nn.Module):
-    """A part of a model: the layers of one stage; the first stage has the embedding as well, the last the softmax.
+    """The layers of one pipeline stage; the first stage has the embedding as well, the last one the softmax.
 
     Attributes:
-        memory: what these layers read and write. Rows are computed again by activation checkpointing only within the
-            layers, so `forward` runs once for each micro-batch.
-        weight: the engine's.
-        guard: is told the losses of the lanes.
+        memory: of these layers; the engine sets it. Activation checkpointing computes rows again within the layers
+            only, so `forward` runs once for each micro-batch.
+        loss_weight: that of the engine.
+        lane_losses: to which the last stage appends the losses of a micro-batch's lanes.
     """
 
-    memory: Memory
-    weight: float
-    guard: AnomalyGuard
-
-    def __init__(self, model: TransformerXL, layers: range, first: bool, last: bool, first_scored: int):
+    def __init__(self, model: TransformerXL, layers: range, is_first: bool, is_last: bool, first_scored: int):
         super().__init__()
-        self.model, self.first, self.last, self.first_scored = model, first, last, first_scored
+        self.model = model
+        self.is_first = is_first
+        self.is_last = is_last
+        self.first_scored = first_scored
+        self.memory: Memory | None = None
+        self.loss_weight = 1.0
+        self.lane_losses: list[Tensor] = []
         model.layers = model.layers[layers.start : layers.stop]
-        if not first:
+        if not is_first:
             del model.embedding
-        if not last:
+        if not is_last:
             del model.softmax
 
-    def forward(self, arriving: Arriving) -> Tensor | Arriving:
-        """What the stage before sends -> what the stage after gets: hidden [rows, length, d_model], reach, rows."""
-        hidden, lookback, rows = arriving
-        if self.first:
+    def forward(self, stage_input: StageInput) -> Tensor | StageInput:
+        """Run this stage's layers on a micro-batch, and write the new memory of its rows.
+
+        Args:
+            stage_input: int64 [rows, length] tokens or, from the stage before, [rows, length, d_model] hidden states;
+                int64 [rows, length] lookback; int64 [rows], the numbers of the rows.
+
+        Returns:
+            The input of the next stage; of the last stage, the hidden states.
+        """
+        assert self.memory is not None
+        hidden, lookback, rows = stage_input
+        if self.is_first:
             hidden = self.model.embed(hidden)
-        hidden, remembered = self.model.through_layers(hidden, lookback, self.memory.read(rows))
-        self.memory.write(rows, remembered)
-        return hidden if self.last else (hidden, lookback, rows)
+        hidden, memory = self.model.through_layers(hidden, lookback, self.memory.read(rows))
+        self.memory.write(rows, memory)
+        return hidden if self.is_last else (hidden, lookback, rows)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """In training the weighted mean of a micro-batch's counted positions; in evaluation the sum of all."""
+        """Return a micro-batch's loss: in training the weighted mean over positions, in evaluation the sum of nats."""
         nats = self.model.predict(hidden, targets)
         if not self.training:
             return nats.double().sum()
-        counted = nats[:, self.first_scored :] * self.weight
-        self.guard.lane_losses.append(counted.detach().mean(dim=1))
-        return counted.mean()
+        weighted = nats[:, self.first_scored :] * self.loss_weight
+        self.lane_losses.append(weighted.detach().mean(dim=1))
+        return weighted.mean()
 
 
 class Pipeline(PipelineModule):
-    """One Stage a rank, and the parameters that the first and the last stage share.
+    """One Stage per rank, and the parameters that the first and the last stage share.
 
     DeepSpeed ties whole modules. Embedding and softmax are different ones that share some parameters: those are tied
-    here. DeepSpeed adds up the gradients of what `get_tied_weights_and_groups` tells.
+    here. DeepSpeed adds up the gradients of the parameters that `get_tied_weights_and_groups` returns.
     """
 
     def __init__(self, stage: Stage, number: int, stages: int):
@@ -87,83 +106,105 @@ class Pipeline(PipelineModule):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
             super().__init__(modules, num_stages=stages, partition_method="uniform", loss_fn=stage.loss)
         assert self.stage_id == number
-        self.tied: list[Any] = []
+        self.tied: list[tuple[nn.Parameter, Any]] = []
 
-    def tie(self, parameters: list[Any]) -> None:
+    def tie(self, parameters: list[nn.Parameter]) -> None:
         """Tie the first stage's parameters to those of the last, given in the same order; all ranks must call it."""
         if not parameters:
             return
-        stage_ranks = [self._topo.filter_match(pipe=stage) for stage in (0, self.num_stages - 1)]
-        for first, last in zip(*stage_ranks, strict=True):
+        for first, last in first_and_last_ranks(self):
             group = torch.distributed.new_group([first, last])
             if self.global_rank in (first, last):
-                self.tied, self.tied_group = parameters, group
+                self.tied = [(parameter, group) for parameter in parameters]
             if self.global_rank == last:
                 for parameter in parameters:
-                    parameter.ds_pipe_replicated = True  # counts once in the gradient's norm
+                    mark_as_replica(parameter)
 
-    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
-        return [(parameter, self.tied_group) for parameter in self.tied]
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Return the tied parameters, each with the process group of the two ranks that hold it."""
+        return self.tied
 
 
 class PipelineEngine(Engine):
-    def part(self, model: TransformerXL) -> tuple[TransformerXL, range, nn.Module]:
-        number, stages = self.split.stage(self.group.rank), self.split.stages
-        costs = flops(model.config, sum(model.softmax.sizes), self.split.micro_batch)
-        self.cut = self.job.engine.stage_layers or balanced(costs, stages)
-        ends = list(accumulate(self.cut))
-        layers = range(ends[number] - self.cut[number], ends[number])
-        embedding = set(model.embedding.parameters())
-        tied = [parameter for parameter in model.softmax.parameters() if parameter in embedding]
-        self.stage = Stage(model, layers, number == 0, number == stages - 1, self.job.first_scored)
-        self.stage.guard = self.guard
-        if not (self.stage.first or self.stage.last):
-            self.lanes = range(0)  # what a middle stage reads comes from the stage before
+    """Train one stage's layers on this rank's lanes.
+
+    Attributes:
+        stage_layers: how many layers each stage has.
+    """
+
+    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, checkpoint: Checkpoint | None):
+        split = lane_split(job, group)
+        number = split.stage(group.rank)
+        model = build_model(job, vocab_size, checkpoint)
+        names = parameter_names(model)
+        self.stage_layers = job.engine.stage_layers or balance_layers(
+            flops(job.model, vocab_size, split.micro_batch), split.stages
+        )
+        tied = tied_parameters(model)
+        end = sum(self.stage_layers[: number + 1])
+        layers = range(end - self.stage_layers[number], end)
+        self.stage = Stage(model, layers, number == 0, number == split.stages - 1, job.first_scored)
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group
-        pipeline = Pipeline(self.stage, number, stages)
+        pipeline = Pipeline(self.stage, number, split.stages)
         pipeline.tie(tied)
-        return model, layers, pipeline
+        super().__init__(job, group, LocalModule(model, layers, pipeline, names), checkpoint)
+        if not (self.stage.is_first or self.stage.is_last):
+            self.lanes = range(0)  # what a middle stage reads comes from the stage before
 
     def forward_backward_step(self, segment: Segment) -> Tensor:
-        self.stage.memory, self.stage.weight = self.memory, self.weight
+        """Return the mean loss of the micro-batches, in nats per token."""
+        self.stage.memory = self.memory
+        self.stage.loss_weight = self.loss_weight
+        self.stage.lane_losses = self.guard.lane_losses
         return self.deepspeed.train_batch(self.micro_batches(segment))
 
-    def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:
-        self.stage.memory = memory = self.empty_memory(self.model.config)
-        nats, tokens = torch.zeros((), dtype=torch.float64, device=self.group.device), 0
-        self.deepspeed.reset_activation_shape()  # lengths may differ from training's
+    def score(self, segments: Iterable[Segment]) -> tuple[Tensor, int]:
+        """Return the nats and the number of the scored tokens of this rank's lanes on the last stage; 0 on others."""
+        memory = self.empty_memory(self.model.config)
+        self.stage.memory = memory
+        nats = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        tokens = 0
+        expect_other_lengths(self.deepspeed)
         for segment in segments:
             losses = self.deepspeed.eval_batch(self.micro_batches(segment), reduce_output=None, bcast_loss=False)
             memory.commit()
-            if self.stage.last:
+            if self.stage.is_last:
                 nats += torch.stack(losses).sum()
                 tokens += int((segment.targets != NOT_SCORED).sum())
-        self.deepspeed.reset_activation_shape()
+        expect_other_lengths(self.deepspeed)
         return nats, tokens
 
-    def micro_batches(self, segment: Segment) -> Iterator[tuple[Arriving, Tensor]]:
-        """What the first stage reads, and the last stage's targets."""
+    def micro_batches(self, segment: Segment) -> Iterator[tuple[StageInput, Tensor]]:
+        """Yield the first stage's input and the last stage's targets of each micro-batch."""
         numbers = torch.arange(len(segment.inputs))
         for rows in row_slices(len(numbers), self.split.accumulation):
-            inputs, targets, lookback = tensors(segment, rows)
+            inputs, targets, lookback = segment_tensors(segment, rows)
             yield (inputs, lookback, numbers[rows]), targets
 
-    def global_grad_norm(self, norm: Tensor) -> Tensor:
-        squares = norm.square()
-        torch.distributed.all_reduce(squares, group=self.deepspeed.grid.get_pipe_parallel_group())
+    def global_grad_norm(self, local_norm: Tensor) -> Tensor:
+        """Return the norm of the whole model's gradient from those of all stages; all ranks must call it."""
+        squares = local_norm.square()
+        torch.distributed.all_reduce(squares, group=pipeline_group(self.deepspeed))
         return squares.sqrt()
 
     def __str__(self) -> str:
-        stages, micro_batches = self.split.stages, self.split.accumulation
+        stages = self.split.stages
+        micro_batches = self.split.accumulation
         idle = (stages - 1) / (micro_batches + stages - 1)
         return (
-            f"{super().__str__()}, {stages} stages of {'+'.join(map(str, self.cut))} layers "
+            f"{super().__str__()}, {stages} stages of {'+'.join(map(str, self.stage_layers))} layers "
             f"(idle {idle:.0%} of a step of {micro_batches} micro-batches)"
         )
 
 
-def balanced(costs: list[float], stages: int) -> list[int]:
-    """How many layers each stage gets, so that the costliest one costs as little as can be.
+def tied_parameters(model: TransformerXL) -> list[nn.Parameter]:
+    """Return the softmax's parameters that are the embedding's as well."""
+    embedding = set(model.embedding.parameters())
+    return [parameter for parameter in model.softmax.parameters() if parameter in embedding]
+
+
+def balance_layers(costs: list[float], stages: int) -> list[int]:
+    """Return how many layers each stage gets, so that the costliest stage costs as little as can be.
 
     Args:
         costs: of the embedding, of each layer and of the softmax.

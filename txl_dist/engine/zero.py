@@ -3,33 +3,41 @@
 from collections.abc import Iterable
 
 import torch
-from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import Tensor
 
+from txl_dist.checkpoint.format import Checkpoint
+from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
-from txl_dist.engine.engine import Engine
-from txl_dist.evaluation.likelihood import row_slices, score, tensors
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.distributed.process_group import ProcessGroup
+from txl_dist.engine.deepspeed_internals import forget_pipeline_grid
+from txl_dist.engine.engine import Engine, LocalModule, build_model, parameter_names
+from txl_dist.engine.micro_batches import row_slices, score_micro_batches, segment_tensors
 
 
 class ZeroEngine(Engine):
-    def part(self, model: TransformerXL) -> tuple[TransformerXL, range, nn.Module]:
-        groups.mpu = None  # DeepSpeed would keep the grid of a pipeline that this process has trained before
-        return model, range(len(model.layers)), model
+    """Train all layers on this rank's lanes."""
+
+    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, checkpoint: Checkpoint | None):
+        forget_pipeline_grid()
+        model = build_model(job, vocab_size, checkpoint)
+        local = LocalModule(model, range(len(model.layers)), model, parameter_names(model))
+        super().__init__(job, group, local, checkpoint)
 
     def forward_backward_step(self, segment: Segment) -> Tensor:
+        """Return the mean loss of this rank's scored positions, in nats per token."""
         losses = []
         for rows in row_slices(len(self.lanes), self.split.accumulation):
-            nats, remembered = self.deepspeed(*tensors(segment, rows), self.memory.read(rows))
-            self.memory.write(rows, remembered)
-            counted = nats[:, self.job.first_scored :] * self.weight
-            losses.append(counted.mean())
-            self.guard.lane_losses.append(counted.detach().mean(dim=1))
+            nats, memory = self.deepspeed(*segment_tensors(segment, rows), self.memory.read(rows))
+            self.memory.write(rows, memory)
+            weighted = nats[:, self.job.first_scored :] * self.loss_weight
+            losses.append(weighted.mean())
+            self.guard.lane_losses.append(weighted.detach().mean(dim=1))
             self.deepspeed.backward(losses[-1])
             self.deepspeed.step()
         return torch.stack(losses).detach().mean()
 
-    def score(self, segments: Iterable[Segment]) -> tuple[float, int]:
-        micro_batches = self.split.accumulation
-        mine = score(self.model, segments, self.group.device, len(self.lanes), micro_batches, forward=self.deepspeed)
-        return mine.nats, mine.tokens
+    def score(self, segments: Iterable[Segment]) -> tuple[Tensor, int]:
+        """Return the nats and the number of the scored tokens of this rank's lanes."""
+        device = self.group.device
+        caches = [self.model.empty_cache(self.split.micro_batch, device) for _ in range(self.split.accumulation)]
+        return score_micro_batches(self.deepspeed, caches, segments, device)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.models.transformer_xl import TransformerXL
@@ -42,26 +41,14 @@ def perplexity(nats: float) -> float:
 
 
 @torch.no_grad()
-def score(
-    model: TransformerXL,
-    segments: Iterable[Segment],
-    device: torch.device,
-    lanes: int,
-    micro_batches: int = 1,
-    forward: nn.Module | None = None,
-) -> Score:
-    """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing.
-
-    Args:
-        micro_batches: into which the lanes are divided.
-        forward: what runs the model, if that is not itself: DeepSpeed's engine.
-    """
-    memory = [model.empty_cache(lanes // micro_batches, device) for _ in range(micro_batches)]
+def score(model: TransformerXL, segments: Iterable[Segment], device: torch.device, lanes: int) -> Score:
+    """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing."""
+    memory = model.empty_cache(lanes, device)
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for segment in segments:
-        for i, rows in enumerate(row_slices(len(segment.inputs), len(memory))):
-            loss, memory[i] = (forward or model)(*tensors(segment, rows), memory[i])
-            nats += loss.double().sum()
+        arrays = (segment.inputs, segment.targets, segment.lookback)
+        losses, memory = model(*map(torch.from_numpy, arrays), memory)
+        nats += losses.double().sum()
         tokens += int((segment.targets != NOT_SCORED).sum())
     return Score(nats.item(), tokens)
 
@@ -103,15 +90,3 @@ def losses_in_context(
         part = slice(max(0, end - length), end)
         hidden, memory = model.through_layers(model.embed(inputs[:, part]), lookback[:, part], memory)
     return model.predict(hidden[:, -1:], targets)[:, 0].double().cpu().numpy()
-
-
-def row_slices(rows: int, micro_batches: int) -> list[slice]:
-    """The rows of each micro-batch."""
-    share = rows // micro_batches
-    return [slice(i * share, (i + 1) * share) for i in range(micro_batches)]
-
-
-def tensors(segment: Segment, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """inputs, targets and reach of some rows of a segment."""
-    inputs, targets, lookback = (torch.from_numpy(x[rows]) for x in (segment.inputs, segment.targets, segment.lookback))
-    return inputs, targets, lookback

@@ -1,15 +1,18 @@
-"""What devices can do at best: the rates that their vendors tell."""
+"""Peak rates of devices, as their vendors publish them."""
 
 import re
 
 import torch
 
+from txl_dist.config.schema import EngineConfig
+from txl_dist.distributed.process_group import ProcessGroup
+
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 
 # TFLOP/s of dense products of matrices, not of those with sparsity; fp16 and bf16 of the tensor cores, accumulating in
 # fp32 as training does; fp32 of the other cores. NVIDIA's figures, gathered second-hand: engine.peak_tflops overrides
-# them. Names are whole, as their kin with other rates bear similar ones (A10G, 3090 Ti).
-KNOWN: dict[str, tuple[float | None, ...]] = {
+# them. A pattern matches the full name: devices with other rates have similar ones (A10G, 3090 Ti).
+PEAK_TFLOPS: dict[str, tuple[float | None, ...]] = {
     "V100-SXM[23]-[0-9]+GB": (125, None, None, 15.7),
     "V100-PCIE-[0-9]+GB": (112, None, None, 14),
     "T4": (65, None, None, 8.1),
@@ -27,14 +30,27 @@ KNOWN: dict[str, tuple[float | None, ...]] = {
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """The rate of a device of this name (torch.cuda.get_device_name); None where it is not known, or has no such rate.
+    """Return the peak rate of a device of this name (torch.cuda.get_device_name).
 
-    In fp32 that of TF32 where it is allowed (torch.get_float32_matmul_precision) and there.
+    In fp32 it is the rate of TF32 where that is allowed (torch.get_float32_matmul_precision) and there is one. None
+    where the device is not known, or does not have the precision.
     """
-    for pattern, rates in KNOWN.items():
+    for pattern, rates in PEAK_TFLOPS.items():
         if re.fullmatch(f"(NVIDIA )?(Tesla )?({pattern})", name):
             rate = dict(zip(PRECISIONS, rates, strict=True))
             if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
                 return rate["tf32"] or rate["fp32"]
             return rate[precision]
     return None
+
+
+def total_peak_flops(config: EngineConfig, precision: str, group: ProcessGroup) -> float | None:
+    """Return the peak rate, in FLOP/s, of all ranks' devices together; every rank must call it.
+
+    None where the rate of any device is not known.
+    """
+    tflops = config.peak_tflops
+    if tflops is None and group.device.type == "cuda":
+        tflops = peak_tflops(torch.cuda.get_device_name(group.device), precision)
+    total, unknown = group.sum(tflops or 0.0, tflops is None)
+    return None if unknown else total * 1e12

@@ -1,4 +1,4 @@
-"""How fast a run is, and how long it waits for data."""
+"""Throughput of a run, and how long it waits for data and checkpoints."""
 
 import contextlib
 import time
@@ -11,47 +11,59 @@ class ThroughputMeter:
     """Measures training from one reading to the next, without the time spent `paused` (evaluation, checkpoints).
 
     Args:
+        step: the last step that is done already.
         flops_per_step: the model FLOPs of a training step.
-        peak: FLOP/s of all ranks' devices; None: not known.
+        peak_flops: FLOP/s of all ranks' devices together; None: not known.
     """
 
-    def __init__(self, segments: Segments, step: int, tokens_per_step: int, flops_per_step: float, peak: float | None):
-        self.segments, self.tokens_per_step = segments, tokens_per_step
-        self.flops_per_step, self.peak = flops_per_step, peak
-        self._restart(step)
+    def __init__(
+        self, segments: Segments, step: int, tokens_per_step: int, flops_per_step: float, peak_flops: float | None
+    ):
+        self.segments = segments
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_step = flops_per_step
+        self.peak_flops = peak_flops
+        self.step = step
+        self.began = time.perf_counter()
+        self.waited = segments.waited
+        self.saved = 0.0
 
-    def _restart(self, step: int) -> None:
-        self.step, self.waited, self.began = step, self.segments.waited, time.perf_counter()
+    def restart(self, step: int) -> None:
+        """Measure from here on, when `step` steps are done."""
+        self.step = step
+        self.began = time.perf_counter()
+        self.waited = self.segments.waited
         self.saved = 0.0
 
     def read(self, step: int) -> dict[str, float]:
-        """Since the last reading: tokens a second of all ranks, the share of the time spent waiting for data, and the
-        seconds that training has waited for checkpoints.
+        """Return what was measured since the last reading, and restart.
 
-        And, where the peak is known, model FLOPs utilisation (Chowdhery et al. 2022, appendix B): the share of it that
-        the model makes use of.
+        Tokens per second of all ranks; the share of the time spent waiting for data; the seconds that training has
+        waited for checkpoints. Where the peak is known also the model FLOPs utilisation, the share of the peak that the
+        model makes use of (Chowdhery et al. 2022, appendix B).
         """
         seconds = time.perf_counter() - self.began
         steps_per_second = (step - self.step) / seconds
-        told = {
+        metrics = {
             "train/tokens_per_second": steps_per_second * self.tokens_per_step,
             "train/data_wait": (self.segments.waited - self.waited) / seconds,
             "train/checkpoint_wait": self.saved,
         }
-        if self.peak:
-            told["train/mfu"] = steps_per_second * self.flops_per_step / self.peak
-        self._restart(step)
-        return told
+        if self.peak_flops:
+            metrics["train/mfu"] = steps_per_second * self.flops_per_step / self.peak_flops
+        self.restart(step)
+        return metrics
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Enter around what is not training."""
         since = time.perf_counter()
         yield
         self.began += time.perf_counter() - since
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around what waits for a checkpoint, within `paused`."""
+        """Enter around what waits for a checkpoint, within `paused`."""
         since = time.perf_counter()
         yield
         self.saved += time.perf_counter() - since

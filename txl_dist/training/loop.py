@@ -1,0 +1,242 @@
+"""The training loop, and one start of a run around it: from its checkpoint to the last step that is asked for."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from txl_dist.checkpoint.format import Checkpoint, latest
+from txl_dist.config.schema import TrainJob
+from txl_dist.data.index import Index
+from txl_dist.data.lanes import LanePlan
+from txl_dist.data.samples import SampleReader
+from txl_dist.data.segments import NOT_SCORED, Segment, Segments, whole_split
+from txl_dist.distributed.preemption import Preempted, Preemption
+from txl_dist.distributed.process_group import ProcessGroup
+from txl_dist.distributed.watchdog import Watchdog
+from txl_dist.engine.anomaly_guard import AnomalyDetected, BadStep, describe_bad_step
+from txl_dist.engine.engine import Engine
+from txl_dist.engine.pipeline import PipelineEngine
+from txl_dist.engine.zero import ZeroEngine
+from txl_dist.errors import RunError
+from txl_dist.files.lock import Lock
+from txl_dist.models.flops import training_flops
+from txl_dist.runs.resume import write_run
+from txl_dist.tracking.dropped_samples import DroppedSamples
+from txl_dist.tracking.gpu_peak import total_peak_flops
+from txl_dist.tracking.meter import ThroughputMeter
+from txl_dist.tracking.profile import Profile
+from txl_dist.tracking.tracker import Tracker
+
+
+class Training:
+    """One start of a run.
+
+    Args:
+        checkpoint: from which it resumes; None: it begins.
+        lock: of the run directory, on rank 0.
+
+    Attributes:
+        start: the last step that is done already.
+        stop: the last step that is asked for.
+        unlogged: where the start before was stopped in an evaluation: the other metrics of that step.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        index: Index,
+        checkpoint: Checkpoint | None,
+        group: ProcessGroup,
+        watchdog: Watchdog,
+        preemption: Preemption,
+        lock: Lock | None,
+    ):
+        self.job = job
+        self.index = index
+        self.group = group
+        self.watchdog = watchdog
+        self.preemption = preemption
+        self.lock = lock
+        write_run(job, index, group)
+        self.engine = build_engine(job, index, group, checkpoint)
+        self.start = self.engine.step
+        self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
+        self.origin = describe_origin(job, checkpoint)
+        self.unlogged: dict[str, Any] | None = checkpoint.data.get("unlogged") if checkpoint else None
+        preemption.ask("while it was starting")
+        self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
+        self.segments = training_segments(job, index, self.engine, self.stop)
+        self.dropped = DroppedSamples(self.segments.reader, group, self.tracker.reporter)
+        flops = training_flops(job.model, index.vocab_size, job.data.num_lanes)
+        peak = total_peak_flops(job.engine, self.engine.precision, group)
+        self.meter = ThroughputMeter(self.segments, self.start, job.tokens_per_step, flops, peak)
+
+    def run(self) -> bool:
+        """Train to the last step that is asked for; after the run's last one evaluate the test split.
+
+        Returns:
+            False where the run was rolled back: it is to be resumed from its latest valid checkpoint.
+
+        Raises:
+            Preempted: on every rank, where a signal stops it; what is to be saved is saved.
+            RunError: on every rank, where training cannot continue.
+        """
+        with self.tracker, self.engine.checkpointer:
+            lanes = f"{self.job.data.num_lanes} lanes of {self.job.model.tgt_len} tokens per step"
+            self.tracker.reporter.say(f"{self.job.run.dir}: {self.origin}; {self.engine}, {lanes}")
+            try:
+                self.loop()
+            except AnomalyDetected as anomaly:
+                self.engine.checkpointer.wait()
+                message = self.describe(anomaly.bad_step)
+                if anomaly.bad_step.action == "stop":
+                    raise RunError(message.splitlines()) from anomaly
+                self.tracker.reporter.say(message)
+            else:
+                if self.engine.step == self.job.train.max_steps and "test" in self.index.splits:
+                    self.log(self.evaluate("test"))
+                return True
+        self.engine.close()
+        return False
+
+    def loop(self) -> None:
+        """Train on one segment per step, in order."""
+        engine = self.engine
+        self.meter.restart(self.start)
+        profile = Profile(self.job, self.start, self.group, self.tracker.reporter, self.meter)
+        if self.unlogged is not None:
+            self.evaluate_log_and_save(self.unlogged)
+        for segment in self.segments:
+            with profile.step(engine.step + 1):
+                loss = engine.train_step(segment)
+            self.watchdog.beat(f"step {engine.step}")
+            self.preemption.poll()
+            self.dropped.tokens += engine.dropped_tokens
+            if engine.guard.bad_step:
+                self.tracker.reporter.say(self.describe(engine.guard.bad_step))
+            metrics = self.measure(loss) if self.is_due(self.job.tracking.log_every, self.stop) else {}
+            self.evaluate_log_and_save(metrics)
+            self.tracker.reporter.advance(engine.step)
+            if self.preemption.agreed and engine.step < self.stop:
+                raise Preempted(f"after step {engine.step}")
+
+    def is_due(self, every: int, last: int) -> bool:
+        """Return whether something is due that is done every so many steps, and at the last one."""
+        return self.engine.step % every == 0 or self.engine.step == last
+
+    def measure(self, loss: Tensor) -> dict[str, Any]:
+        """Return the metrics of the last step; every rank must call it.
+
+        Raises:
+            AnomalyDetected: where a step since the last reading was bad.
+        """
+        engine = self.engine
+        engine.guard.raise_pending()
+        metrics = {
+            "train/loss": engine.mean(loss),
+            "train/lr": engine.learning_rate,
+            "train/grad_norm": engine.grad_norm,
+        }
+        return metrics | self.meter.read(engine.step) | self.dropped.read() | engine.guard.metrics()
+
+    def evaluate_log_and_save(self, metrics: dict[str, Any]) -> None:
+        """Do what is due after a step: an evaluation, a line of the log with these metrics, a checkpoint."""
+        with self.meter.paused():
+            if self.is_due(self.job.train.eval_every, self.job.train.max_steps) and "valid" in self.index.splits:
+                try:
+                    metrics = metrics | self.evaluate("valid")
+                except Preempted:
+                    self.save(None, unlogged=metrics)
+                    raise
+            if metrics:
+                self.log(metrics)
+            if self.is_due(self.job.checkpoint.every, self.stop) or self.preemption.agreed:
+                self.save(metrics.get("valid/loss"))
+
+    def evaluate(self, name: str) -> dict[str, float]:
+        """Return the metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte.
+
+        Raises:
+            Preempted: on every rank, after the same segment.
+        """
+        data = self.job.data
+        tgt_len = self.job.evaluation.of(self.job.model).tgt_len
+        segments = whole_split(
+            self.index, name, data.num_lanes, tgt_len, data.reset_memory, self.engine.lanes, data.workers
+        )
+        score = self.engine.evaluate(self.until_stopped(segments, name))
+        if self.preemption.agreed:
+            raise Preempted(f"in the evaluation of {name} after step {self.engine.step}")
+        metrics = score.metrics(self.index.splits[name].bytes)
+        return {f"{name}/{key}": value for key, value in metrics.items()}
+
+    def until_stopped(self, segments: Segments, name: str) -> Iterator[Segment]:
+        """Yield segments of a split under a progress bar, until the ranks agree that a signal has come."""
+        for segment in self.tracker.reporter.watch(segments, f"evaluating {name}", len(segments)):
+            yield segment
+            self.watchdog.beat(f"a segment of {name}")
+            if self.preemption.poll():
+                return
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Log the metrics of the current step; every rank must call it.
+
+        Raises:
+            RunError: on every rank, where the run cannot be logged or saved on any, or another start has its lock.
+        """
+        self.tracker.log({"step": self.engine.step, "tokens": self.engine.tokens} | metrics)
+        problems = self.tracker.problems + self.engine.checkpointer.problems
+        if self.lock is not None and self.lock.lost.is_set():
+            problems.append(
+                f"run.dir={self.job.run.dir}: another start has taken it over, as this one was silent for too long"
+            )
+        self.group.raise_if_any_failed(problems)
+
+    def save(self, valid_loss: float | None, **more: Any) -> None:
+        """Save a checkpoint of the current step, with what the run is trained on and more facts."""
+        data = {
+            "fingerprint": self.index.fingerprint,
+            "vocab_size": self.index.vocab_size,
+            "tokenizer": self.index.tokenizer_files,
+            "place": self.index.store.absolute_location,
+        }
+        with self.meter.saving():
+            self.engine.save(data | more, valid_loss)
+        self.watchdog.beat(f"the checkpoint of step {self.engine.step}")
+
+    def describe(self, bad_step: BadStep) -> str:
+        """Say what is wrong with a step, and what happens now."""
+        return describe_bad_step(bad_step, self.segments.plan, self.job.guard, latest(self.job.run.dir))
+
+
+def build_engine(job: TrainJob, index: Index, group: ProcessGroup, checkpoint: Checkpoint | None) -> Engine:
+    """Build the engine that the config asks for, with the state of a checkpoint."""
+    kind = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
+    return kind(job, index.vocab_size, group, checkpoint)
+
+
+def training_segments(job: TrainJob, index: Index, engine: Engine, stop: int) -> Segments:
+    """Return the segments of this rank's lanes, from the engine's step to the last one."""
+    plan = LanePlan(
+        index.splits["train"].document_starts,
+        job.data.num_lanes,
+        job.model.tgt_len,
+        seed=job.run.seed,
+        order=job.data.order,
+        reset_memory=job.data.reset_memory,
+        origin=engine.origin,
+    )
+    reader = SampleReader(index, "train", fill_value=NOT_SCORED if job.data.on_error == "skip_sample" else None)
+    return Segments(
+        plan, reader, engine.lanes, index.eos, engine.step, stop, workers=job.data.workers, mem_len=job.model.mem_len
+    )
+
+
+def describe_origin(job: TrainJob, checkpoint: Checkpoint | None) -> str:
+    """Say from where a start resumes, and whether with another optimizer than before."""
+    if checkpoint is None:
+        return "starting"
+    before = checkpoint.config["optimizer"]["name"]
+    change = f" with {job.optimizer.name} in place of {before}" if before != job.optimizer.name else ""
+    return f"resuming from step {checkpoint.step:,}{change}"
