@@ -9,7 +9,7 @@ from torch import Tensor
 from txl_dist.cli import command, read_standard_input
 from txl_dist.config.schema import GenerateJob
 from txl_dist.data.tokenizers import Tokenizer
-from txl_dist.models.memory import States, side_by_side
+from txl_dist.models.layers.state import LayerState, concat_lanes
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.runs.load import encode_text, load_model, load_tokenizer
 
@@ -75,7 +75,7 @@ def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJ
     """
     read = [prefill(model, prompt) for prompt in prompts]
     log_probs = torch.cat([each for each, _ in read])
-    memory = side_by_side(states for _, states in read)
+    memory = concat_lanes(states for _, states in read)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     rng = [torch.Generator().manual_seed(job.seed) for _ in prompts]
     while True:
@@ -86,7 +86,7 @@ def continuations(model: TransformerXL, prompts: list[list[int]], job: GenerateJ
         log_probs, lengths = log_probs[:, -1], lengths + 1
 
 
-def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[States]]:
+def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[LayerState]]:
     """Read a prompt, segment by segment: log-probabilities of the next token [1, vocab_size], and the memory."""
     memory = model.empty_cache(1)
     for start in range(0, len(prompt), model.config.tgt_len):

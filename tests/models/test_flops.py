@@ -8,7 +8,7 @@ from txl_dist.models.flops import (
     embedding_products,
     flops,
     layer_products,
-    parts,
+    products_by_part,
     softmax_products,
     training_flops,
     zipf_share,
@@ -28,11 +28,11 @@ def counted(function):
 
 
 def forward(products):
-    return sum(each.forward for each in products)
+    return sum(product.forward for product in products)
 
 
 def trained(products):
-    return sum(each.trained for each in products)
+    return sum(product.trained for product in products)
 
 
 def training_step(config):
@@ -55,13 +55,14 @@ def test_a_layer(make_config, attention, mem_len):
     assert counted(lambda: model.layers[0](hidden, memory, encoding, visible)) == forward(products)
 
 
-def test_embedding_and_softmax_with_known_members(make_config):
+def test_embedding_and_softmax_with_known_clusters(make_config):
     config = make_config(**ADAPTIVE)
     model = TransformerXL(config, VOCAB)
     tokens = torch.tensor([[0] * 4 + [60] * 2 + [150]] * LANES)
-    members, sizes = [4 * LANES, 2 * LANES, LANES], [50, 70, 80]
+    in_cluster = [4 * LANES, 2 * LANES, LANES]
     hidden = torch.zeros(LANES, 7, 24, requires_grad=True)
-    embedding, softmax = embedding_products(config, members), softmax_products(config, sizes, [7 * LANES, *members[1:]])
+    embedding = embedding_products(config, in_cluster)
+    softmax = softmax_products(config, [50, 70, 80], [7 * LANES, *in_cluster[1:]])
     assert counted(lambda: model.embedding(tokens)) == forward(embedding)
     assert counted(lambda: model.softmax(hidden, tokens)) == forward(softmax)
     assert counted(lambda: model.embedding(tokens).sum().backward()) == trained(embedding)
@@ -72,17 +73,18 @@ def test_a_whole_model_with_one_softmax(make_config):
     config = make_config()
     model = TransformerXL(config, VOCAB)
     tokens = torch.zeros(LANES, 7, dtype=torch.int64)
-    whole = counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES)))
-    assert whole == sum(flops(config, VOCAB, LANES)) and len(flops(config, VOCAB, LANES)) == config.n_layer + 2
+    by_part = flops(config, VOCAB, LANES)
+    assert counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))) == sum(by_part)
+    assert len(by_part) == config.n_layer + 2
 
 
 @pytest.mark.parametrize("pre_lnorm", [False, True])
 @pytest.mark.parametrize("mem_len, same_length", [(0, False), (3, False), (3, True), (11, False), (11, True)])
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm):
-    """What runs is counted to the last operation; the model's part of it has the pairs that the mask leaves visible."""
+    """Every operation that runs is counted; the model needs only those of pairs that the mask leaves visible."""
     config = make_config(attention=attention, mem_len=mem_len, same_length=same_length, pre_lnorm=pre_lnorm)
-    products = sum(parts(config, VOCAB, LANES), [])
+    products = sum(products_by_part(config, VOCAB, LANES), [])
     with FlopCounterMode(display=False) as counter:
         training_step(config)()
     runs = counter.get_total_flops()
@@ -96,13 +98,13 @@ def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm
     assert training_flops(config, VOCAB, LANES) == pytest.approx(runs - of_scores + seen, rel=1e-12)
 
 
-def test_what_is_computed_again_is_not_the_models(make_config):
+def test_recomputation_is_not_counted_as_the_models(make_config):
     config = make_config()
     model = TransformerXL(config, VOCAB)
     model.activation_checkpointing = True
     tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
     runs = counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))[0].mean().backward())
-    products = sum(parts(config, VOCAB, LANES), [])
+    products = sum(products_by_part(config, VOCAB, LANES), [])
     assert runs > trained(products) > training_flops(config, VOCAB, LANES)
 
 
@@ -117,9 +119,9 @@ def test_lanes_cost_alike_but_share_r(make_config):
 @pytest.mark.parametrize(
     "sizes, vocab_size, lanes, projections, attention, head",
     [
-        # wt103_large and enwik8_large; GFLOP a token, counted by hand: products of each token with weights of the
+        # wt103_large and enwik8_large; GFLOP per token, counted by hand: products of each token with weights of the
         # layers (those of the memory's keys and values twice, the others three times), attention, and the softmax, of
-        # clusters the first. What is left out (r, the rare clusters) is less than a hundredth.
+        # clusters the first. The rest (r, the rare clusters) is less than a hundredth.
         (
             {"n_layer": 18, "d_model": 1024, "n_head": 16, "d_head": 64, "d_inner": 4096, "tgt_len": 384}
             | {"mem_len": 384, "div_val": 4, "cutoffs": [20_000, 40_000, 200_000]},

@@ -1,4 +1,4 @@
-"""Transformer-XL against Hugging Face's (transformers 4.36.2), and the laws of memory, reach and window."""
+"""Transformer-XL against Hugging Face's (transformers 4.36.2), and the laws of memory, lookback and window."""
 
 from dataclasses import asdict, replace
 
@@ -9,13 +9,13 @@ from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion.weights import translate
-from txl_dist.models.memory import Cache, States, side_by_side
+from txl_dist.models.layers.state import KVCache, LayerState, concat_lanes
 from txl_dist.models.transformer_xl import TransformerXL
 
 torch.set_num_threads(1)
 
 VOCAB, LANES = 50, 3
-FAR = 10**6  # a reach beyond any memory
+FAR = 10**6  # a lookback beyond any memory
 BASE = ModelConfig(
     name="transformer_xl",
     n_layer=2,
@@ -54,11 +54,11 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 def from_start(length: int, lanes: int = LANES, start: int = 0) -> Tensor:
-    """The reach of a stream's positions start, start + 1, ..."""
+    """The lookback of a stream's positions start, start + 1, ..."""
     return torch.arange(start, start + length).expand(lanes, length)
 
 
-def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory: list[States] | None = None) -> Tensor:
+def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory: list[LayerState] | None = None) -> Tensor:
     """The log-probabilities over a stream that is read from its start in segments."""
     memory, start, out = memory or model.empty_memory(len(stream)), 0, []
     for length in lengths:
@@ -87,11 +87,11 @@ def reference(config: ModelConfig, dtype: torch.dtype) -> TransfoXLLMHeadModel:
     return theirs
 
 
-def assert_near(mine: Tensor, theirs: Tensor, tolerance: float, what: str = "") -> None:
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float, name: str) -> None:
     """Equal up to `tolerance`, relative to the largest number."""
-    assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, what
-    error = (mine - theirs).abs().max().item() / theirs.abs().max().item() if mine.numel() else 0.0
-    assert error <= tolerance, f"{what}: {error:.1e}"
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
+    error = (ours - theirs).abs().max().item() / theirs.abs().max().item() if ours.numel() else 0.0
+    assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 CASES = {
@@ -160,9 +160,9 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
         assert_near(nll, their_nll, tolerance, "nll")
         assert_near(log_probs, theirs.crit(hidden).view(LANES, length, VOCAB), tolerance, "log_probs")
         assert len(new_memory) == len(same_memory) == config.n_layer
-        for mine, same, old in zip(new_memory, same_memory, output.mems or [], strict=config.mem_len > 0):
-            assert_near(mine, old.transpose(0, 1), tolerance, "memory")
-            assert torch.equal(mine, same) and not mine.requires_grad
+        for ours, again, old in zip(new_memory, same_memory, output.mems or [], strict=config.mem_len > 0):
+            assert_near(ours, old.transpose(0, 1), tolerance, "memory")
+            assert torch.equal(ours, again) and not ours.requires_grad
         memory, their_memory = new_memory, output.mems
         loss, their_loss = loss + nll.sum(), their_loss + their_nll.sum()
 
@@ -173,7 +173,7 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
         assert_near(parameter.grad, gradients[name], tolerance, name)
 
 
-# ------------------------------------------------------------------------------------- memory, reach, window
+# ---------------------------------------------------------------------------------- memory, lookback, window
 
 
 @pytest.mark.parametrize("attention", ["relative", "shaw"])  # absolute positions are those in a segment
@@ -263,15 +263,15 @@ def test_cached_keys_and_values_change_no_number(attention, pre_lnorm):
     for seed in (0, 1):
         model.load_state_dict(build(config, seed=seed).state_dict())
         expected, cache = read(model, tokens(LANES, sum(lengths)), lengths), model.empty_cache(LANES)
-        found = read(model, tokens(LANES, sum(lengths)), lengths, cache)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        cached = [isinstance(layer, Cache) for layer in cache]
+        with_cache = read(model, tokens(LANES, sum(lengths)), lengths, cache)
+        torch.testing.assert_close(with_cache, expected, rtol=1e-12, atol=1e-12)
+        cached = [isinstance(layer, KVCache) for layer in cache]
         assert cached == {"absolute": [False, True, True], "al_rfou": [False] * 3}.get(attention, [True] * 3)
 
 
 @pytest.mark.parametrize("case", ["full softmax", "clusters", "div_val 2"])
 def test_neither_the_layout_nor_the_number_of_tokens_changes_a_number(case):
-    """Of fewer tokens than d_model the head's outputs are joined, else its tables."""
+    """For fewer tokens than d_model the head's outputs are concatenated, else its tables."""
     model, stream = build(replace(BASE, **CASES[case])), tokens(LANES, 10)
     expected, tied = read(model, stream, [10]), len(list(model.parameters()))
     model.store_long_rows()
@@ -282,7 +282,7 @@ def test_neither_the_layout_nor_the_number_of_tokens_changes_a_number(case):
         assert weight.size(weight.stride().index(1)) == max(weight.shape)
 
 
-def test_lanes_that_were_read_alone_go_on_together():
+def test_lanes_that_were_read_alone_continue_together():
     for attention in ("relative", "absolute"):  # the latter's first layer has no cache
         model, stream = build(replace(BASE, attention=attention)).eval(), tokens(2, 12)
         parts, memories = [], []
@@ -290,8 +290,8 @@ def test_lanes_that_were_read_alone_go_on_together():
             memories.append(model.empty_cache(1))
             _, memories[-1] = model(lane[:, :9], None, from_start(9, 1), memories[-1])
             parts.append(read(model, lane, [9, 3])[:, 9:])
-        found, _ = model(stream[:, 9:], None, from_start(3, 2, 9), side_by_side(memories))
-        torch.testing.assert_close(found, torch.cat(parts), rtol=1e-12, atol=1e-12)
+        together, _ = model(stream[:, 9:], None, from_start(3, 2, 9), concat_lanes(memories))
+        torch.testing.assert_close(together, torch.cat(parts), rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- how it is built
@@ -332,11 +332,11 @@ def test_parameters_are_used_only_by_the_modules_that_own_them(case):
     """As under ZeRO-3: a parameter is there only within the forward of a module that holds it directly."""
     model = build(replace(BASE, **CASES[case])).eval()
     expected, _ = model(tokens(LANES, 5), None, from_start(5), model.empty_memory(LANES))
-    whole = {parameter: parameter.data for parameter in model.parameters()}
+    gathered = {parameter: parameter.data for parameter in model.parameters()}
 
     def gather(module, *_):
         for parameter in module.parameters(recurse=False):
-            parameter.data = whole[parameter]
+            parameter.data = gathered[parameter]
 
     def release(module, *_):
         for parameter in module.parameters(recurse=False):
@@ -355,8 +355,8 @@ def test_parameters_are_used_only_by_the_modules_that_own_them(case):
 
 
 @pytest.mark.parametrize("case", ["full softmax", "clusters", "div_val 2"])
-def test_a_step_waits_for_nothing_that_a_gpu_has_to_do(case):
-    """Tensors on "meta" have no numbers: whatever asks for one, be it how many tokens a cluster has, fails there."""
+def test_a_step_never_synchronises_with_a_gpu(case):
+    """Tensors on "meta" have no numbers: reading one fails, be it to count how many tokens a cluster has."""
     drops = dict.fromkeys(["dropout", "dropatt", "dropout_words"], 0.1)
     model = build(replace(BASE, **CASES[case], **drops)).to("meta")
     inputs, targets, lookback = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)

@@ -23,11 +23,11 @@ from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine import deepspeed_internals
 from txl_dist.engine.anomaly_guard import AnomalyGuard
+from txl_dist.engine.memory import Memory
 from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.sharded_state import ShardedState
 from txl_dist.evaluation.likelihood import Score
 from txl_dist.models.layers.backends import default_backend
-from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -329,7 +329,7 @@ def build_model(job: TrainJob, vocab_size: int, checkpoint: Checkpoint | None) -
     model = TransformerXL(job.model, vocab_size)
     model.activation_checkpointing = job.engine.activation_checkpointing
     for attention in model.attentions():
-        attention.way = job.engine.attention
+        attention.backend = job.engine.attention
     if job.engine.compile:
         for layer in model.layers:
             layer.compile()

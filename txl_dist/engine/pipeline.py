@@ -33,9 +33,9 @@ from txl_dist.engine.deepspeed_internals import (
     pipeline_group,
 )
 from txl_dist.engine.engine import Engine, LocalModule, build_model, lane_split, parameter_names
+from txl_dist.engine.memory import Memory
 from txl_dist.engine.micro_batches import row_slices, segment_tensors
 from txl_dist.models.flops import flops
-from txl_dist.models.memory import Memory
 from txl_dist.models.transformer_xl import TransformerXL
 
 StageInput = tuple[Tensor, Tensor, Tensor]  # tokens or hidden states, lookback, rows

@@ -1,1 +1,1 @@
-"""The models: one architecture a file, readable beside its paper. They know tensors only, no DeepSpeed and no data."""
+"""The models: one architecture per file, readable beside its paper. They know tensors, but no DeepSpeed and no data."""

@@ -5,8 +5,8 @@
     h <- LayerNorm(h + attention(q, k, v, r, u, v))
     h <- LayerNorm(h + feed-forward(h))
 
-What a layer remembers of a lane are its own last mem_len *inputs*, oldest first. Memory is an argument and a result: a
-forward in training writes nothing, and may be run again (activation checkpointing, pipelines) without harm.
+A layer remembers of each lane its own last mem_len *inputs*, oldest first. Memory is an argument and a result: a
+forward in training writes nothing, and may be repeated (activation checkpointing, pipelines) without harm.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,20 @@ from torch.utils.checkpoint import checkpoint
 from txl_dist.config.schema import ModelConfig
 from txl_dist.errors import ConfigError
 from txl_dist.files.parsing import describe
-from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, send
-from txl_dist.models.layers.attention import Attention, attention_of_layer, encode_distances
+from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, to_device
+from txl_dist.models.layers.attention import (
+    AbsoluteAttention,
+    Attention,
+    LearnedPositionsAttention,
+    RelativeAttention,
+    ShawAttention,
+    SinusoidalAttention,
+    clip_distances,
+    encode_distances,
+)
 from txl_dist.models.layers.backends import AttentionWindow
 from txl_dist.models.layers.dropout import Dropout
-from txl_dist.models.memory import Remembered, States
+from txl_dist.models.layers.state import LayerState, StateT
 
 
 class FeedForward(nn.Module):
@@ -41,10 +50,28 @@ class FeedForward(nn.Module):
         self.pre_lnorm = config.pre_lnorm
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[lanes, length, d_model] -> the same."""
+        """Transform each position alone: [lanes, length, d_model] -> [lanes, length, d_model]."""
         inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu_()
         hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner)))
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
+
+
+def build_attention(config: ModelConfig, layer: int) -> Attention:
+    """Build a layer's attention, of the variant that model.attention names; `layer` counts from 0."""
+    sizes = (config.d_model, config.n_head, config.d_head)
+    options: dict[str, Any] = {
+        "dropout": config.dropout,
+        "dropatt": config.dropatt,
+        "variational": config.variational,
+        "pre_lnorm": config.pre_lnorm,
+    }
+    if config.attention == "relative":
+        return RelativeAttention(*sizes, **options)
+    if config.attention == "shaw":
+        return ShawAttention(*sizes, config.max_distance, **options)
+    if config.attention == "al_rfou":
+        return LearnedPositionsAttention(*sizes, config.max_distance, **options)
+    return SinusoidalAttention(*sizes, **options) if layer == 0 else AbsoluteAttention(*sizes, **options)
 
 
 class Layer(nn.Module):
@@ -52,65 +79,70 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int):
         super().__init__()
-        self.attention = attention_of_layer(config, number)
+        self.attention = build_attention(config, number)
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, memory: States, encoding: Tensor, window: AttentionWindow
-    ) -> tuple[Tensor, States]:
-        """Arguments and results are those of Attention."""
-        hidden, remembered = self.attention(hidden, memory, encoding, window)
-        return self.feed_forward(hidden), remembered
+        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow
+    ) -> tuple[Tensor, LayerState]:
+        """Run both sublayers; arguments and results are those of `Attention.forward`."""
+        hidden, new_memory = self.attention(hidden, memory, encoding, window)
+        return self.feed_forward(hidden), new_memory
 
 
 class Uninitialised(TorchFunctionMode):
-    """Initialise nothing: on the meta device the first random number costs a second of imports."""
+    """Skip all initialisation: on the meta device the first random number costs a second of imports."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        options = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else given["tensor"]
-        return function(*args, **given)
+            return args[0] if args else options["tensor"]
+        return function(*args, **options)
 
 
 def parameter_shapes(config: ModelConfig, vocab_size: int, at_most: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters. Nothing is allocated for them.
+    """Return names and shapes of a model's parameters, without allocating memory for them.
 
     Raises:
-        ConfigError: where a model of this config would have more than `at_most` parameter tensors.
+        ConfigError: where a model of this config would have more than `at_most` parameter tensors, or one larger
+            than a tensor can be.
     """
     clusters = len(config.cutoffs) if config.div_val > 1 else 0
     if config.n_layer + clusters > at_most:
-        raise ConfigError(
-            [f"model.n_layer={config.n_layer} and {clusters} model.cutoffs: there are only {at_most} tensors for them"]
-        )
+        sizes = f"model.n_layer={config.n_layer} and {clusters} model.cutoffs"
+        raise ConfigError([f"{sizes}: there are only {at_most} tensors for them"])
     try:
         with torch.device("meta"), Uninitialised():
             model = TransformerXL(config, vocab_size)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError([f"model: no tensor has the sizes of this config ({describe(error)})"]) from error
-    return {name: tuple(each.shape) for name, each in model.named_parameters()}
+        raise ConfigError([f"model: no tensor can have the sizes of this config ({describe(error)})"]) from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 class TransformerXL(nn.Module):
-    """The language model: token by token, the distribution of the next one.
+    """The language model: at each token the distribution of the next one.
 
     Attributes:
-        activation_checkpointing: in training keep no activations within the layers, and compute them again in backward.
+        activation_checkpointing: in training keep no activations within the layers; recompute them in backward.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.embedding = AdaptiveEmbedding(config, vocab_size)
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.n_layer))
-        self.softmax = AdaptiveSoftmax(config, vocab_size, self.embedding)
-        kinds = config.dropout, config.dropout_input, config.dropout_output
-        self.dropout, self.input_dropout, self.output_dropout = (
-            Dropout(config.dropout if p is None else p, config.variational) for p in kinds
+        self.embedding = AdaptiveEmbedding(
+            vocab_size, config.d_model, config.cutoffs, config.div_val, config.dropout_words
         )
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.n_layer))
+        self.softmax = AdaptiveSoftmax(self.embedding, config.tie_weights, config.tie_projections)
+        self.dropout = Dropout(config.dropout, config.variational)
+        self.input_dropout = self.build_dropout(config.dropout_input)
+        self.output_dropout = self.build_dropout(config.dropout_output)
         self.initialise()
+
+    def build_dropout(self, p: float | None) -> Dropout:
+        """Build a dropout with a probability of its own, or with the model's where that is None."""
+        return Dropout(self.config.dropout if p is None else p, self.config.variational)
 
     def initialise(self) -> None:
         """Draw all weights as the authors' code does."""
@@ -125,18 +157,18 @@ class TransformerXL(nn.Module):
                 nn.init.normal_(parameter, 0.0, self.config.init_std)
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None, lookback: Tensor, memory: Sequence[Remembered]
-    ) -> tuple[Tensor, list[Remembered]]:
-        """Read a segment of any length. Its integers may be on the CPU: a GPU is then not waited for.
+        self, inputs: Tensor, targets: Tensor | None, lookback: Tensor, memory: Sequence[StateT]
+    ) -> tuple[Tensor, list[StateT]]:
+        """Read a segment of any length. Its integers may be on the CPU: then nothing synchronises with the GPU.
 
         Args:
             inputs: int64 [lanes, length].
             targets: int64 [lanes, length], the token to be predicted at each position; -100: not scored.
-                None: the whole distribution is wanted.
-            reach: int64 [lanes, length], how many tokens back each position may look: the number of tokens before it
+                None: return the whole distribution.
+            lookback: int64 [lanes, length], how many tokens back each position may look: the number of tokens before it
                 in its document, or in its stream since the last reset. What the memory holds beyond has no effect.
-            memory: [lanes, mem_len, d_model] a layer, what the segment before left; at first `empty_memory`. In
-                evaluation `empty_cache`.
+            memory: for each layer [lanes, mem_len, d_model], as the segment before has returned it; at first
+                `empty_memory`. In evaluation `empty_cache`.
 
         Returns:
             The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
@@ -148,57 +180,66 @@ class TransformerXL(nn.Module):
     # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """int64 [lanes, length] -> [lanes, length, d_model]."""
-        return self.input_dropout(self.embedding(inputs))
+        """Embed tokens: int64 [lanes, length] -> [lanes, length, d_model]."""
+        embedded: Tensor = self.input_dropout(self.embedding(inputs))
+        return embedded
 
-    def through_layers(
-        self, hidden: Tensor, lookback: Tensor, memory: Sequence[Remembered]
-    ) -> tuple[Tensor, list[Remembered]]:
-        """[lanes, length, d_model] -> the same, and the new memory; all layers that are here."""
+    def through_layers(self, hidden: Tensor, lookback: Tensor, memory: Sequence[StateT]) -> tuple[Tensor, list[StateT]]:
+        """Run all layers that are here: [lanes, length, d_model] -> [lanes, length, d_model], and the new memory."""
         encoding, window = self.positions_and_window(hidden, lookback)
         new_memory = []
         for layer, past in zip(self.layers, memory, strict=True):
-            hidden, remembered = self.run(layer, hidden, past, encoding, window)
+            hidden, remembered = self.run_layer(layer, hidden, past, encoding, window)
             new_memory.append(remembered)
         return hidden, new_memory
 
     def predict(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
-        """[lanes, length, d_model] -> the first result of `forward`."""
-        return self.softmax(self.output_dropout(hidden), targets)
+        """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
+        prediction: Tensor = self.softmax(self.output_dropout(hidden), targets)
+        return prediction
 
     def positions_and_window(self, hidden: Tensor, lookback: Tensor) -> tuple[Tensor, AttentionWindow]:
-        """What all layers share: the encoding of distances, and which keys each query sees."""
-        config, lookback = self.config, send(lookback, hidden.device)
+        """Compute once what all layers share: the encoding of distances, and the keys that each query sees."""
+        config = self.config
+        lookback = to_device(lookback, hidden.device)
         keys = config.mem_len + lookback.size(1)
-        encoding = encode_distances(config, keys, like=hidden)
-        if encoding.is_floating_point():
+        if config.attention in ("shaw", "al_rfou"):  # which learn their embeddings
+            encoding = clip_distances(keys, config.clamp_len, config.max_distance, hidden.device)
+        else:
+            encoding = encode_distances(keys, config.clamp_len, config.d_model, hidden.dtype, hidden.device)
             encoding = self.dropout(encoding)
         if config.same_length:  # mem_len keys at most, itself included
             lookback = lookback.clamp(max=config.mem_len - 1)
         return encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype)
 
-    def run(self, layer: nn.Module, *args: States | AttentionWindow) -> tuple[Tensor, Any]:
+    def run_layer(
+        self, layer: nn.Module, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow
+    ) -> tuple[Tensor, Any]:
+        """Run one layer, in training without keeping its activations where `activation_checkpointing` is set."""
+        result: tuple[Tensor, Any]
         if self.activation_checkpointing and self.training:
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+            result = checkpoint(layer, hidden, memory, encoding, window, use_reentrant=False)
+        else:
+            result = layer(hidden, memory, encoding, window)
+        return result
 
     def empty_memory(self, lanes: int) -> list[Tensor]:
-        """The memory before the first token."""
+        """Return each layer's memory before the first token, [lanes, mem_len, d_model]."""
         return [attention.empty_memory(lanes, self.config.mem_len) for attention in self.attentions()]
 
-    def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[States]:
-        """The same for evaluation: keys and values, where that can be, which are made once and give the same numbers.
+    def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[LayerState]:
+        """Return an empty key/value cache for evaluation (hidden states for variants that cannot cache).
 
-        As long as it is in use weights must not change, and no segment is read twice.
+        As long as it is in use weights must not change, and no segment may be read twice.
 
         Args:
-            device: where it is computed, if that is not where the weights are.
+            device: where the model computes, if that is not where its weights are.
         """
         device = device or next(self.parameters()).device
         return [attention.empty_cache(lanes, self.config.mem_len, device) for attention in self.attentions()]
 
     def store_long_rows(self) -> None:
-        """Lay out every matrix with its longer side in one piece; values and shapes stay.
+        """Store every matrix with its longer side contiguous; values and shapes stay.
 
         On a CPU products with one token, which generation consists of, are then up to twice as fast.
         """
@@ -207,5 +248,5 @@ class TransformerXL(nn.Module):
                 parameter.data = parameter.data.T.contiguous().T
 
     def attentions(self) -> list[Attention]:
-        """Those of the layers that are here."""
+        """Return the attention sublayers of all layers that are here."""
         return [module for module in self.layers.modules() if isinstance(module, Attention)]

@@ -1,12 +1,11 @@
-"""Adaptive input and softmax by themselves; their agreement with the reference is in test_transformer_xl.py."""
+"""Adaptive input and softmax on their own; test_transformer_xl.py compares them with the reference."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from txl_dist.config.schema import ModelConfig
 from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 
 torch.set_num_threads(1)
@@ -20,15 +19,12 @@ CASES = {
 }
 
 
-def build(**options: Any) -> tuple[AdaptiveEmbedding, AdaptiveSoftmax]:
-    values: dict[str, Any] = dict.fromkeys(["n_layer", "n_head", "d_head", "d_inner", "tgt_len", "mem_len"], 1)
-    values |= {"name": "transformer_xl", "d_model": D_MODEL, "clamp_len": -1, "same_length": False, "dropout": 0.0}
-    values |= {"attention": "relative", "max_distance": 1, "dropatt": 0.0, "pre_lnorm": False, "init_std": 0.02}
-    values |= {"div_val": 1, "cutoffs": [], "tie_weights": True, "tie_projections": True} | options
-    config = ModelConfig(**values)
+def build(
+    cutoffs: Sequence[int] = (), div_val: int = 1, tie_weights: bool = True, tie_projections: bool = True
+) -> tuple[AdaptiveEmbedding, AdaptiveSoftmax]:
     torch.manual_seed(0)
-    embedding = AdaptiveEmbedding(config, VOCAB)
-    softmax = AdaptiveSoftmax(config, VOCAB, embedding)
+    embedding = AdaptiveEmbedding(VOCAB, D_MODEL, list(cutoffs), div_val)
+    softmax = AdaptiveSoftmax(embedding, tie_weights, tie_projections)
     for parameter in {*embedding.parameters(), *softmax.parameters()}:
         nn.init.normal_(parameter)
     return embedding.double(), softmax.double()
@@ -57,7 +53,7 @@ def test_nll_is_the_targets_log_probability(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_scored_has_no_loss_and_no_gradient(case):
+def test_a_position_that_is_not_scored_has_no_loss_and_no_gradient(case):
     _, softmax = build(**CASES[case])
     hidden, targets = hidden_and_all_tokens()
     targets[:, ::2] = -100
@@ -69,7 +65,7 @@ def test_what_is_not_scored_has_no_loss_and_no_gradient(case):
 
 
 def test_clusters_are_chosen_in_their_order():
-    """Outputs of the head after the first cluster's tokens: the second cluster, the third, ..."""
+    """The head's outputs after the first cluster's tokens are the second cluster, the third, ..."""
     _, softmax = build(cutoffs=[10, 12, 25])
     with torch.no_grad():
         for parameter in softmax.parameters():
@@ -110,7 +106,7 @@ def test_clusters_without_tokens_have_gradients_of_zero(case, present):
 
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize("tie_projections", [True, False])
-def test_ties_are_those_asked_for(tie_weights, tie_projections):
+def test_parameters_are_tied_as_asked(tie_weights, tie_projections):
     embedding, softmax = build(cutoffs=[10, 25], div_val=2, tie_weights=tie_weights, tie_projections=tie_projections)
     shared = {name for name, p in embedding.named_parameters() if softmax.get_parameter(name) is p}
     assert shared == ({"table_0", "table_1", "table_2"} if tie_weights else set()) | (

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from txl_dist.models.layers.attention import attention_of_layer, encode_distances, sinusoids
+from txl_dist.models.layers.attention import clip_distances, encode_distances, sinusoids
 from txl_dist.models.layers.backends import AttentionWindow, skew
+from txl_dist.models.transformer_xl import build_attention
 
 torch.set_num_threads(1)
 
@@ -27,7 +28,7 @@ VARIANTS |= {"pre_lnorm": {"pre_lnorm": True}, "absolute, pre_lnorm": {"attentio
 def build(config, layer=0):
     """An attention sublayer in float64 whose weights are large enough for every one of them to matter."""
     torch.manual_seed(0)
-    attention = attention_of_layer(config, layer).double()
+    attention = build_attention(config, layer).double()
     for name, parameter in attention.named_parameters():
         nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.3)
     return attention
@@ -37,15 +38,22 @@ def states(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def encode(config, keys, like):
+    """The encoding of distances that the model gives to its layers."""
+    if config.attention in ("shaw", "al_rfou"):
+        return clip_distances(keys, config.clamp_len, config.max_distance, like.device)
+    return encode_distances(keys, config.clamp_len, config.d_model, like.dtype, like.device)
+
+
 def run(attention, config, hidden, memory, lookback):
     """The sublayer as the model calls it."""
     mem_len = memory.size(1)
-    encoding = encode_distances(config, mem_len + hidden.size(1), like=hidden)
+    encoding = encode(config, mem_len + hidden.size(1), hidden)
     return attention(hidden, memory, encoding, AttentionWindow(lookback, mem_len, hidden.dtype))[0]
 
 
 def by_the_formula(attention, config, hidden, memory, lookback, layer=0) -> Tensor:
-    """Loops over lanes, heads, queries and keys, from the papers; a position is a place in memory and segment."""
+    """Loops over lanes, heads, queries and keys, from the papers; a position counts from the memory's first one."""
     weights, mem_len = dict(attention.named_parameters()), memory.size(1)
     past_and_present = torch.cat([memory, hidden], 1)
     keys = past_and_present.size(1)
@@ -67,7 +75,7 @@ def by_the_formula(attention, config, hidden, memory, lookback, layer=0) -> Tens
         return nn.functional.layer_norm(x, x.shape, weights["layer_norm.weight"], weights["layer_norm.bias"])
 
     if config.attention == "absolute" and layer == 0:
-        added = torch.stack([sinusoid(clamped(keys - 1 - place)) for place in range(keys)])
+        added = torch.stack([sinusoid(clamped(keys - 1 - position)) for position in range(keys)])
         past_and_present = past_and_present + added
     if config.attention == "al_rfou":
         past_and_present = past_and_present + torch.stack([weights["position"][row(keys - 1 - p)] for p in range(keys)])
@@ -101,7 +109,7 @@ def by_the_formula(attention, config, hidden, memory, lookback, layer=0) -> Tens
     return out
 
 
-def reaches(length: int) -> Tensor:
+def lookbacks(length: int) -> Tensor:
     """Three lanes: everything, nothing but itself, and a document that begins in mid-segment."""
     return torch.stack(
         [torch.full((length,), 10**6), torch.zeros(length).long(), (torch.arange(length) + 2) % max(length - 1, 1)]
@@ -114,7 +122,7 @@ def test_attention_is_the_papers_formula(make_config, variant, length, mem_len):
     config = make_config(d_model=8, d_head=3, **VARIANTS[variant])
     for layer in (0, 1):
         attention = build(config, layer)
-        given = states(LANES, length, 8), states(LANES, mem_len, 8, seed=1), reaches(length)
+        given = states(LANES, length, 8), states(LANES, mem_len, 8, seed=1), lookbacks(length)
         expected = by_the_formula(attention, config, *given, layer)
         torch.testing.assert_close(run(attention, config, *given), expected, rtol=1e-12, atol=1e-12)
 
@@ -126,8 +134,8 @@ def test_attention_has_the_gradients_of_its_values(make_config, variant):
     parameters = dict(attention.named_parameters())
 
     def function(hidden, *values):
-        encoding = encode_distances(config, 5, like=hidden)
-        arguments = hidden, states(LANES, 2, 4, seed=1), encoding, AttentionWindow(reaches(3), 2, hidden.dtype)
+        encoding = encode(config, 5, hidden)
+        arguments = hidden, states(LANES, 2, 4, seed=1), encoding, AttentionWindow(lookbacks(3), 2, hidden.dtype)
         return torch.func.functional_call(attention, dict(zip(parameters, values, strict=True)), arguments)[0]
 
     values = [value.detach().requires_grad_() for value in parameters.values()]
@@ -135,14 +143,15 @@ def test_attention_has_the_gradients_of_its_values(make_config, variant):
 
 
 @pytest.mark.parametrize("variant", ["relative", "shaw", "absolute", "al_rfou"])
-def test_a_memory_row_is_seen_by_those_that_reach_it(make_config, variant):
-    """A changed row of the memory changes the queries whose reach includes it, and no other."""
+def test_a_memory_row_is_seen_by_those_that_look_back_to_it(make_config, variant):
+    """A changed row of the memory changes the queries whose lookback includes it, and no other."""
     config = make_config(**VARIANTS[variant])
     attention, hidden, memory = build(config), states(1, 4, 24), states(1, 5, 24, seed=1)
     lookback = torch.tensor([[2, 3, 9, 1]])
     changed = memory.clone()
     changed[0, 3] += 1  # at distance 2 of the first query, 3 of the second, 4 of the third
-    before, after = (run(attention, config, hidden, each, lookback) for each in (memory, changed))
+    before = run(attention, config, hidden, memory, lookback)
+    after = run(attention, config, hidden, changed, lookback)
     assert [i for i in range(4) if not torch.equal(before[0, i], after[0, i])] == [0, 1, 2]
 
 
@@ -172,11 +181,10 @@ def test_skew_puts_every_distance_at_its_key():
         assert torch.equal(skew(columns)[..., past], distance[past].expand(2, 3, -1))
 
 
-def test_sight_by_hand():
+def test_window_by_hand():
     def seen(lookback, mem_len):
-        return [
-            "".join(".x"[key] for key in row) for row in AttentionWindow(torch.tensor([lookback]), mem_len).visible[0]
-        ]
+        window = AttentionWindow(torch.tensor([lookback]), mem_len)
+        return ["".join(".x"[key] for key in row) for row in window.visible[0]]
 
     assert seen([0, 1, 2], 2) == ["..x..", "..xx.", "..xxx"]  # the memory is empty
     assert seen([1, 2, 3], 2) == [".xx..", ".xxx.", ".xxxx"]  # it is half full
@@ -186,17 +194,14 @@ def test_sight_by_hand():
     assert seen([9], 0) == ["x"]
 
 
-def test_sight_is_each_lanes_own():
+def test_each_lane_has_its_own_window():
     lookback = torch.tensor([[0, 1], [5, 5]])
     both = AttentionWindow(lookback, 1).visible
     assert both.dtype == torch.bool and both.shape == (2, 2, 3)
-    assert torch.equal(
-        both, torch.cat([AttentionWindow(lookback[:1], 1).visible, AttentionWindow(lookback[1:], 1).visible])
-    )
-    assert (
-        torch.equal(AttentionWindow(lookback, 1).mask == 0, both)
-        and AttentionWindow(lookback, 1, torch.bfloat16).mask.dtype == torch.bfloat16
-    )
+    alone = [AttentionWindow(lane[None], 1).visible for lane in lookback]
+    assert torch.equal(both, torch.cat(alone))
+    assert torch.equal(AttentionWindow(lookback, 1).mask == 0, both)
+    assert AttentionWindow(lookback, 1, torch.bfloat16).mask.dtype == torch.bfloat16
 
 
 def test_sinusoids_by_hand():
@@ -207,19 +212,15 @@ def test_sinusoids_by_hand():
         assert encoding[row].tolist() == pytest.approx(expected, abs=1e-15)
 
 
-def test_distances_are_clamped_and_take_their_dtype(make_config):
-    like = torch.zeros(0, dtype=torch.bfloat16)
-    encoding, free = (encode_distances(make_config(clamp_len=clamp_len), 6, like) for clamp_len in (3, -1))
+def test_distances_are_clamped_and_take_their_dtype():
+    cpu = torch.device("cpu")
+    encoding, free = (encode_distances(6, clamp_len, 24, torch.bfloat16, cpu) for clamp_len in (3, -1))
     assert encoding.dtype == torch.bfloat16 and encoding.shape == (7, 24)
     assert torch.equal(encoding[:3], free[2].expand(3, 24)) and torch.equal(encoding[2:], free[2:])
     assert not torch.equal(free[0], free[1])
 
 
-def test_learned_distances_are_rows_of_their_table(make_config):
+def test_learned_distances_are_rows_of_their_table():
     """Farther ones share the last row; the column of the future has any."""
-    like = torch.zeros(0)
-    far = make_config(attention="shaw", max_distance=9), make_config(attention="shaw", max_distance=3)
-    assert [encode_distances(config, 6, like)[:-1].tolist() for config in far] == [
-        [5, 4, 3, 2, 1, 0],
-        [3, 3, 3, 2, 1, 0],
-    ]
+    rows = [clip_distances(6, -1, max_distance, torch.device("cpu"))[:-1].tolist() for max_distance in (9, 3)]
+    assert rows == [[5, 4, 3, 2, 1, 0], [3, 3, 3, 2, 1, 0]]

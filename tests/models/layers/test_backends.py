@@ -1,4 +1,4 @@
-"""The ways to compute attention agree with the formula, and each of its arguments counts."""
+"""The backends of attention agree with the formula, and each of its arguments counts."""
 
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ LANES, N_HEAD, D_HEAD = 3, 2, 5
 SHAPES = [(7, 0), (7, 3), (3, 9), (1, 6), (1, 0), (8, 8)]
 
 
-def reaches(length: int) -> Tensor:
+def lookbacks(length: int) -> Tensor:
     """Three lanes: everything, nothing but itself, and a document that begins in mid-segment."""
     return torch.stack([torch.full((length,), 10**6), torch.zeros(length).long(), (torch.arange(length) + 2) % 4])
 
@@ -28,24 +28,23 @@ def arguments(length: int, mem_len: int, kind: str) -> list[Tensor]:
     return [value.requires_grad_() for value in values]
 
 
-def by_way(way: str, lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *distances: Tensor) -> Tensor:
-    told = RelativePositions(distances[0], distances[1], distances[2] if distances[2:] else None) if distances else None
-    return attend(
-        way, content, key, value, told, AttentionWindow(lookback, key.size(1) - content.size(1), content.dtype), 0.0
-    )
+def by_backend(backend: str, lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
+    relative = RelativePositions(terms[0], terms[1], terms[2] if terms[2:] else None) if terms else None
+    window = AttentionWindow(lookback, key.size(1) - content.size(1), content.dtype)
+    return attend(backend, content, key, value, relative, window, 0.0)
 
 
-def by_the_formula(lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *distances: Tensor) -> Tensor:
+def by_the_formula(lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
     """One lane, head, query and key after the other."""
     out, mem_len, keys = torch.zeros_like(content), key.size(1) - content.size(1), key.size(1)
     for lane, i, head in torch.cartesian_prod(*map(torch.arange, content.shape[:3])).tolist():
         scores, seen = [], []
         for j in range(max(0, mem_len + i - int(lookback[lane, i])), mem_len + i + 1):
             score, distance = content[lane, i, head] @ key[lane, j, head], mem_len + i - j
-            if distances:
-                score = score + distances[0][lane, i, head] @ distances[1][keys - 1 - distance, head]
-            if distances[2:]:
-                score = score + distances[2][keys - 1 - distance, head]
+            if terms:
+                score = score + terms[0][lane, i, head] @ terms[1][keys - 1 - distance, head]
+            if terms[2:]:
+                score = score + terms[2][keys - 1 - distance, head]
             scores.append(score / D_HEAD**0.5)
             seen.append(value[lane, j, head])
         out[lane, i, head] = torch.stack(scores).softmax(0) @ torch.stack(seen)
@@ -54,28 +53,29 @@ def by_the_formula(lookback: Tensor, content: Tensor, key: Tensor, value: Tensor
 
 @pytest.mark.parametrize("kind", ["content", "position", "bias"])
 @pytest.mark.parametrize("length, mem_len", SHAPES)
-@pytest.mark.parametrize("way", ["reference", "sdpa"])
-def test_every_way_is_the_formula(way, length, mem_len, kind):
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_every_backend_is_the_formula(backend, length, mem_len, kind):
     """The result, and the gradients of all arguments, of one loss."""
-    given, lookback = arguments(length, mem_len, kind), reaches(length)
-    expected, found = by_the_formula(lookback, *given), by_way(way, lookback, *given)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    given, lookback = arguments(length, mem_len, kind), lookbacks(length)
+    expected = by_the_formula(lookback, *given)
+    computed = by_backend(backend, lookback, *given)
+    torch.testing.assert_close(computed, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gradients = (torch.autograd.grad(result, given, upstream) for result in (found, expected))
+    gradients = (torch.autograd.grad(result, given, upstream) for result in (computed, expected))
     for gradient, right in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("way", ["reference", "sdpa"])
-def test_dropout_drops_probabilities_and_keeps_their_mean(way):
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_dropout_drops_probabilities_and_keeps_their_mean(backend):
     content, key, value = (torch.randn(1, 50, 1, 4) for _ in range(3))
     value = torch.ones_like(value)  # the result is then what is left of the probabilities' sum
     torch.manual_seed(0)
-    left = attend(way, content, key, value, None, AttentionWindow(torch.full((1, 50), 99), 0), 0.5)
+    left = attend(backend, content, key, value, None, AttentionWindow(torch.full((1, 50), 99), 0), 0.5)
     assert left.std() > 0.1 and abs(left.mean() - 1) < 4 * left.std() / left[..., 0].numel() ** 0.5
 
 
-def test_the_fastest_way_is_the_devices():
+def test_the_default_backend_depends_on_device_and_dtype():
     assert default_backend(torch.device("cpu"), torch.bfloat16) == "reference"
     assert default_backend(torch.device("cuda"), torch.float32) == "sdpa"
     assert default_backend(torch.device("cuda"), torch.bfloat16) == ("triton" if find_spec("triton") else "sdpa")

@@ -1,4 +1,4 @@
-"""Dropout and its kinds: what is dropped, where, and that the mean stays."""
+"""Dropout and its kinds: they drop what they should, where they should, and keep the mean."""
 
 import pytest
 import torch
@@ -33,15 +33,15 @@ def test_a_dropped_word_is_dropped_wherever_it_stands(make_config):
     torch.testing.assert_close(embedded[~gone], 2 * kept[~gone])
 
 
-def places(model):
-    """The share that each dropout of a model drops, by its place."""
+def probabilities(model):
+    """The probability of each dropout of a model, by the module's name."""
     return {name: module.p for name, module in model.named_modules() if isinstance(module, Dropout)}
 
 
-def test_each_kind_has_its_place(make_config):
+def test_each_kind_has_its_module(make_config):
     kinds = {"dropout": 0.1, "dropout_input": 0.2, "dropout_ff": 0.3, "dropout_output": 0.4}
-    found = places(TransformerXL(make_config(n_layer=1, **kinds), VOCAB))
-    assert found == {
+    model = TransformerXL(make_config(n_layer=1, **kinds), VOCAB)
+    assert probabilities(model) == {
         "dropout": 0.1,
         "input_dropout": 0.2,
         "output_dropout": 0.4,
@@ -49,10 +49,10 @@ def test_each_kind_has_its_place(make_config):
         "layers.0.feed_forward.inner_dropout": 0.3,
         "layers.0.feed_forward.dropout": 0.1,
     }
-    assert set(places(TransformerXL(make_config(dropout=0.25), VOCAB)).values()) == {0.25}
+    assert set(probabilities(TransformerXL(make_config(dropout=0.25), VOCAB)).values()) == {0.25}
 
 
-def test_a_kind_that_drops_everything_shows_where_it_stands(make_config):
+def test_a_kind_that_drops_everything_shows_where_it_is_applied(make_config):
     """With all inputs dropped no token matters; with all outputs dropped no hidden state does."""
     tokens, lookback = torch.arange(7)[None], torch.arange(7)[None]
     for kind in ("dropout_input", "dropout_output"):
@@ -60,12 +60,11 @@ def test_a_kind_that_drops_everything_shows_where_it_stands(make_config):
         model = TransformerXL(make_config(**{kind: 0.999999}), VOCAB)
         one, _ = model(tokens, None, lookback, model.empty_memory(1))
         two, _ = model(tokens + 9, None, lookback, model.empty_memory(1))
-        assert torch.equal(one, two) and not torch.equal(
-            model.eval()(tokens, None, lookback, model.empty_memory(1))[0], one
-        )
+        evaluated, _ = model.eval()(tokens, None, lookback, model.empty_memory(1))
+        assert torch.equal(one, two) and not torch.equal(evaluated, one)
 
 
-def test_the_feed_forward_drops_within(make_config):
+def test_the_feed_forward_drops_its_inner_numbers(make_config):
     """With (almost) all of the inner numbers dropped, what the sublayer adds is the outer bias alone."""
     torch.manual_seed(0)
     feed_forward = TransformerXL(make_config(dropout_ff=0.999999, pre_lnorm=True), VOCAB).layers[0].feed_forward

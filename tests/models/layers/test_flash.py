@@ -1,4 +1,4 @@
-"""The fused kernels against the plain formula, under Triton's interpreter; and what a compiler for sm_90 says of them.
+"""The fused kernels against the plain formula, under Triton's interpreter; and their registers as compiled for sm_90.
 
 No GPU is needed. Triton decides at its import whether it interprets or compiles, so each is done in a process of its
 own, and neither touches the other tests.
@@ -97,7 +97,7 @@ def build(length, mem_len, n_head, d_head, lanes=4, without=()) -> dict:
     }
 
 
-def reaches(length: int, mem_len: int) -> Tensor:
+def lookbacks(length: int, mem_len: int) -> Tensor:
     """Four lanes: everything, only itself, documents that begin in mid-segment, a window as of same_length."""
     i = torch.arange(length)
     document = torch.where(i < length // 3, mem_len + i, (i - length // 3) % max(1, length // 2))
@@ -129,7 +129,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def check_formula(shape, without) -> None:
     length, mem_len, n_head, d_head = shape
-    arguments, lookback = build(*shape, without=without), reaches(length, mem_len)
+    arguments, lookback = build(*shape, without=without), lookbacks(length, mem_len)
     weight = random(4, length, n_head, d_head, seed=9)
     expected = results(lambda leaves: by_the_formula(leaves, lookback), arguments, weight)
     assert_close(results(lambda x: attend(x, lookback), in_single(arguments), weight.float()), expected)
@@ -158,7 +158,7 @@ def test_variants_of_the_score(interpreted, without):
 def check_strides() -> None:
     """Queries and their gradient by head, keys and values time-major in one projection, the rest with gaps."""
     length, mem_len, n_head, d_head = shape = 37, 30, 2, 16
-    arguments, lookback = in_single(build(*shape)), reaches(length, mem_len)
+    arguments, lookback = in_single(build(*shape)), lookbacks(length, mem_len)
     expected = results(lambda x: attend(x, lookback), arguments, torch.ones(1))
 
     def apart(leaves):
@@ -202,13 +202,13 @@ def check_hidden() -> None:
     assert not torch.equal(got["out"][:, split], expected["out"][:, split])
 
 
-def test_what_no_query_sees_changes_nothing(interpreted):
+def test_keys_that_no_query_sees_change_nothing(interpreted):
     interpreted(check_hidden)
 
 
 def check_repetition() -> None:
     length, mem_len = 70, 20
-    arguments, lookback = in_single(build(length, mem_len, 1, 16)), reaches(length, mem_len)
+    arguments, lookback = in_single(build(length, mem_len, 1, 16)), lookbacks(length, mem_len)
 
     def run():
         torch.manual_seed(0)
@@ -225,20 +225,20 @@ def check_dropout() -> None:
     """With one-hot values the output is the probabilities, in which the dropped ones can be seen."""
     share, length, mem_len, n_head = 0.3, 100, 28, 2
     d_head = keys = mem_len + length
-    arguments, lookback = build(length, mem_len, n_head, d_head), reaches(length, mem_len)
+    arguments, lookback = build(length, mem_len, n_head, d_head), lookbacks(length, mem_len)
     arguments["value"] = torch.eye(keys, dtype=torch.float64)[None, :, None].expand(4, -1, n_head, -1)
     single = {name: x.contiguous() for name, x in in_single(arguments).items()}
     weight = random(4, length, n_head, d_head, seed=9)
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    whole = attend(single, lookback)
+    undropped = attend(single, lookback)
     assert torch.equal(torch.get_rng_state(), before)  # without dropout nothing is drawn
     got = results(lambda x: attend(x, lookback, share), single, weight.float())
     other = attend(single, lookback, share)
 
-    seen = whole > 1e-12
-    factor = torch.where(seen, got["out"] / whole.clamp(min=1e-12), 0.0)
+    seen = undropped > 1e-12
+    factor = torch.where(seen, got["out"] / undropped.clamp(min=1e-12), 0.0)
     kept = factor > 0.5
     assert torch.allclose(factor[kept], torch.tensor(1 / (1 - share))) and not factor[~kept].any()
     assert abs(kept[seen].double().mean() - (1 - share)) < 0.01  # of more than 20,000
@@ -286,21 +286,21 @@ KERNELS: dict = {}  # of the compiling process, by name
 
 
 def spilled(d_head: int, dropout: float, folder: str) -> dict[str, int]:
-    """The bytes that each kernel spills from registers, as ptxas tells."""
+    """The bytes that each kernel spills from registers, as ptxas reports them."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     os.environ["TRITON_CACHE_DIR"] = folder
     length, mem_len = 96, 128
     arguments = {name: x.bfloat16() for name, x in build(length, mem_len, 2, d_head).items()}
     KERNELS.clear()
-    results(lambda x: attend(x, reaches(length, mem_len), dropout), arguments, torch.ones(1))
+    results(lambda x: attend(x, lookbacks(length, mem_len), dropout), arguments, torch.ones(1))
     spills = {}
     for name, kernel in KERNELS.items():
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
         command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
-        told = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
-        spills[name] = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
-        assert "registers" in told
+        report = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+        spills[name] = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        assert "registers" in report
     return spills
 
 

@@ -1,15 +1,15 @@
-"""What all attention comes down to, and the ways to compute it:
+"""The attention core shared by all variants, and its backends.
 
     softmax((content key^T + position r_distance + bias_distance) / sqrt(d_head)) value
 
-`content` and `position` are two queries (Dai et al. 2019, section 3.3: q + u and q + v), r and bias what stands for
-distances. The ways (`WAYS`) take the same arguments and differ by rounding:
+`content` and `position` are two queries (Dai et al. 2019, section 3.3: q + u and q + v); r and bias depend on the
+distance between query and key. The backends (`BACKENDS`) take the same arguments and differ by rounding:
 
     content       [lanes, length, n_head, d_head]
     key, value    [lanes, keys, n_head, d_head]
-    distances     Distances; None: scores have no term of position
-    sight         Sight
-    dropout       of the probabilities
+    relative      RelativePositions; None: scores have no positions
+    window        AttentionWindow
+    dropout       probability to drop an attention probability
     result        [lanes, length, n_head, d_head]
 """
 
@@ -25,11 +25,12 @@ from torch.nn import functional as F
 
 
 class RelativePositions(NamedTuple):
-    """What scores owe to distances.
+    """The terms of the scores that depend on the distance between query and key.
 
-    position: [lanes, length, n_head, d_head].
-    r: [keys + 1, n_head, d_head], for distances keys - 1, ..., 1, 0, -1; the last stands for the future.
-    bias: [keys + 1, n_head], or None.
+    Attributes:
+        position: [lanes, length, n_head, d_head], the queries for position.
+        r: [keys + 1, n_head, d_head], for distances keys - 1, ..., 1, 0, -1; the last stands for the future.
+        bias: [keys + 1, n_head], for the same distances; or None.
     """
 
     position: Tensor
@@ -39,15 +40,15 @@ class RelativePositions(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionWindow:
-    """Which keys each query sees: those at distance 0, 1, ..., `reach`.
+    """The keys that each query sees: those at distance 0, 1, ..., `lookback`.
 
     Keys are the mem_len remembered positions, then the segment's own: query i is at distance 0 from key mem_len + i.
-    One integer a query thus hides an unfilled memory, another document and a lane's past before its reset alike.
+    One integer per query thus hides an unfilled memory, another document and a lane's past before its reset alike.
 
     Args:
-        reach: int64 [lanes, length], how many tokens back each position may look.
-        mem_len: remembered positions, filled or not.
-        dtype: of the scores.
+        lookback: int64 [lanes, length], how many tokens back each position may look.
+        mem_len: number of remembered positions, filled or not.
+        dtype: dtype of the scores.
     """
 
     lookback: Tensor
@@ -56,15 +57,16 @@ class AttentionWindow:
 
     @cached_property
     def visible(self) -> Tensor:
-        """bool [lanes, length, mem_len + length]."""
-        length, device = self.lookback.size(1), self.lookback.device
+        """Return whether a query sees a key: bool [lanes, length, mem_len + length]."""
+        length = self.lookback.size(1)
+        device = self.lookback.device
         query = torch.arange(self.mem_len, self.mem_len + length, device=device)
         distance = query[:, None] - torch.arange(self.mem_len + length, device=device)
         return (distance >= 0) & (distance <= self.lookback[:, :, None])
 
     @cached_property
     def mask(self) -> Tensor:
-        """What is added to scores, the same shape: 0 where a key is seen, else minus infinity."""
+        """Return what is added to scores, [lanes, length, mem_len + length]: 0 where a key is seen, else -inf."""
         return torch.zeros_like(self.visible, dtype=self.dtype).masked_fill_(~self.visible, -torch.inf)
 
 
@@ -73,7 +75,7 @@ def skew(by_distance: Tensor) -> Tensor:
 
     Query i of n has distance d in column keys - 1 - d and wants it at key keys - n + i - d, n - 1 - i columns further
     left. Leaving out the first n - 1 numbers and reading on in rows one shorter does just this: it moves the first row
-    by n - 1, and each following one by one less. What comes to stand at future keys has no meaning and is to be masked.
+    by n - 1, and each following one by one less. The scores at future keys are meaningless and must be masked.
 
     Args:
         by_distance: [..., length, keys + 1], contiguous in these two; the columns are distances keys - 1, ..., 0, -1.
@@ -86,12 +88,12 @@ def skew(by_distance: Tensor) -> Tensor:
     return by_distance.flatten(-2).narrow(-1, length - 1, length * keys).view(*batch, length, keys)
 
 
-def position_scores(distances: RelativePositions) -> Tensor:
-    """skew(position r^T + bias) / sqrt(d_head), [n_head, lanes, length, keys].
+def position_scores(relative: RelativePositions) -> Tensor:
+    """Compute skew(position r^T + bias) / sqrt(d_head): [n_head, lanes, length, keys].
 
-    Heads come before lanes: what stands for distances is common to all lanes, and so is one product a head for all.
+    Heads come before lanes: r is common to all lanes, so that one product per head does for all of them.
     """
-    position, r, bias = distances
+    position, r, bias = relative
     lanes, length, n_head, d_head = position.shape
     scale = d_head**-0.5
     by_distance = (position * scale).movedim(-2, 0).flatten(1, 2) @ r.permute(1, 2, 0)
@@ -104,18 +106,18 @@ def reference(
     content: Tensor,
     key: Tensor,
     value: Tensor,
-    distances: RelativePositions | None,
+    relative: RelativePositions | None,
     window: AttentionWindow,
     dropout: float,
 ) -> Tensor:
-    """The formula, with scores and probabilities in memory."""
+    """Compute the formula as it is written, with scores and probabilities in memory."""
     lanes, length, n_head, d_head = content.shape
-    # Heads, then lanes: of one lane, and of a Cache, these are views.
+    # Heads, then lanes: for a single lane, and for a KVCache, these are views.
     queries, keys, values = (x.movedim(-2, 0).flatten(0, 1) for x in (content * d_head**-0.5, key, value))
-    if distances is None:
+    if relative is None:
         scores = queries @ keys.transpose(1, 2)
     else:
-        scores = torch.baddbmm(position_scores(distances).flatten(0, 1), queries, keys.transpose(1, 2))
+        scores = torch.baddbmm(position_scores(relative).flatten(0, 1), queries, keys.transpose(1, 2))
     # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
     scores.view(n_head, lanes, length, -1).add_(window.mask)
     attended = F.dropout(scores.softmax(dim=-1), dropout) @ values
@@ -126,14 +128,14 @@ def sdpa(
     content: Tensor,
     key: Tensor,
     value: Tensor,
-    distances: RelativePositions | None,
+    relative: RelativePositions | None,
     window: AttentionWindow,
     dropout: float,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, to which all but the content is a mask."""
+    """Compute it by torch's scaled_dot_product_attention, to which all but the content is a mask."""
     mask = window.mask[:, None]
-    if distances is not None:
-        mask = mask + position_scores(distances).movedim(0, 1)
+    if relative is not None:
+        mask = mask + position_scores(relative).movedim(0, 1)
     queries, keys, values = (x.movedim(-2, 1) for x in (content, key, value))
     return F.scaled_dot_product_attention(queries, keys, values, mask, dropout).movedim(1, -2)
 
@@ -142,15 +144,16 @@ def triton(
     content: Tensor,
     key: Tensor,
     value: Tensor,
-    distances: RelativePositions | None,
+    relative: RelativePositions | None,
     window: AttentionWindow,
     dropout: float,
 ) -> Tensor:
-    """Our kernels, which keep no probabilities."""
-    from txl_dist.models.layers import flash  # imports triton, which is not everywhere
+    """Compute it by our fused kernels, which keep no probabilities in memory."""
+    from txl_dist.models.layers import flash  # imports triton, which is not installed everywhere
 
-    position, r, bias = distances or (None, None, None)
-    return flash.attend(content, position, key, value, r, bias, window.lookback, dropout)
+    position, r, bias = relative or (None, None, None)
+    attended: Tensor = flash.attend(content, position, key, value, r, bias, window.lookback, dropout)
+    return attended
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -158,9 +161,10 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sd
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """On GPUs our kernels, where triton is installed, but torch's way in float32, for which registers are too few.
+    """Return the fastest backend of a device.
 
-    On a CPU the formula itself.
+    On GPUs our kernels where triton is installed, but `sdpa` in float32, for which registers are too few; on a CPU the
+    formula itself.
     """
     if device.type != "cuda":
         return "reference"
@@ -168,15 +172,18 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def attend(
-    way: str,
+    backend: str,
     content: Tensor,
     key: Tensor,
     value: Tensor,
-    distances: RelativePositions | None,
+    relative: RelativePositions | None,
     window: AttentionWindow,
     dropout: float,
 ) -> Tensor:
-    """The result, computed in one of the `WAYS`; auto: in the fastest of the device."""
-    if way == "auto":
-        way = default_backend(content.device, content.dtype)
-    return BACKENDS[way](content, key, value, distances, window, dropout)
+    """Compute attention by one of the `BACKENDS`, or by the default one of the device (auto).
+
+    Arguments and result have the shapes given at the top of this file.
+    """
+    if backend == "auto":
+        backend = default_backend(content.device, content.dtype)
+    return BACKENDS[backend](content, key, value, relative, window, dropout)

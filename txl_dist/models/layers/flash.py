@@ -4,17 +4,17 @@ The score of query i for the key at distance d is (Dai et al. 2019, section 3.3,
 
     ((query_i + u) key + (query_i + v) r_d) * d_head ** -0.5   =   (content_i key + position_i r_d) * d_head ** -0.5.
 
-For the rest this is FlashAttention-2 (Dao 2023, section 3.1). Forward takes a block of queries past the keys that they
-see and carries along the maximum and the sum of their softmax. Backward makes the probabilities anew from the logarithm
-of that sum: one kernel takes a block of queries past the keys, another a block of keys past the queries, so that each
-sums its gradients alone. Nothing is added atomically; every run gives the same bits.
+Apart from the position term this is FlashAttention-2 (Dao 2023, section 3.1). Forward takes a block of queries past the
+keys that they see and carries along the maximum and the sum of their softmax. Backward recomputes the probabilities
+from the logarithm of that sum: one kernel takes a block of queries past the keys, another a block of keys past the
+queries, so that each sums its gradients alone. Nothing is added atomically; every run gives the same bits.
 
 The position term is a plain matrix product, position r^T: scores by distance, of the inputs' dtype (the unfused
-computation rounds them alike), made anew for backward. Query i has its score for key j in column length - 1 - i + j of
-its row, so that the shift of the paper's appendix B is nothing but an address. Backward writes the gradient of the
-scores to such columns too, and two matrix products make of it the gradients of position and r, summed over the lanes.
+computation rounds them alike), recomputed for backward. Query i has its score for key j in column length - 1 - i + j of
+its row, so that the shift of the paper's appendix B is only an address. Backward writes the gradient of the scores to
+such columns too, and two matrix products turn it into the gradients of position and r, summed over the lanes.
 
-The kernels could make the position term themselves, from blocks of r. But then every tile would have to be gathered
+The kernels could compute the position term themselves, from blocks of r. But then every tile would have to be gathered
 across its columns, through shared memory, in each of the kernels; registers are short as it is; and r's gradient, a sum
 over all queries of all lanes, would still need the gradient of the scores by distance or a third pass.
 """
@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # Scores are in units of log 2: the hardware has exp2.
-# A program keeps BLOCK queries and takes STEP keys at a time, or the reverse. Larger ones are short of registers.
-BLOCK, STEP = 64, 32
+# A program keeps BLOCK queries and takes STEP keys at a time, or the reverse. Larger blocks run out of registers.
+BLOCK = 64
+STEP = 32
 
 
 @torch.compiler.disable  # its kernels are compiled already
@@ -43,31 +44,35 @@ def attend(
     lookback: Tensor,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax((content key + position r + bias) * d_head ** -0.5) value, r and bias by distance, over what is in reach.
+    """Compute softmax((content key + position r + bias) * d_head ** -0.5) value, r and bias by distance.
 
-    Differentiable in all but `reach`. Any strides, but the numbers of one head stand side by side. The arguments are of
+    Differentiable in all but `lookback`. Any strides, but the numbers of one head are contiguous. The arguments are of
     one dtype, float32, bfloat16 or float16, on one GPU. Its shared memory limits d_head, on an H100 to 128 in float32.
 
     Args:
         content: [lanes, length, n_head, d_head], the queries with u, not scaled.
-        position: [lanes, length, n_head, d_head], the queries with v, not scaled; None where scores have no distances.
+        position: [lanes, length, n_head, d_head], the queries with v, not scaled; None: scores have no positions.
         key, value: [lanes, keys, n_head, d_head] of memory and segment; query i stands at key keys - length + i.
-        r: [keys + 1, n_head, d_head], what stands for distances keys - 1, ..., 0, -1; the last is not used.
-        bias: [keys + 1, n_head], added by distance; or None.
-        reach: int64 [lanes, length]: query i sees the keys at distance 0, 1, ..., reach[lane, i].
-        dropout: the share of probabilities that is dropped.
+        r: [keys + 1, n_head, d_head], for distances keys - 1, ..., 0, -1; the last is not used.
+        bias: [keys + 1, n_head], for the same distances; or None.
+        lookback: int64 [lanes, length]: query i sees the keys at distance 0, 1, ..., lookback[lane, i].
+        dropout: probability to drop an attention probability.
 
     Returns:
         [lanes, length, n_head, d_head].
     """
-    # From the CPU's generator: a seed of the GPU's would have to be waited for.
+    # From the CPU's generator: reading a seed from the GPU would synchronise.
     seed = int(torch.randint(2**31, ())) if dropout else 0
-    return Attend.apply(content, position, key, value, r, bias, lookback, dropout, seed)
+    attended: Tensor = Attend.apply(content, position, key, value, r, bias, lookback, dropout, seed)
+    return attended
 
 
 class Attend(torch.autograd.Function):
+    """The kernels as a differentiable function; arguments and result are those of `attend`."""
+
     @staticmethod
     def forward(ctx: Any, content, position, key, value, r, bias, lookback, dropout, seed):
+        """Compute the output, and keep the logarithm of the softmax's sum for backward."""
         lanes, length, n_head, _ = content.shape
         assert all(x.stride(-1) == 1 for x in (content, key, value))
         out = torch.empty_like(content, memory_format=torch.contiguous_format)
@@ -80,14 +85,17 @@ class Attend(torch.autograd.Function):
             **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
         ctx.save_for_backward(content, position, key, value, r, bias, lookback, out, log_sum)
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.dropout = dropout
+        ctx.seed = seed
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out):
+        """Compute the gradients of content, position, key, value, r and bias."""
         content, position, key, value, r, bias, lookback, out, log_sum = ctx.saved_tensors
-        (lanes, length, n_head, _), keys = content.shape, key.size(1)
+        lanes, length, n_head, _ = content.shape
+        keys = key.size(1)
         by_distance = scores_by_distance(position, r, bias)
         d_by_distance = None if by_distance is None else torch.zeros_like(by_distance)
         d_content, d_key, d_value = (
@@ -96,7 +104,7 @@ class Attend(torch.autograd.Function):
         delta = torch.empty_like(log_sum)
         inputs = [*map(with_strides, (content, key, value, d_out.contiguous())), by_distance, lookback, log_sum, delta]
         numbers = ctx.seed, length, keys - length
-        # The queries first: they leave `delta` to the keys.
+        # The queries first: their kernel computes the `delta` that the keys' kernel reads.
         query_gradient_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
             *(*inputs, *map(with_strides, (out, d_content)), d_by_distance, *numbers),
             **options(content, ctx.dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
@@ -117,7 +125,7 @@ class Attend(torch.autograd.Function):
 
 
 def scores_by_distance(position: Tensor | None, r: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """(position r + bias) * d_head ** -0.5, in units of log 2.
+    """Compute (position r + bias) * d_head ** -0.5, in units of log 2; None where scores have no positions.
 
     Returns:
         [n_head, lanes * length, keys], the columns distances keys - 1, ..., 0. With a column for the future there would
@@ -126,23 +134,25 @@ def scores_by_distance(position: Tensor | None, r: Tensor | None, bias: Tensor |
     if position is None or r is None:
         return None
     scale = LOG2_E.value * position.size(-1) ** -0.5
-    added, beta = (position.new_zeros(()), 0.0) if bias is None else (bias[:-1].T[:, None], scale)
+    added = position.new_zeros(()) if bias is None else bias[:-1].T[:, None]
+    beta = 0.0 if bias is None else scale
     return torch.baddbmm(added, by_head(position.flatten(0, 1)), by_head(r[:-1]).mT, alpha=scale, beta=beta)
 
 
 def by_head(x: Tensor) -> Tensor:
-    """[rows, n_head, d_head] -> [n_head, rows, d_head], and back."""
+    """Swap rows and heads: [rows, n_head, d_head] -> [n_head, rows, d_head], or back."""
     return x.transpose(0, 1)
 
 
 def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What a kernel must know of [lanes, rows, n_head, d_head]."""
+    """Pair [lanes, rows, n_head, d_head] with its strides, as the kernels take it."""
     return x, x.stride()
 
 
 def options(content: Tensor, dropout: float, **blocks: int) -> dict[str, Any]:
-    """What a kernel is compiled for."""
-    d_head, single = content.size(-1), content.dtype == torch.float32
+    """Return the constants that a kernel is compiled for."""
+    d_head = content.size(-1)
+    single = content.dtype == torch.float32
     return {
         "D_HEAD": d_head,
         "BLOCK_D": max(16, triton.next_power_of_2(d_head)),
@@ -154,54 +164,60 @@ def options(content: Tensor, dropout: float, **blocks: int) -> dict[str, Any]:
     }
 
 
-# Each program is for a block of queries or keys, a head and a lane: program_id 0, 1 and 2. Where a block begins takes
-# 64 bits to tell, what is in it 32. `disable_licm` keeps the tiles' addresses, one for every score, from being held in
+# Each program is for a block of queries or keys, a head and a lane: program_id 0, 1 and 2. The address of a block takes
+# 64 bits, an offset within it 32. `disable_licm` keeps the tiles' addresses, one for every score, from being held in
 # registers from step to step; `do_not_specialize` a kernel from being compiled again for seeds that 16 divides.
 
 
 @triton.jit
 def of_head(tensor):
-    """Where the rows of this head and lane begin in [lanes, rows, n_head, d_head], and the stride from row to row."""
+    """Return the address of this head's and lane's first row in [lanes, rows, n_head, d_head], and the rows' stride."""
     pointer, strides = tensor
     return pointer + tl.program_id(2).to(tl.int64) * strides[0] + tl.program_id(1).to(tl.int64) * strides[2], strides[1]
 
 
 @triton.jit
 def block_of(rows, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Addresses of rows start, ..., start + BLOCK - 1, [BLOCK, BLOCK_D], and which exist of `count` rows of D_HEAD."""
+    """Return the addresses of rows start, ..., start + BLOCK - 1, [BLOCK, BLOCK_D], and which of them exist.
+
+    There are `count` rows of D_HEAD numbers.
+    """
     pointer, stride = rows
-    i, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    i = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
     return pointer + tl.cast(start, tl.int64) * stride + i * stride + d, (i < count - start) & (d < D_HEAD)
 
 
 @triton.jit
 def load(rows, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows start, ..., start + BLOCK - 1, [BLOCK, BLOCK_D]; zeros where none exist."""
     where, exists = block_of(rows, start, count, BLOCK, D_HEAD, BLOCK_D)
     return tl.load(where, mask=exists, other=0.0)
 
 
 @triton.jit
 def store(rows, x, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store x [BLOCK, BLOCK_D] in rows start, ..., start + BLOCK - 1, as far as they exist."""
     where, exists = block_of(rows, start, count, BLOCK, D_HEAD, BLOCK_D)
     tl.store(where, x, mask=exists)
 
 
 @triton.jit
 def statistic(tensor, rows, length):
-    """Addresses of one number for each query of this head and lane, in [lanes, n_head, length]."""
+    """Return the addresses of one number for each query of this head and lane, in [lanes, n_head, length]."""
     return tensor + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * length + rows
 
 
 @triton.jit
 def first_visible(lookback, rows, length, mem_len):
-    """The first key that each query sees; where there is no such query, one beyond its own."""
+    """Return the first key that each query sees; for rows beyond the last query one beyond their own key."""
     lookback = tl.load(lookback + tl.program_id(2).to(tl.int64) * length + rows, mask=rows < length, other=-1)
     return tl.maximum(mem_len + rows - lookback, 0).to(tl.int32)
 
 
 @triton.jit
 def skewed(by_distance, tile):
-    """Where [n_head, lanes, length, keys] by distance has the scores of a tile, of queries row + i for keys column + j.
+    """Return where [n_head, lanes, length, keys] by distance has the scores of queries row + i for keys column + j.
 
     `tile` is (row, column, i, j, length, mem_len); i + j has its shape, a row for a query, or transposed for a key.
     """
@@ -214,22 +230,29 @@ def skewed(by_distance, tile):
 
 @triton.jit
 def scores_of(left, right, by_distance, first, tile, D_HEAD: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile's scores in units of log 2, -inf where hidden; and where they are not. `left` are what has its rows."""
+    """Compute a tile's scores in units of log 2, -inf where hidden; and where they are visible.
+
+    `left` are the queries or keys that the tile's rows stand for, `right` those of its columns.
+    """
     row, column, i, j, _, mem_len = tile
     visible = (first <= column + j) & (column + j <= mem_len + row + i)
     position = 0.0
-    if by_distance is not None:  # Read before the product, so that it is there after it.
+    if by_distance is not None:  # Loaded before the product, so that it has arrived after it.
         position = tl.load(skewed(by_distance, tile), mask=visible, other=0.0)
     scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (D_HEAD**-0.5 * LOG2_E) + position
     return tl.where(visible, scores, float("-inf")), visible
 
 
 @triton.jit
-def kept(seed, row, column, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What dropout multiplies a tile with; Philox makes the numbers of four neighbouring columns at once."""
+def dropout_factor(seed, row, column, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the factors by which dropout multiplies a tile: 0 or 1 / (1 - DROPOUT).
+
+    Philox makes the numbers of four neighbouring columns at once.
+    """
     factor = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
     if DROPOUT > 0:
-        rows, fours = row + tl.arange(0, BLOCK_M), column // 4 + tl.arange(0, BLOCK_N // 4)
+        rows = row + tl.arange(0, BLOCK_M)
+        fours = column // 4 + tl.arange(0, BLOCK_N // 4)
         a, b, c, d = tl.philox(seed, fours[None, :], rows[:, None], tl.program_id(1), tl.program_id(2))
         random = tl.uint_to_uniform_float(tl.join(tl.join(a, b), tl.join(c, d)).reshape(BLOCK_M, BLOCK_N))
         factor = tl.where(random < DROPOUT, 0.0, factor / (1 - DROPOUT))
@@ -243,16 +266,20 @@ def forward_kernel(
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`out` and `log_sum` of BLOCK_M queries."""
+    """Compute `out` and `log_sum` of BLOCK_M queries."""
     keys = mem_len + length
-    key, value = of_head(key), of_head(value)
-    row, i, j = tl.program_id(0) * BLOCK_M, tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    key = of_head(key)
+    value = of_head(value)
+    row = tl.program_id(0) * BLOCK_M
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
     first = first_visible(lookback, row + i, length, mem_len)
     query = load(of_head(content), row, length, BLOCK_M, D_HEAD, BLOCK_D)
     maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # Finite: a query may see no key of a tile that others see.
     total = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, end = tl.min(first) // BLOCK_N * BLOCK_N, tl.minimum(mem_len + row + BLOCK_M, keys)
+    begin = tl.min(first) // BLOCK_N * BLOCK_N
+    end = tl.minimum(mem_len + row + BLOCK_M, keys)
     for column in tl.range(begin, end, BLOCK_N, disable_licm=True):
         k = load(key, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         v = load(value, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
@@ -262,7 +289,7 @@ def forward_kernel(
         shrink = tl.exp2(maximum - higher)
         probability = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(probability, 1)
-        probability *= kept(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N)
+        probability *= dropout_factor(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N)
         attended = tl.dot(probability.to(v.dtype), v, attended * shrink[:, None], input_precision=PRECISION)
         maximum = higher
     store(of_head(out), attended / total[:, None], row, length, BLOCK_M, D_HEAD, BLOCK_D)
@@ -274,7 +301,7 @@ def gradient_of(
     left, right, d_left, d_right, by_distance, first, log_sum, delta, factor, tile,
     D_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's probabilities after dropout, the gradient of its scores, and where they are visible."""
+    """Compute a tile's probabilities after dropout, the gradient of its scores, and where they are visible."""
     scores, visible = scores_of(left, right, by_distance, first, tile, D_HEAD, PRECISION)
     probability = tl.exp2(scores - log_sum)
     d_probability = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION) * factor
@@ -288,10 +315,13 @@ def query_gradient_kernel(
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`delta`, `d_content` and `d_by_distance` of BLOCK_M queries."""
+    """Compute `delta`, `d_content` and `d_by_distance` of BLOCK_M queries."""
     keys = mem_len + length
-    key, value = of_head(key), of_head(value)
-    row, i, j = tl.program_id(0) * BLOCK_M, tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    key = of_head(key)
+    value = of_head(value)
+    row = tl.program_id(0) * BLOCK_M
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
     first = first_visible(lookback, row + i, length, mem_len)
     query = load(of_head(content), row, length, BLOCK_M, D_HEAD, BLOCK_D)
     d_query_out = load(of_head(d_out), row, length, BLOCK_M, D_HEAD, BLOCK_D)
@@ -300,11 +330,12 @@ def query_gradient_kernel(
     tl.store(statistic(delta, row + i, length), query_delta, mask=row + i < length)
     query_log_sum = tl.load(statistic(log_sum, row + i, length), mask=row + i < length, other=0.0)
     d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, end = tl.min(first) // BLOCK_N * BLOCK_N, tl.minimum(mem_len + row + BLOCK_M, keys)
+    begin = tl.min(first) // BLOCK_N * BLOCK_N
+    end = tl.minimum(mem_len + row + BLOCK_M, keys)
     for column in tl.range(begin, end, BLOCK_N, disable_licm=True):
         k = load(key, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         v = load(value, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-        factor = kept(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N)
+        factor = dropout_factor(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N)
         tile = row, column, i[:, None], j[None, :], length, mem_len
         _, d_scores, visible = gradient_of(
             query, k, d_query_out, v, by_distance, first[:, None], query_log_sum[:, None], query_delta[:, None],
@@ -324,26 +355,30 @@ def key_gradient_kernel(
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`d_key` and `d_value` of BLOCK_N keys."""
+    """Compute `d_key` and `d_value` of BLOCK_N keys."""
     keys = mem_len + length
-    content, d_out = of_head(content), of_head(d_out)
-    column, i, j = tl.program_id(0) * BLOCK_N, tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    content = of_head(content)
+    d_out = of_head(d_out)
+    column = tl.program_id(0) * BLOCK_N
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
     k = load(of_head(key), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
     v = load(of_head(value), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-    # From the first query at one of these keys or beyond to the last whose reach goes back to them.
+    # From the first query at one of these keys or beyond to the last that looks back to them.
     begin = tl.maximum(column - mem_len, 0) // BLOCK_M * BLOCK_M
     end = begin
     for row in range(begin, length, BLOCK_M):
         sees = (first_visible(lookback, row + i, length, mem_len) < column + BLOCK_N) & (row + i < length)
         end = tl.maximum(end, tl.max(tl.where(sees, row + i + 1, 0)))
-    d_k, d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for row in tl.range(begin, end, BLOCK_M, disable_licm=True):
         query = load(content, row, length, BLOCK_M, D_HEAD, BLOCK_D)
         d_query_out = load(d_out, row, length, BLOCK_M, D_HEAD, BLOCK_D)
         first = first_visible(lookback, row + i, length, mem_len)
         query_log_sum = tl.load(statistic(log_sum, row + i, length), mask=row + i < length, other=0.0)
         query_delta = tl.load(statistic(delta, row + i, length), mask=row + i < length, other=0.0)
-        factor = tl.trans(kept(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N))
+        factor = tl.trans(dropout_factor(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N))
         tile = row, column, i[None, :], j[:, None], length, mem_len
         probability, d_scores, _ = gradient_of(
             k, query, v, d_query_out, by_distance, first[None, :], query_log_sum[None, :], query_delta[None, :],

@@ -1,0 +1,77 @@
+"""The state that a layer carries from segment to segment: hidden states, or in evaluation keys and values."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+RelativeTerms = tuple[Tensor, Tensor | None]  # r and bias of backends.RelativePositions
+
+
+class KVCache:
+    """Keep keys and values of a layer's last mem_len positions: its memory while weights do not change.
+
+    They lie heads first, with room behind them where new ones are appended: nothing old is copied until the room is
+    used up, and all of it then. So a cache only goes forward: what it held before a segment is gone afterwards.
+
+    Args:
+        states: [2 (keys, values), n_head, lanes, mem_len, d_head], the first mem_len positions.
+    """
+
+    def __init__(self, states: Tensor):
+        self.states = states
+        self.mem_len = states.size(-2)
+        self.end = self.mem_len
+        self._terms: tuple[Tensor, RelativeTerms | None] | None = None
+
+    @property
+    def remembered(self) -> Tensor:
+        """Return the last mem_len positions, [2, n_head, lanes, mem_len, d_head]."""
+        return self.states.narrow(-2, self.end - self.mem_len, self.mem_len)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a segment, and return keys and values of memory and segment together.
+
+        Args:
+            key, value: [lanes, length, n_head, d_head].
+
+        Returns:
+            Keys and values, [lanes, mem_len + length, n_head, d_head] each; views.
+        """
+        length = key.size(1)
+        if self.end + length > self.states.size(-2):
+            self._move_to_new_room(max(length, self.mem_len // 4))
+        self.states.narrow(-2, self.end, length).copy_(torch.stack([key, value]).movedim(-2, 1))
+        self.end += length
+        keys, values = self.states.narrow(-2, self.end - self.mem_len - length, self.mem_len + length).movedim(1, -2)
+        return keys, values
+
+    def _move_to_new_room(self, room: int) -> None:
+        """Copy what is remembered to the beginning of a new tensor, with room for so many positions behind it."""
+        remembered = self.remembered
+        *shape, _, d_head = self.states.shape
+        self.states = remembered.new_empty(*shape, self.mem_len + room, d_head)
+        self.end = self.mem_len
+        self.remembered.copy_(remembered)
+
+    def memoise(self, project: Callable[[Tensor], RelativeTerms | None], encoding: Tensor) -> RelativeTerms | None:
+        """Return `project(encoding)`, computed once for as long as the encoding is the same tensor."""
+        if self._terms is None or self._terms[0] is not encoding:
+            self._terms = encoding, project(encoding)
+        return self._terms[1]
+
+
+LayerState = Tensor | KVCache  # a Tensor: hidden states [lanes, mem_len, d_model], oldest first
+StateT = TypeVar("StateT", bound=LayerState)
+
+
+def concat_lanes(states: Iterable[list[LayerState]]) -> list[LayerState]:
+    """Join the states of several batches of lanes, layer by layer, into those of one batch."""
+    joined: list[LayerState] = []
+    for parts in zip(*states, strict=True):
+        if isinstance(parts[0], KVCache):
+            joined.append(KVCache(torch.cat([part.remembered for part in parts], dim=2)))
+        else:
+            joined.append(torch.cat(parts))
+    return joined
