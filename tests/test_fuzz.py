@@ -1,4 +1,4 @@
-"""The fuzzer's short form: some cases of each kind in half a minute, and what it calls a fault."""
+"""Run the fuzzer for half a minute, and check that it recognises faults."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tests.fuzz.kinds import KINDS
 REPO = Path(__file__).resolve().parents[1]
 
 
-def test_some_cases_of_each_kind_end_in_words():
+def test_some_cases_of_each_kind_end_with_a_message():
     """In a process of its own: one that has threads cannot fork."""
     command = [sys.executable, "-m", "tests.fuzz", "--seed", "3", "--cases", "50", "--minutes", "0.5"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)

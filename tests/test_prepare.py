@@ -71,7 +71,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def decoded(folder: Path) -> dict[str, list[str]]:
-    """The documents of each split, as text."""
+    """Decode the documents of each split."""
     index = Index.open(str(folder))
     tokenizer = index.tokenizer()
     found = {}
@@ -84,7 +84,7 @@ def decoded(folder: Path) -> dict[str, list[str]]:
 
 
 @every_tokenizer
-def test_every_document_comes_out_whole_in_its_split(tmp_path, tokenizer):
+def test_every_document_comes_out_complete_in_its_split(tmp_path, tokenizer):
     folder = texts(tmp_path / "text")
     prepare(text_job(tmp_path / "data", tokenizer, path=str(folder)))
     found = decoded(tmp_path / "data")
@@ -102,7 +102,7 @@ def test_every_document_comes_out_whole_in_its_split(tmp_path, tokenizer):
 
 
 @every_tokenizer
-def test_the_result_does_not_depend_on_workers_or_place(tmp_path, monkeypatch, tokenizer):
+def test_the_result_does_not_depend_on_workers_or_location(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(splitting, "PIECE_BYTES", 100)  # many pieces, so that the order of the results matters
     monkeypatch.setattr(tokenizing, "SENTENCEPIECE_BYTES", 4000)  # less than there is
     prepare(text_job(tmp_path / "one", tokenizer, 1, path=str(texts(tmp_path / "text"))))
@@ -137,7 +137,7 @@ def test_a_second_run_finds_nothing_to_do_and_another_is_refused(tmp_path, capsy
     assert content(tmp_path / "data") == before
 
 
-def test_what_is_no_dataset_or_a_damaged_one_is_never_overwritten(tmp_path):
+def test_other_files_and_damaged_datasets_are_never_overwritten(tmp_path):
     folder = texts(tmp_path / "text")
     with pytest.raises(UserError, match="holds something that is not a dataset"):
         prepare(text_job(folder, path=str(folder)))
@@ -182,7 +182,7 @@ def test_two_at_once_make_one_dataset(tmp_path):
     assert not Index.open(str(tmp_path / "deep" / "data")).validate()
 
 
-def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("words\n")
     monkeypatch.setattr(pipeline, "WorkerPool", None)
     with pytest.raises(RunError, match=r"data.dir=.*/a.txt/data: cannot be written: .*/a.txt: Not a directory"):
@@ -200,7 +200,7 @@ def test_a_full_disk_is_named_and_nothing_stays(tmp_path, full_disk):
         assert not list(full_disk.iterdir())
 
 
-def test_workers_that_are_killed_end_it_in_words(tmp_path):
+def test_a_worker_that_is_killed_ends_it_with_a_message(tmp_path):
     (tmp_path / "a.txt").write_text("some words\n" * 1000)
     with pytest.raises(RunError, match="counting words: one of the 2 processes was killed"), WorkerPool(2) as workers:
         list(workers.map("counting words", kill_yourself, iter([piece(b"x")] * 3), 3))
@@ -246,7 +246,7 @@ def test_the_vocabulary_leaves_out_lines_of_other_splits(tmp_path):
     assert set(found["valid"]) == set(found["test"]) == {"<unk>\n"}
 
 
-def test_text_that_is_not_utf8_is_told_by_file_and_byte(tmp_path):
+def test_text_that_is_not_utf8_is_named_by_file_and_byte(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\n" * 1000 + b"caf\xe9 latin\n" + b"good\n" * 1000)
     for tokenizer, workers in (("word", 1), ("unigram", 2)):
         with pytest.raises(UserError, match=r"a.txt: byte 5,003 of the text is not UTF-8 .*tokenizer=bytes"):
@@ -258,7 +258,7 @@ def test_text_that_is_not_utf8_is_told_by_file_and_byte(tmp_path):
     assert Index.open(str(tmp_path / "data")).splits["train"].bytes == 10011
 
 
-def test_problems_of_the_config_are_told_together(tmp_path):
+def test_problems_of_the_config_are_reported_together(tmp_path):
     with pytest.raises(ConfigError) as error:
         prepare(text_job(tmp_path / "data", path=["nowhere", "*.none"]))
     assert len(error.value.problems) == 2
@@ -320,7 +320,7 @@ def test_characters_and_words_are_those_of_the_original_text(tmp_path, monkeypat
     assert split.words == len(text.split()) + text.count("\n") + 1
 
 
-def test_what_is_not_utf8_has_no_characters_and_words(tmp_path):
+def test_text_that_is_not_utf8_has_no_characters_and_words(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9\n" * 100)
     prepare(text_job(tmp_path / "data", train=str(tmp_path / "a.txt")))
     facts = json.loads((tmp_path / "data" / "index.json").read_text())["splits"]["train"]
@@ -342,7 +342,7 @@ def test_penn_treebank_has_the_tokens_of_the_literature(tmp_path):
     assert decoded(tmp_path / "data")["valid"] == ["".join(" ".join(line.split()) + "\n" for line in lines)]
 
 
-def test_the_command_prepares_the_standard_library_and_tells_what_is_next(tmp_path):
+def test_the_command_prepares_the_standard_library_and_prints_the_next_command(tmp_path):
     command = [sys.executable, "-m", "txl_dist.prepare", f"data.dir={tmp_path}/data"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Whatever is done to the index, the tables or the tokenizer: an error of one line that names the file."""
+"""Any damage to the index, the tables or the tokenizer is an error of one line that names the file."""
 
 import shutil
 

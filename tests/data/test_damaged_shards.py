@@ -1,4 +1,4 @@
-"""Whatever is done to a shard: right tokens, or an error of one line that names shard and sample."""
+"""With any damage to a shard: right tokens, or an error of one line that names shard and sample."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Where samples are damaged: lanes stay where they are, and what follows a gap is read as a document's beginning."""
+"""Damaged samples move no lane, and the tokens after such a gap are read as the beginning of a document."""
 
 import shutil
 
@@ -47,10 +47,10 @@ def harmed(dataset, damage, tmp_path_factory):
 
 
 def positions(plan, lane, steps):
-    """The places in the stream that a lane reads, one after the other, and how much of its past it may remember."""
+    """Return the positions in the stream that a lane reads, and how many tokens of its past it may remember at each."""
     spans = [span for step in steps for span in plan.spans(lane, step)]
-    places = [np.arange(span.position, span.position + span.length) for span in spans]
-    return np.concatenate(places), np.concatenate([np.arange(s.history, s.history + s.length) for s in spans])
+    read = [np.arange(span.position, span.position + span.length) for span in spans]
+    return np.concatenate(read), np.concatenate([np.arange(s.history, s.history + s.length) for s in spans])
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda options: "-".join(options.values()))
@@ -60,17 +60,18 @@ def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
     read, steps = segments(folder, **options), range(60)
     found, seen = list(read), 0
     for lane in range(LANES):
-        place, history = positions(read.plan, lane, steps)
-        lost = np.isin(place // SAMPLE, list(samples))
+        position, history = positions(read.plan, lane, steps)
+        lost = np.isin(position // SAMPLE, list(samples))
         seen += lost.sum()
         targets, inputs, lookback = (
-            np.concatenate([getattr(each, name)[lane] for each in found]) for name in ("targets", "inputs", "lookback")
+            np.concatenate([getattr(segment, name)[lane] for segment in found])
+            for name in ("targets", "inputs", "lookback")
         )
-        assert np.array_equal(targets, np.where(lost, NOT_SCORED, stream[place]))
-        before_lost = (place > 0) & np.isin((place - 1) // SAMPLE, list(samples))
-        assert np.array_equal(inputs, np.where(before_lost | (place == 0), read.eos, stream[place - 1]))
+        assert np.array_equal(targets, np.where(lost, NOT_SCORED, stream[position]))
+        before_lost = (position > 0) & np.isin((position - 1) // SAMPLE, list(samples))
+        assert np.array_equal(inputs, np.where(before_lost | (position == 0), read.eos, stream[position - 1]))
         since = 1 << 40
-        for at in range(len(place)):
+        for at in range(len(position)):
             since = -1 if lost[at] else since + 1
             visible = MEM_LEN + at % TGT_LEN  # more is not there to be seen
             assert min(lookback[at], visible) == min(history[at], max(since, 0), visible), (lane, at)
@@ -78,18 +79,19 @@ def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda options: "-".join(options.values()))
-def test_other_lanes_and_whole_data_are_untouched(harmed, dataset, options):
+def test_other_lanes_and_intact_data_are_untouched(harmed, dataset, options):
     folder, samples = harmed
     plain = list(segments(dataset, fill_value=None, **options))
-    whole, some = list(segments(dataset, **options)), segments(folder, **options)
+    intact, some = list(segments(dataset, **options)), segments(folder, **options)
     for name in ("inputs", "targets", "lookback"):
-        assert np.array_equal([getattr(each, name) for each in whole], [getattr(each, name) for each in plain])
+        for one, two in zip(intact, plain, strict=True):
+            assert np.array_equal(getattr(one, name), getattr(two, name))
     gaps = list(some)
     touched = {
         lane
         for lane in range(LANES)
-        for place in [positions(some.plan, lane, range(60))[0]]
-        if np.isin(place // SAMPLE, list(samples)).any() or np.isin((place - 1) // SAMPLE, list(samples)).any()
+        for position in [positions(some.plan, lane, range(60))[0]]
+        if np.isin(position // SAMPLE, list(samples)).any() or np.isin((position - 1) // SAMPLE, list(samples)).any()
     }
     assert 0 < len(touched) < LANES
     for lane in set(range(LANES)) - touched:
@@ -100,34 +102,34 @@ def test_other_lanes_and_whole_data_are_untouched(harmed, dataset, options):
 
 @given(start=st.integers(0, 59), lanes=st.sampled_from([range(8), range(2, 4), range(5, 6)]), number=st.integers(0, 3))
 def test_every_start_and_split_finds_the_same_gaps(harmed, start, lanes, number):
-    """What is beyond the memory may be known or not: nothing is seen of it."""
+    """Gaps beyond the memory may be known or not: nothing there is visible."""
     folder, _ = harmed
     options = ORDERS[number]
-    whole = list(segments(folder, workers=2, **options))[start:]
+    intact = list(segments(folder, workers=2, **options))[start:]
     late = list(segments(folder, lanes, start, **options))
     visible = MEM_LEN + np.arange(TGT_LEN)
-    for one, two in zip(whole, late, strict=True):
+    for one, two in zip(intact, late, strict=True):
         assert np.array_equal(one.inputs[lanes], two.inputs) and np.array_equal(one.targets[lanes], two.targets)
         assert np.array_equal(np.minimum(one.lookback[lanes], visible), np.minimum(two.lookback, visible))
 
 
 @pytest.mark.parametrize("attention", ["relative", "shaw"])
-def test_a_model_reads_on_behind_a_gap_as_at_a_beginning(harmed, stream, make_config, attention):
+def test_after_a_gap_a_model_reads_on_as_at_a_beginning(harmed, stream, make_config, attention):
     """To rounding: the losses of a model that has never read what was before, and nothing in the gap reaches them."""
     folder, samples = harmed
     read = segments(folder)
     part = Index.open(str(folder)).splits["train"].tokens // LANES // SAMPLE
     lane = 2
-    place, _ = positions(read.plan, lane, range(60))
-    lost = np.isin(place // SAMPLE, list(samples))
+    position, _ = positions(read.plan, lane, range(60))
+    lost = np.isin(position // SAMPLE, list(samples))
     end = int(np.flatnonzero(lost)[-1]) + 1
-    assert lost.any() and not lost[0] and end < 59 * TGT_LEN and place[end] == (2 * part + 2) * SAMPLE
+    assert lost.any() and not lost[0] and end < 59 * TGT_LEN and position[end] == (2 * part + 2) * SAMPLE
     torch.manual_seed(1)
     config = make_config(attention=attention, tgt_len=TGT_LEN, mem_len=60 * TGT_LEN)
     model = TransformerXL(config, 257).double().eval()
     read.mem_len = config.mem_len
     memory, losses = model.empty_memory(1), []
-    poisoned = [torch.full_like(each, 1e6) for each in memory]
+    poisoned = [torch.full_like(state, 1e6) for state in memory]
     with torch.no_grad():
         for step in range(60):
             segment = read.read(step)
@@ -138,9 +140,10 @@ def test_a_model_reads_on_behind_a_gap_as_at_a_beginning(harmed, stream, make_co
             nats, memory = model(*arrays, memory)
             losses.append(nats[0])
             if (step + 1) * TGT_LEN <= end:  # whatever is remembered of the time before
-                memory = [torch.where(each != 0, poison, each) for each, poison in zip(memory, poisoned, strict=True)]
+                both = zip(memory, poisoned, strict=True)
+                memory = [torch.where(state != 0, poison, state) for state, poison in both]
         behind = torch.cat(losses)[end:]
-        tokens = torch.from_numpy(stream[place[end:]])[None]
+        tokens = torch.from_numpy(stream[position[end:]])[None]
         inputs = torch.cat([torch.tensor([[read.eos]]), tokens[:, :-1]], dim=1)
         alone, _ = model(inputs, tokens, torch.arange(tokens.size(1))[None], model.empty_memory(1))
     assert torch.allclose(behind, alone[0], rtol=1e-9, atol=1e-9)
@@ -160,7 +163,7 @@ def test_a_damaged_sample_is_read_once_and_stays_damaged(harmed, dataset, tmp_pa
         SampleReader(index, "train").sample(sample)
 
 
-def test_of_a_cut_shard_only_what_is_gone_is_lost(dataset, tmp_path):
+def test_only_the_samples_beyond_the_cut_of_a_shard_are_lost(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "copy")
     index = Index.open(str(tmp_path / "copy"))
     shard = tmp_path / "copy" / index.splits["train"].shards[1].name  # samples 16 to 31
@@ -174,7 +177,7 @@ def test_of_a_cut_shard_only_what_is_gone_is_lost(dataset, tmp_path):
         SampleReader(index, "train").sample(17)
 
 
-def test_a_shard_that_is_not_there_is_no_damaged_sample(dataset, tmp_path):
+def test_a_missing_shard_is_not_a_damaged_sample(dataset, tmp_path):
     """It may be a disk that is not there: then all would be skipped."""
     shutil.copytree(dataset, tmp_path / "copy")
     index = Index.open(str(tmp_path / "copy"))

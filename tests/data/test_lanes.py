@@ -82,7 +82,7 @@ def test_document_order_differs_by_epoch_and_seed():
         for seed in (0, 1)
         for epoch in (0, 1)
     }
-    assert len({tuple(each) for each in read.values()}) == 4
+    assert len({tuple(positions) for positions in read.values()}) == 4
 
 
 @given(plans("corpus") | plans("documents"))

@@ -19,7 +19,7 @@ def index(dataset):
 
 @pytest.fixture(scope="module")
 def tokens(index):
-    """The whole training stream."""
+    """The complete training stream."""
     return SampleReader(index, "train").tokens(0, index.splits["train"].tokens).astype(np.int64)
 
 
@@ -67,13 +67,13 @@ def test_reach_ends_where_a_document_begins(index, order):
 
 @pytest.mark.parametrize("options", [{}, {"order": "documents", "reset_memory": "document"}])
 def test_workers_starts_and_ranks_change_nothing(index, options):
-    whole = list(training(index, **options))
+    all_at_once = list(training(index, **options))
     many = list(training(index, workers=4, **options))
     late = list(training(index, start=25, **options))
     split = LaneSplit(8, ranks=4, accumulation=1)
     ranks = [list(training(index, lanes=split.lanes(rank), **options)) for rank in range(4)]
     for name in ("inputs", "targets", "lookback"):
-        arrays = [getattr(segment, name) for segment in whole]
+        arrays = [getattr(segment, name) for segment in all_at_once]
         assert np.array_equal(arrays, [getattr(segment, name) for segment in many])
         assert np.array_equal(arrays[25:], [getattr(segment, name) for segment in late])
         assert np.array_equal(arrays, np.concatenate([[getattr(s, name) for s in rank] for rank in ranks], axis=1))
@@ -96,8 +96,8 @@ def test_a_damaged_shard_is_named(dataset, tmp_path):
     index = Index.open(str(copy))
     shard = copy / index.splits["train"].shards[0].name
     content = bytearray(shard.read_bytes())
-    place = content.index(b"tokens.npy") + 512 + 200  # within the first sample's tokens
-    content[place] ^= 1
+    position = content.index(b"tokens.npy") + 512 + 200  # within the first sample's tokens
+    content[position] ^= 1
     shard.chmod(0o644)
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"000000\.tar.*sample 0"):

@@ -1,4 +1,4 @@
-"""What losses are divided by is the size of the text itself, or nothing where that cannot be known."""
+"""Losses are divided by the size of the text itself, or by nothing if that is not known."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def tokenizer_of(name: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", ["bytes", "word", "trained", "given"])
 @pytest.mark.parametrize("end", ["", "last words"])
-def test_a_whole_split_has_the_size_of_its_text_whatever_the_tokens(tmp_path, name, end):
+def test_a_split_has_the_size_of_its_text_whatever_the_tokens(tmp_path, name, end):
     documents = [text + end for text in DOCUMENTS] * (5 if name == "trained" else 1)
     index = dataset(tmp_path, tokenizer_of(name, tmp_path), documents)
     total = index.splits["train"].tokens
@@ -111,7 +111,7 @@ def test_words_of_a_part_do_not_count_the_token_behind_a_line_without_end(tmp_pa
         assert found == [1, 2, 3, 4, *([4, 5, 6] if name == "none" else [None, None, None])]
 
 
-def test_what_is_not_utf8_has_bytes_alone(tmp_path):
+def test_text_that_is_not_utf8_has_only_bytes(tmp_path):
     (tmp_path / "text").mkdir(parents=True)
     (tmp_path / "text" / "latin.txt").write_bytes(b"caf\xe9 au lait\n" * 9)
     index = dataset(tmp_path, BytesTokenizerConfig("bytes"), [])

@@ -1,4 +1,4 @@
-"""What is encoded comes back; pieces add up to the whole; vocabularies follow their rules."""
+"""Encoded text comes back; pieces add up to the document; vocabularies follow their rules."""
 
 import io
 import keyword
@@ -18,8 +18,8 @@ from txl_dist.data import tokenizers
 from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.errors import UserError
 
-PLACES = ("sea", "mountain", "forest", "house", "old town")
-LINES = [f"    the {kind} of a {place}, {n}" for n in range(40) for kind in ("one", "sum", "end") for place in PLACES]
+NOUNS = ("sea", "mountain", "forest", "house", "old town")
+LINES = [f"    the {kind} of a {noun}, {n}" for n in range(40) for kind in ("one", "sum", "end") for noun in NOUNS]
 NASTY = (
     "\u2581 a\u2581\u2581b  \t\n\n \x00 <eos> </s> <unk> <0x41> \r\n日本語 é e\u0301 \U0001f600 \u2028 \x85 \ufeff end "
 )
@@ -54,13 +54,13 @@ def test_text_comes_back_exactly(tokenizer, text):
 @every_tokenizer
 @settings(max_examples=50, deadline=None)
 @given(lines=st.lists(any_text, min_size=1), data=st.data())
-def test_pieces_that_end_at_line_ends_add_up_to_the_whole(tokenizer, lines, data):
-    whole = "\n".join(lines).encode()
-    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+def test_pieces_that_end_at_line_ends_add_up_to_the_document(tokenizer, lines, data):
+    document = "\n".join(lines).encode()
+    ends = [at + 1 for at, byte in enumerate(document) if byte == ord("\n")]
     cuts = sorted(data.draw(st.sets(st.sampled_from(ends)))) if ends else []
-    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    pieces = [document[start:end] for start, end in zip([0, *cuts], [*cuts, len(document)], strict=True)]
     tokens = [tokenizer.encode(piece, False) for piece in pieces[:-1]] + [tokenizer.encode(pieces[-1], True)]
-    assert np.concatenate(tokens).tolist() == tokenizer.encode(whole, True).tolist()
+    assert np.concatenate(tokens).tolist() == tokenizer.encode(document, True).tolist()
 
 
 @every_tokenizer
@@ -110,10 +110,12 @@ def test_words_are_counted_lines_end_and_unknown_words_are_marked():
         ]
 
 
-@pytest.mark.parametrize("text, told", [("a 1\nb\n", "line 2 is not"), ("a 1\nb x\n", "line 2"), ("a 1\n", "no <S>")])
-def test_what_is_no_published_vocabulary_is_told(tmp_path, text, told):
+@pytest.mark.parametrize(
+    "text, message", [("a 1\nb\n", "line 2 is not"), ("a 1\nb x\n", "line 2"), ("a 1\n", "no <S>")]
+)
+def test_another_file_than_the_published_vocabulary_is_refused(tmp_path, text, message):
     (tmp_path / "words.txt").write_text(text)
-    with pytest.raises(UserError, match=f"words.txt: .*{told}"):
+    with pytest.raises(UserError, match=f"words.txt: .*{message}"):
         WordTokenizer.read_counts(tmp_path / "words.txt")
 
 
@@ -124,7 +126,7 @@ def test_more_than_65536_words_are_stored_in_four_bytes():
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_sentencepiece_training_is_reproducible_and_its_limits_are_told(model_type):
+def test_sentencepiece_training_is_reproducible_and_its_limits_are_named(model_type):
     assert trained(model_type).model == trained(model_type).model
     assert len(trained(model_type).encode(b"    ", False)) < 4  # indentation has pieces of its own
     lines = [*LINES, *keyword.kwlist]
@@ -182,7 +184,7 @@ def test_models_that_are_damaged_are_refused_with_their_key(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 @pytest.mark.parametrize("text", [["hello"], [], [""], ["   "], ["\r"]])
-def test_a_text_too_short_for_sentencepiece_is_told_what_works(text, model_type):
+def test_a_text_too_short_for_sentencepiece_is_refused_with_a_remedy(text, model_type):
     for vocab_size in (300, 8000):
         with pytest.raises(UserError, match="too short for 300 pieces, the least .* or use tokenizer=bytes"):
             SentencePieceTokenizer.train(text, vocab_size, model_type)
@@ -199,7 +201,7 @@ def test_a_vocabulary_may_have_the_line_ends_and_the_mark_of_windows(tmp_path, e
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         (b"<eos>\n<unk>\nold town\n", "line 3 is not one word, but 'old town'"),
         (b"<eos>\n\n<unk>\n", "line 2 is not one word, but ''"),
@@ -208,9 +210,9 @@ def test_a_vocabulary_may_have_the_line_ends_and_the_mark_of_windows(tmp_path, e
         (b"a\nb\n", "it has no <eos>, it has no <unk>"),
     ],
 )
-def test_what_is_wrong_with_a_vocabulary_is_told_with_its_line(tmp_path, content, told):
+def test_mistakes_in_a_vocabulary_are_named_with_their_line(tmp_path, content, message):
     (tmp_path / "vocab.txt").write_bytes(content)
-    with pytest.raises(UserError, match=f"vocab.txt: .*{told}"):
+    with pytest.raises(UserError, match=f"vocab.txt: .*{message}"):
         WordTokenizer.open(tmp_path / "vocab.txt")
 
 
@@ -255,7 +257,7 @@ def test_a_given_model_has_token_bytes_only_where_it_changes_nothing(options):
         assert b"".join(token_bytes[token] for token in tokenizer.encode(text, True)) == text
 
 
-def test_damaged_folders_are_told(tmp_path):
+def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer"):
         tokenizers.load(tmp_path)
     TOKENIZERS[1].save(tmp_path)

@@ -18,7 +18,7 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
     with atomic_file(path) as temporary:
         temporary.write_text("all of it")
         assert not path.exists()
-    assert [each.name for each in tmp_path.iterdir()] == ["trace.json.gz"]
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json.gz"]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_is_named(full_disk):
@@ -28,7 +28,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_is_named(full_disk
         temporary.write_bytes(bytes(1 << 20))
     assert error.value.filename == str(path)
     assert path.read_text() == "old"
-    assert [each.name for each in full_disk.iterdir()] == ["config.yaml"]
+    assert [file.name for file in full_disk.iterdir()] == ["config.yaml"]
 
 
 def build(folder, during=lambda lock: None):
@@ -50,7 +50,7 @@ def test_a_folder_appears_with_its_content(tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} - {".new.partial"} == before | target
 
 
-def test_what_another_has_put_there_is_not_overwritten(tmp_path):
+def test_a_folder_that_another_process_has_made_is_not_overwritten(tmp_path):
     def appear(lock):
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "other").write_text("of another")
@@ -60,13 +60,13 @@ def test_what_another_has_put_there_is_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "other"]
 
 
-def test_a_process_that_has_lost_its_lock_leaves_all_to_the_one_that_has_it(tmp_path):
+def test_a_process_that_has_lost_its_lock_touches_nothing(tmp_path):
     with pytest.raises(RunError, match="another process has taken over"):
         build(tmp_path / "new", lambda lock: lock.lost.set())
     assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file/new", "file/deep/new"):
         with pytest.raises(RunError, match=rf"to=.*/{name}: cannot be written: .*/file.*: Not a directory"):

@@ -1,4 +1,4 @@
-"""One process at a time: real processes that hold a lock, wait for it, are killed, and come from elsewhere."""
+"""One process at a time: real processes hold a lock, wait for it, are killed, and seem to run on other hosts."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def refuse(owner):
     return False
 
 
-def test_the_second_one_learns_who_the_first_is(hold, tmp_path):
+def test_the_second_process_learns_who_the_first_is(hold, tmp_path):
     first = hold()
     with pytest.raises(InUse, match=rf"process {first.pid} on .*, testing since 20"), refuse_to_wait(tmp_path):
         pass
@@ -64,7 +64,7 @@ def refuse_to_wait(folder):
     return locked(folder / "a.lock", "testing", refuse)
 
 
-def test_those_who_wait_come_one_after_the_other(hold, tmp_path, capfd):
+def test_waiting_processes_take_the_lock_one_after_the_other(hold, tmp_path, capfd):
     first = hold()
     others = [hold(wait=False) for _ in range(3)]
     time.sleep(1)
@@ -90,7 +90,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(hold, tmp_path, reaped):
     assert not list(tmp_path.iterdir())
 
 
-def test_of_many_that_find_a_dead_owner_one_is_first(hold, tmp_path):
+def test_of_many_that_find_a_dead_owner_one_takes_the_lock(hold, tmp_path):
     first = hold()
     first.kill()
     first.wait()
@@ -98,11 +98,11 @@ def test_of_many_that_find_a_dead_owner_one_is_first(hold, tmp_path):
 
 
 def holders(processes):
-    """Those of some processes that hold the lock a second after one of them has got it."""
+    """Return which of some processes hold the lock a second after one of them has taken it."""
     outputs = {process.stdout: process for process in processes}
     select(outputs, [], [], 60)
     time.sleep(1)
-    return [outputs[each] for each in select(outputs, [], [], 0)[0]]
+    return [outputs[stream] for stream in select(outputs, [], [], 0)[0]]
 
 
 def test_a_process_with_the_number_of_a_dead_owner_is_another(hold, tmp_path):
@@ -123,7 +123,7 @@ def test_a_copy_of_a_locked_folder_is_not_locked(hold, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"pid": 5}', b"[" * 9999])
-def test_a_file_that_names_nobody_is_taken_over_when_nobody_touches_it(tmp_path, monkeypatch, content):
+def test_a_file_without_an_owner_is_taken_over_when_nobody_touches_it(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "SILENCE", 0.3)
     (tmp_path / "a.lock").write_bytes(content)
     with locked(tmp_path / "a.lock", "testing"):
@@ -131,13 +131,13 @@ def test_a_file_that_names_nobody_is_taken_over_when_nobody_touches_it(tmp_path,
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "link"])
-def test_something_else_in_its_place_is_an_error(tmp_path, make):
+def test_a_folder_or_link_in_its_place_is_an_error(tmp_path, make):
     make(tmp_path / "a.lock")
     with pytest.raises(OSError, match="a.lock"), refuse_to_wait(tmp_path):
         pass
 
 
-def test_an_empty_file_of_earlier_versions_is_free_unless_it_is_locked(hold, tmp_path):
+def test_an_empty_file_of_earlier_versions_is_free_unless_flock_is_held(hold, tmp_path):
     code = "import fcntl, sys\nfile = open('a.lock', 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\nprint(1, flush=True)\n"
     other = subprocess.Popen(
         [sys.executable, "-c", code + "sys.stdin.read()"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -154,8 +154,8 @@ def test_an_empty_file_of_earlier_versions_is_free_unless_it_is_locked(hold, tmp
 
 # A process that seems to be on another host, on a file system whose flock ends at the host, with quick heartbeats.
 ELSEWHERE = """
-from txl_dist.files import lock
-lock.kernel = lambda: "another kernel"
+from txl_dist.files import lock, owner
+owner.kernel = lambda: "another kernel"
 lock.flock = lambda handle: None
 lock.BEAT = 0.1
 """
@@ -180,10 +180,10 @@ def test_an_owner_that_was_silent_for_too_long_learns_that_it_has_lost(hold, tmp
     first = hold(ELSEWHERE)
     first.send_signal(signal.SIGSTOP)
     with refuse_to_wait(tmp_path):
-        mine = (tmp_path / "a.lock").read_text()
+        content = (tmp_path / "a.lock").read_text()
         first.send_signal(signal.SIGCONT)
         first.communicate("")  # it gives nothing up that is not its own
-        assert (tmp_path / "a.lock").read_text() == mine
+        assert (tmp_path / "a.lock").read_text() == content
 
 
 def test_lost_is_set_when_another_has_taken_over(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_lost_is_set_when_another_has_taken_over(tmp_path, monkeypatch):
     assert (tmp_path / "a.lock").read_text() == "of another"
 
 
-def test_without_hard_links_a_lock_is_as_good(hold, tmp_path):
+def test_a_lock_works_without_hard_links(hold, tmp_path):
     no_links = "import os\ndef refuse(*names): raise OSError(95, 'no links here')\nos.link = refuse\n"
     first = hold(no_links)
     with pytest.raises(InUse, match=f"process {first.pid}"), refuse_to_wait(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that may be anybody's: whatever is in them, they are read in bounded memory and time, or refused in words."""
+"""Files of any content are read in bounded memory and time, or refused with a message."""
 
 import io
 import json
@@ -109,12 +109,12 @@ def test_a_storage_of_before_1_6_is_made_only_where_the_file_is_long_enough(tmp_
     one_line(tmp_path / "model.pt")
 
 
-def test_a_module_within_itself_is_told(tmp_path):
+def test_a_module_within_itself_is_refused(tmp_path):
     """Written by hand: `_modules` of the object in memo place 0 holds it."""
     content = b"\x80\2cmem\nModel\nq\1)\x81q\0}(X\x08\0\0\0_modules}X\1\0\0\0ah\0sub."
     (tmp_path / "model.pt").write_bytes(content)
-    told = refused(tmp_path / "model.pt", tmp_path / "run")
-    assert "r_w_bias: is missing" in told
+    message = refused(tmp_path / "model.pt", tmp_path / "run")
+    assert "r_w_bias: is missing" in message
 
 
 def test_values_of_a_config_are_shown_in_few_words(tmp_path):
@@ -146,8 +146,8 @@ def test_values_of_a_config_are_shown_in_few_words(tmp_path):
 )
 def test_a_config_that_asks_for_another_model_than_its_tensors_is_refused(changes, tmp_path):
     for number, folder in enumerate([saved(theirs(), tmp_path / "hf"), exported(tmp_path)]):
-        told = refused(edited(folder, **changes), tmp_path / f"run-{number}")
-        assert len(told) < 2000 and len(told.splitlines()) <= 8 and "Traceback" not in told
+        message = refused(edited(folder, **changes), tmp_path / f"run-{number}")
+        assert len(message) < 2000 and len(message.splitlines()) <= 8 and "Traceback" not in message
 
 
 def exported(tmp_path):
@@ -168,14 +168,14 @@ def test_many_tensors_of_the_same_few_numbers_are_no_large_model(tmp_path):
     torch.save(state, tmp_path / "model.pt")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     lengths = dict(tgt_len=5, mem_len=7, clamp_len=-1, same_length=False, pre_lnorm=False)
-    told = refused(tmp_path / "model.pt", tmp_path / "run", tokenizer_from=tmp_path / "vocab.txt", model=lengths)
-    assert "parameters, but all tensors only" in told
+    message = refused(tmp_path / "model.pt", tmp_path / "run", tokenizer_from=tmp_path / "vocab.txt", model=lengths)
+    assert "parameters, but all tensors only" in message
 
 
 def test_a_safetensors_file_and_an_index_of_parts_are_refused_in_words(tmp_path):
     folder = saved(theirs(), tmp_path / "hf")
-    whole = (folder / "model.safetensors").read_bytes()
-    for content in (b"", b"x" * 7, b"\xff" * 8 + b"{}", struct.pack("<Q", 2) + b"[]", whole[:100], whole + b"x"):
+    original = (folder / "model.safetensors").read_bytes()
+    for content in (b"", b"x" * 7, b"\xff" * 8 + b"{}", struct.pack("<Q", 2) + b"[]", original[:100], original + b"x"):
         (folder / "model.safetensors").write_bytes(content)
         assert len(refused(folder, tmp_path / "run").splitlines()) == 1
     save_file({"n": torch.ones(2, dtype=torch.int8)}, folder / "model.safetensors")
@@ -186,7 +186,7 @@ def test_a_safetensors_file_and_an_index_of_parts_are_refused_in_words(tmp_path)
         assert len(refused(folder, tmp_path / "run").splitlines()) == 1
 
 
-def test_a_lack_of_memory_is_told_in_words(capsys):
+def test_a_lack_of_memory_is_reported_without_a_trace(capsys):
     for allocate in (lambda: torch.empty(2**45), lambda: np.ones(2**40), lambda: bytes(2**45)):
         with pytest.raises(SystemExit) as end, errors_reported():
             allocate()

@@ -1,11 +1,11 @@
-"""Whatever is done to a file or a command line, a command ends in words: `python -m tests.fuzz --seed 1 --cases 2000`.
+"""Damage files and command lines, and check that commands end with a message: python -m tests.fuzz --seed 1
 
 Each case damages one copy of something valid, with its checksums made right again, and runs one command on it. The
 command must end with exit code 0, 1 or 2, without a traceback, in bounded time and memory. A case is a pure function of
 (seed, number).
 
     isolate     run a function in a forked process with limits
-    specimens   what is valid: a dataset, a run, checkpoints of other houses
-    mutators    one for each kind of file
-    kinds       which file is damaged how, what is sealed again, and which command reads it
+    specimens   valid files: a dataset, a run, third-party checkpoints
+    mutators    damage the content of one kind of file each
+    kinds       choose the file, its mutator, what is sealed again, and the command that reads it
 """

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --seed 1 --cases 2000 --minutes 20`; one case with its output: `--case N --keep FOLDER`."""
+"""Run cases: python -m tests.fuzz --seed 1 --cases 2000 --minutes 20; or show one: --case N --keep FOLDER."""
 
 import argparse
 import os
@@ -20,18 +20,18 @@ def main() -> int:
     given = parse()
     warm_up()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        place = Path(scratch)
-        specimens = made(place)
+        folder = Path(scratch)
+        specimens = made(folder)
         if given.case is not None:
-            return show(given.seed, given.case, specimens, Path(given.keep or place / "case"))
-        tally = fuzz(given.seed, range(given.cases), given.minutes, given.kinds, specimens, place)
+            return show(given.seed, given.case, specimens, Path(given.keep or folder / "case"))
+        tally = fuzz(given.seed, range(given.cases), given.minutes, given.kinds, specimens, folder)
         return bool(tally.faults)
 
 
-def made(place: Path) -> Path:
-    """The specimens, in a folder that is the working directory from now on."""
-    os.environ |= {"XDG_CACHE_HOME": f"{place}/cache", "HOME": str(place), "OMP_NUM_THREADS": "1"}
-    specimens = place / "specimens"
+def made(folder: Path) -> Path:
+    """Make the specimens in a folder, and make it the working directory."""
+    os.environ |= {"XDG_CACHE_HOME": f"{folder}/cache", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    specimens = folder / "specimens"
     specimens.mkdir()
     os.chdir(specimens)
     make(specimens)
@@ -53,21 +53,21 @@ def kind_of(case: int) -> str:
     return list(KINDS)[case % len(KINDS)]
 
 
-def build(seed: int, case: int, specimens: Path, place: Path) -> tuple[str, Command]:
-    """Make the files of a case in `place`; its kind, and its command."""
+def build(seed: int, case: int, specimens: Path, folder: Path) -> tuple[str, Command]:
+    """Make the files of a case in `folder`; return its kind and its command."""
     kind = kind_of(case)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    return kind, KINDS[kind](specimens, place, Random(f"{seed} {case}"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return kind, KINDS[kind](specimens, folder, Random(f"{seed} {case}"))
 
 
-def attempt(seed: int, case: int, specimens: Path, place: Path) -> tuple[str, Command, Outcome]:
-    kind, (module, *arguments) = build(seed, case, specimens, place)
-    return kind, [module, *arguments], call(command(f"txl_dist.{module}", *arguments), place.with_name("log"))
+def attempt(seed: int, case: int, specimens: Path, folder: Path) -> tuple[str, Command, Outcome]:
+    kind, (module, *arguments) = build(seed, case, specimens, folder)
+    return kind, [module, *arguments], call(command(f"txl_dist.{module}", *arguments), folder.with_name("log"))
 
 
-def show(seed: int, case: int, specimens: Path, place: Path) -> int:
-    kind, line, outcome = attempt(seed, case, specimens, place)
+def show(seed: int, case: int, specimens: Path, folder: Path) -> int:
+    kind, line, outcome = attempt(seed, case, specimens, folder)
     print(f"{kind}: {line}\n{outcome.output}\n{outcome._replace(output='')}\nfault: {outcome.fault}")
     return outcome.fault is not None
 
@@ -102,7 +102,7 @@ class Tally:
         print(f"{self.ends.total()} cases, {len(self.faults)} failed; {most}")
 
 
-def fuzz(seed: int, cases: Iterable[int], minutes: float, kinds: list[str], specimens: Path, place: Path) -> Tally:
+def fuzz(seed: int, cases: Iterable[int], minutes: float, kinds: list[str], specimens: Path, folder: Path) -> Tally:
     """Run cases of some kinds until the time is over."""
     until = time.monotonic() + 60 * minutes
     tally = Tally(seed)
@@ -112,7 +112,7 @@ def fuzz(seed: int, cases: Iterable[int], minutes: float, kinds: list[str], spec
         if time.monotonic() > until:
             print(f"the time is over before case {case}")
             break
-        kind, _, outcome = attempt(seed, case, specimens, place / "case")
+        kind, _, outcome = attempt(seed, case, specimens, folder / "case")
         tally.add(case, kind, outcome)
     tally.show()
     return tally

@@ -1,4 +1,4 @@
-"""Run a function in a forked process with limits: a start of Python with torch would take seconds for each case."""
+"""Run functions in forked processes with limits: to start Python with torch would take seconds for each case."""
 
 import importlib
 import os
@@ -19,7 +19,12 @@ ADDRESSES = 8192  # MiB more than the parent has: DeepSpeed reserves buckets of 
 
 
 class Outcome(NamedTuple):
-    """seconds: of the processor, or PATIENCE where it was waited for in vain. peak: resident memory in MiB."""
+    """The end of a process.
+
+    Attributes:
+        seconds: of CPU time, or of waiting if PATIENCE was exceeded.
+        peak: resident memory in MiB.
+    """
 
     code: int
     output: str
@@ -28,7 +33,7 @@ class Outcome(NamedTuple):
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with how a command ended."""
+        """Why the end of the command is a fault; None if it is not."""
         if self.seconds >= SECONDS:
             return f"took {self.seconds:.0f} seconds"
         if self.code not in (0, 1, 2):
@@ -41,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 def call(function: Callable[[], object], log: Path) -> Outcome:
-    """Fork, call, and wait; what is written to standard output and error goes to `log`."""
+    """Fork, call, and wait; standard output and error go to `log`."""
     sys.stdout.flush()
     start = time.monotonic()
     child = os.fork()
@@ -87,7 +92,7 @@ def run_limited(function: Callable[[], object], log: Path) -> NoReturn:
 
 
 def command(module: str, *arguments: str) -> Callable[[], None]:
-    """What `python -m MODULE ARGUMENTS...` does."""
+    """Return a function that does what `python -m MODULE ARGUMENTS...` does."""
 
     def run() -> None:
         sys.argv = [module, *arguments]

@@ -1,4 +1,4 @@
-"""The kinds of cases: what is copied, damaged and sealed again, and which command then reads it."""
+"""The kinds of cases: each copies and damages a file, seals it again, and chooses the command that reads it."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from txl_dist.data.preparing.shards import content_fingerprint
+from txl_dist.data.format import content_fingerprint
 from txl_dist.files.atomic import sha256_of_file, sha256_of_json
 
 from . import mutators
@@ -16,11 +16,11 @@ from .mutators import Mutator
 from .specimens import TOKENIZERS, TRAIN
 
 Command = list[str]  # the module's name, then its arguments
-RARELY = 0.03  # training starts in seconds, all else in parts of one
+RARELY = 0.03  # training takes seconds to start, everything else less than one
 
 
 def damage(path: Path, mutator: Mutator, rng: Random) -> None:
-    """Put a mutant in the place of a file; one in eight is damaged without regard to what it is."""
+    """Put a mutant in the place of a file; one in eight is damaged without regard to its format."""
     chosen = mutators.any_bytes if rng.random() < 0.125 else mutator
     path.write_bytes(chosen(path.read_bytes(), rng))
 
@@ -53,7 +53,7 @@ def seal(data: Path, run: Path) -> None:
             if fingerprint and isinstance(manifest.get("data"), dict) and "fingerprint" in manifest["data"]:
                 manifest["data"]["fingerprint"] = fingerprint
                 manifest["data"]["tokenizer"] = {
-                    each.name: sha256_of_file(each) for each in (run / "tokenizer").iterdir()
+                    path.name: sha256_of_file(path) for path in (run / "tokenizer").iterdir()
                 }
             write_sealed(path, manifest)
 
@@ -76,16 +76,17 @@ def seal_data(data: Path) -> str | None:
     return index.get("fingerprint")
 
 
-def copies(specimens: Path, place: Path, tokenizer: str) -> tuple[Path, Path]:
-    """A dataset and the run that was trained on it."""
-    data, run = place / "data", place / "run"
+def copies(specimens: Path, folder: Path, tokenizer: str) -> tuple[Path, Path]:
+    """Copy a dataset and the run that was trained on it."""
+    data = folder / "data"
+    run = folder / "run"
     shutil.copytree(specimens / tokenizer, data)
     shutil.copytree(specimens / f"run-{tokenizer}", run)
     return data, run
 
 
-def asked(run: Path, data: Path, rng: Random) -> Command:
-    """A command that reads a run, and perhaps its data."""
+def read_run(run: Path, data: Path, rng: Random) -> Command:
+    """Choose a command that reads a run, and perhaps its data."""
     given = f"data_dir={data}"
     return rng.choice([
         ["evaluate", f"run={run}", given, "split=train", "num_lanes=2"],
@@ -114,8 +115,8 @@ def trained_on(run: Path, data: Path) -> Command:
 # ------------------------------------------------------------------------------------------------------- the kinds
 
 
-def index(specimens: Path, place: Path, rng: Random) -> Command:
-    data, run = copies(specimens, place, rng.choice(TOKENIZERS))
+def index(specimens: Path, folder: Path, rng: Random) -> Command:
+    data, run = copies(specimens, folder, rng.choice(TOKENIZERS))
     damage(data / "index.json", mutators.json_text, rng)
     seal(data, run)
     return read_data(specimens, run, data, rng)
@@ -138,47 +139,47 @@ def read_data(specimens: Path, run: Path, data: Path, rng: Random) -> Command:
     ]
 
 
-def table(specimens: Path, place: Path, rng: Random) -> Command:
-    data, run = copies(specimens, place, "bytes")
+def table(specimens: Path, folder: Path, rng: Random) -> Command:
+    data, run = copies(specimens, folder, "bytes")
     damage(data / "train" / rng.choice(["samples.npy", "documents.npy"]), mutators.npy, rng)
     seal(data, run)
     return read_data(specimens, run, data, rng)
 
 
-def shard(specimens: Path, place: Path, rng: Random) -> Command:
-    data, run = copies(specimens, place, rng.choice(TOKENIZERS))
+def shard(specimens: Path, folder: Path, rng: Random) -> Command:
+    data, run = copies(specimens, folder, rng.choice(TOKENIZERS))
     damage(rng.choice(sorted((data / "train").glob("*.tar"))), mutators.tar, rng)
     facts = read(data / "index.json")
-    for each in facts["splits"]["train"]["shards"]:
-        each["bytes"] = (data / each["name"]).stat().st_size
+    for entry in facts["splits"]["train"]["shards"]:
+        entry["bytes"] = (data / entry["name"]).stat().st_size
     (data / "index.json").write_text(json.dumps(facts))
     seal(data, run)
     return read_data(specimens, run, data, rng)
 
 
-def manifest(specimens: Path, place: Path, rng: Random) -> Command:
-    data, run = copies(specimens, place, rng.choice(TOKENIZERS))
+def manifest(specimens: Path, folder: Path, rng: Random) -> Command:
+    data, run = copies(specimens, folder, rng.choice(TOKENIZERS))
     damage(next(run.glob("checkpoints/*/checkpoint.json")), mutators.json_text, rng)
     seal(data, run)
-    return trained_on(run, data) if rng.random() < RARELY else asked(run, data, rng)
+    return trained_on(run, data) if rng.random() < RARELY else read_run(run, data, rng)
 
 
-def safetensors(specimens: Path, place: Path, rng: Random) -> Command:
+def safetensors(specimens: Path, folder: Path, rng: Random) -> Command:
     if rng.random() < 0.4:
         kind = rng.choice(["safe", "parts", "export"])
-        folder = Path(shutil.copytree(specimens / kind, place / kind))
-        damage(next(folder.glob("*.safetensors")), mutators.safetensors, rng)
-        return ["convert", f"from={folder}", f"run={place / 'out'}"]
-    data, run = copies(specimens, place, "bytes")
+        source = Path(shutil.copytree(specimens / kind, folder / kind))
+        damage(next(source.glob("*.safetensors")), mutators.safetensors, rng)
+        return ["convert", f"from={source}", f"run={folder / 'out'}"]
+    data, run = copies(specimens, folder, "bytes")
     file = rng.choice(["weights", "weights", "weights", "optimizer", "memory"])
     damage(next(run.glob(f"checkpoints/*/{file}-*.safetensors")), mutators.safetensors, rng)
     seal(data, run)
     if rng.random() < (RARELY if file == "weights" else 0.3):
         return trained_on(run, data)
-    return ["inspect", f"run={run}"] if file != "weights" else asked(run, data, rng)
+    return ["inspect", f"run={run}"] if file != "weights" else read_run(run, data, rng)
 
 
-def torch_file(specimens: Path, place: Path, rng: Random) -> Command:
+def torch_file(specimens: Path, folder: Path, rng: Random) -> Command:
     name = rng.choice(
         ["authors-zip.pt", "authors-old.pt", "nvidia-zip.pt", "nvidia-old.pt", "pytorch_model.bin", "vocab.pkl"]
     )
@@ -191,67 +192,68 @@ def torch_file(specimens: Path, place: Path, rng: Random) -> Command:
     ]
     words = f"tokenizer_from={specimens / 'vocab.txt'}"
     if name == "vocab.pkl":
-        path = Path(shutil.copy(specimens / name, place))
+        path = Path(shutil.copy(specimens / name, folder))
         damage(path, mutators.pickle_stream, rng)
-        return ["convert", f"from={specimens / 'safe'}", f"tokenizer_from={path}", f"run={place / 'out'}"]
+        return ["convert", f"from={specimens / 'safe'}", f"tokenizer_from={path}", f"run={folder / 'out'}"]
     if name == "pytorch_model.bin":
-        folder = Path(shutil.copytree(specimens / "bin", place / "bin"))
-        damage(folder / name, mutators.torch_file, rng)
-        return ["convert", f"from={folder}", f"run={place / 'out'}"]
-    path = Path(shutil.copy(specimens / name, place))
+        source = Path(shutil.copytree(specimens / "bin", folder / "bin"))
+        damage(source / name, mutators.torch_file, rng)
+        return ["convert", f"from={source}", f"run={folder / 'out'}"]
+    path = Path(shutil.copy(specimens / name, folder))
     damage(path, mutators.torch_file, rng)
-    return ["convert", f"from={path}", words, f"run={place / 'out'}", *(lengths if "authors" in name else [])]
+    return ["convert", f"from={path}", words, f"run={folder / 'out'}", *(lengths if "authors" in name else [])]
 
 
-def sentencepiece(specimens: Path, place: Path, rng: Random) -> Command:
+def sentencepiece(specimens: Path, folder: Path, rng: Random) -> Command:
     if rng.random() < 0.5:
-        path = Path(shutil.copy(specimens / "given.model", place))
+        path = Path(shutil.copy(specimens / "given.model", folder))
         damage(path, mutators.any_bytes, rng)
-        return prepared(specimens, place, "sentencepiece", f"tokenizer.model={path}")
-    return tokenizer_damaged(specimens, place, rng, "sentencepiece.model", mutators.any_bytes)
+        return prepared(specimens, folder, "sentencepiece", f"tokenizer.model={path}")
+    return tokenizer_damaged(specimens, folder, rng, "sentencepiece.model", mutators.any_bytes)
 
 
-def words(specimens: Path, place: Path, rng: Random) -> Command:
+def words(specimens: Path, folder: Path, rng: Random) -> Command:
     chance = rng.random()
     if chance < 0.3:
-        path = Path(shutil.copy(specimens / "vocab.txt", place))
+        path = Path(shutil.copy(specimens / "vocab.txt", folder))
         damage(path, mutators.words, rng)
-        return prepared(specimens, place, "word", f"tokenizer.vocab={path}")
+        return prepared(specimens, folder, "word", f"tokenizer.vocab={path}")
     if chance < 0.6:
-        folder = Path(shutil.copytree(specimens / "safe", place / "safe"))
-        damage(folder / "vocab.txt", mutators.words, rng)
-        return ["convert", f"from={folder}", f"run={place / 'out'}"]
-    name = rng.choice(["vocab.txt", "tokenizer.json"])
-    return tokenizer_damaged(specimens, place, rng, name, mutators.words if name == "vocab.txt" else mutators.json_text)
+        source = Path(shutil.copytree(specimens / "safe", folder / "safe"))
+        damage(source / "vocab.txt", mutators.words, rng)
+        return ["convert", f"from={source}", f"run={folder / 'out'}"]
+    if rng.random() < 0.5:
+        return tokenizer_damaged(specimens, folder, rng, "vocab.txt", mutators.words)
+    return tokenizer_damaged(specimens, folder, rng, "tokenizer.json", mutators.json_text)
 
 
-def prepared(specimens: Path, place: Path, tokenizer: str, given: str) -> Command:
+def prepared(specimens: Path, folder: Path, tokenizer: str, given: str) -> Command:
     source = ["corpus=text", f"corpus.path={specimens / 'book.txt'}", "workers=1"]
-    return ["prepare", *source, f"tokenizer={tokenizer}", given, f"data.dir={place / 'out'}"]
+    return ["prepare", *source, f"tokenizer={tokenizer}", given, f"data.dir={folder / 'out'}"]
 
 
-def tokenizer_damaged(specimens: Path, place: Path, rng: Random, name: str, mutator: Mutator) -> Command:
-    """Of a dataset and a run alike."""
-    data, run = copies(specimens, place, "sentencepiece" if name == "sentencepiece.model" else "word")
+def tokenizer_damaged(specimens: Path, folder: Path, rng: Random, name: str, mutator: Mutator) -> Command:
+    """Damage a file of the tokenizer in a dataset and in its run alike."""
+    data, run = copies(specimens, folder, "sentencepiece" if name == "sentencepiece.model" else "word")
     damage(data / "tokenizer" / name, mutator, rng)
     shutil.copy(data / "tokenizer" / name, run / "tokenizer" / name)
     seal(data, run)
-    return rng.choice([asked(run, data, rng), read_data(specimens, run, data, rng)])
+    return rng.choice([read_run(run, data, rng), read_data(specimens, run, data, rng)])
 
 
-def foreign_config(specimens: Path, place: Path, rng: Random) -> Command:
-    """config.json, an index of parts, or the tokenizer's config of a folder."""
+def foreign_config(specimens: Path, folder: Path, rng: Random) -> Command:
+    """Damage config.json, an index of parts, or the tokenizer's config of a third-party checkpoint."""
     kind = rng.choice(["safe", "bin", "export", "parts"])
-    folder = Path(shutil.copytree(specimens / kind, place / kind))
+    source = Path(shutil.copytree(specimens / kind, folder / kind))
     names = {"export": ["config.json", "tokenizer_config.json"], "parts": ["model.safetensors.index.json"]}
-    damage(folder / rng.choice(names.get(kind, ["config.json"])), mutators.json_text, rng)
-    return ["convert", f"from={folder}", f"run={place / 'out'}"]
+    damage(source / rng.choice(names.get(kind, ["config.json"])), mutators.json_text, rng)
+    return ["convert", f"from={source}", f"run={folder / 'out'}"]
 
 
-def command_line(specimens: Path, place: Path, rng: Random, only_values: bool = False) -> Command:
-    data, run = copies(specimens, place, "bytes")
+def command_line(specimens: Path, folder: Path, rng: Random, only_values: bool = False) -> Command:
+    data, run = copies(specimens, folder, "bytes")
     more = ["model.mem_len=4", "checkpoint=null", "average=false"]
-    choices = [asked(run, data, rng) for _ in range(3)] + [trained_on(run, data)] * (rng.random() < 0.1)
+    choices = [read_run(run, data, rng) for _ in range(3)] + [trained_on(run, data)] * (rng.random() < 0.1)
     choices += [
         [
             "generate",
@@ -269,7 +271,7 @@ def command_line(specimens: Path, place: Path, rng: Random, only_values: bool = 
     choices += [["evaluate", f"run={run}", f"data_dir={data}", "split=test", "num_lanes=2", "max_tokens=9", *more]]
     choices += [
         [
-            *prepared(specimens, place, "bytes", "corpus.valid_share=0.1"),
+            *prepared(specimens, folder, "bytes", "corpus.valid_share=0.1"),
             "data.sample_tokens=64",
             "data.shard_samples=2",
         ]

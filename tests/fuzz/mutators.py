@@ -1,4 +1,4 @@
-"""Damage to the content of files: one mutator for each kind, and one for any bytes. All draw from the dice alone."""
+"""Damage the content of files: one mutator for each kind, and one for any bytes. All draw from their `rng` alone."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def nested(depth: int, leaf: Any = 0) -> Any:
 
 
 def any_bytes(data: bytes, rng: Random) -> bytes:
-    """Flipped bits, cuts, splices, repetitions."""
+    """Flip bits, cut, splice and repeat."""
     content = bytearray(data or b"\0")
     for _ in range(rng.choice([1, 1, 2, 8])):
         at = rng.randrange(len(content))
@@ -56,26 +56,26 @@ def any_bytes(data: bytes, rng: Random) -> bytes:
 # --------------------------------------------------------------------------------------------------------- JSON
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) within a JSON value."""
-    found: list[tuple[Any, Any]] = []
+def all_slots(value: Any) -> list[tuple[Any, Any]]:
+    """Return all (container, key) within a JSON value."""
+    slots: list[tuple[Any, Any]] = []
     unread = [value]
     while unread:
         container = unread.pop()
         if isinstance(container, dict | list):
             keys = list(container) if isinstance(container, dict) else range(len(container))
-            found += [(container, key) for key in keys]
+            slots += [(container, key) for key in keys]
             unread += [container[key] for key in keys]
-    return found
+    return slots
 
 
 def json_value(value: Any, rng: Random) -> Any:
-    """Other values, keys and shapes, within a JSON value that is changed in place."""
+    """Change values, keys and shapes within a JSON value, in place."""
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        found = places(value)
-        if not found:
+        slots = all_slots(value)
+        if not slots:
             break
-        container, key = rng.choice(found)
+        container, key = rng.choice(slots)
         kind = rng.choice(["value", "value", "value", "near", "remove", "twice", "swap", "key", "deep"])
         old = container[key]
         if kind == "near" and type(old) in (int, float):
@@ -87,8 +87,8 @@ def json_value(value: Any, rng: Random) -> Any:
         elif kind == "twice" and isinstance(container, list):
             container.append(old)
         elif kind == "swap":
-            other, place = rng.choice(found)
-            container[key] = copy.deepcopy(other[place])
+            other, other_key = rng.choice(slots)
+            container[key] = copy.deepcopy(other[other_key])
         elif kind == "key" and isinstance(container, dict):
             container[rng.choice(TEXTS)] = container.pop(key)
         elif kind == "deep":
@@ -111,9 +111,10 @@ def json_text(data: bytes, rng: Random) -> bytes:
 
 
 def npy(data: bytes, rng: Random) -> bytes:
-    """Another header, or other numbers behind it."""
+    """Change the header, or numbers behind it."""
     size = int.from_bytes(data[8:10], "little")
-    header, body = data[10 : 10 + size], bytearray(data[10 + size :])
+    header = data[10 : 10 + size]
+    body = bytearray(data[10 + size :])
     if rng.random() < 0.4:
         for _ in range(rng.choice([1, 3])):
             at = rng.randrange(0, max(len(body) - 8, 1))
@@ -135,16 +136,15 @@ def npy(data: bytes, rng: Random) -> bytes:
         "{}", "((((", "'" * 999, "1L", "{'descr'", "\n", header.decode("latin-1").replace("<", ">"),
     ]).encode()  # fmt: skip
     version = rng.choice([b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\7\7"])
-    length = len(text) + 1
-    told = length.to_bytes(2 if version == b"\1\0" else 4, "little")
+    header_length = (len(text) + 1).to_bytes(2 if version == b"\1\0" else 4, "little")
     if rng.random() < 0.1:
-        told = b"\xff" * len(told)
+        header_length = b"\xff" * len(header_length)
     magic = rng.choice([b"\x93NUMPY"] * 8 + [b"PK\3\4", b"\x80\4"])
-    return magic + version + told + text + b"\n" + bytes(body)
+    return magic + version + header_length + text + b"\n" + bytes(body)
 
 
 def tar(data: bytes, rng: Random) -> bytes:
-    """Other kinds, sizes and names of a member, with the checksum of its header made right."""
+    """Change kind, size or name of a member, and make the checksum of its header right."""
     headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
     if not headers:
         return any_bytes(data, rng)
@@ -181,7 +181,7 @@ def tar(data: bytes, rng: Random) -> bytes:
 
 
 def pax_member(rng: Random) -> bytes:
-    """A member whose pax headers say that it is sparse, or has another size or name."""
+    """Make a member whose pax headers say that it is sparse, or has another size or name."""
     member = tarfile.TarInfo("000000000.tokens.npy")
     member.pax_headers = rng.choice([
         {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 36)},
@@ -193,9 +193,10 @@ def pax_member(rng: Random) -> bytes:
 
 
 def safetensors(data: bytes, rng: Random) -> bytes:
-    """Another header: names, types, shapes and offsets; at times with data that fit it."""
+    """Change names, types, shapes and offsets in the header; at times with data that fit it."""
     size = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    header = json.loads(data[8 : 8 + size])
+    body = data[8 + size :]
     kind = rng.choice(["length", "value", "value", "shape", "rename", "drop", "half", "many", "alias"])
     names = [name for name in header if name != "__metadata__"]
     name = rng.choice(names)
@@ -217,7 +218,7 @@ def safetensors(data: bytes, rng: Random) -> bytes:
         del header[name]
         for other in header.values():
             if "data_offsets" in other and other["data_offsets"][0] >= end:
-                other["data_offsets"] = [place - (end - start) for place in other["data_offsets"]]
+                other["data_offsets"] = [offset - (end - start) for offset in other["data_offsets"]]
     elif kind == "half":
         for other in names:
             header[other]["dtype"] = rng.choice(["F16", "BF16"])
@@ -235,7 +236,7 @@ def safetensors(data: bytes, rng: Random) -> bytes:
 DOUBLED = b"]q\x7f" + b"".join(b"](h\x7fh\x7feq\x7f" for _ in range(60))  # a list of 2 ** 60 lists
 KEY = b")q\x7f" + b"h\x7fh\x7f\x86q\x7f" * 60  # a tuple whose hash takes 2 ** 60 steps
 BOMBS = [
-    b"r\xff\xff\xff\x7f",  # memo place 2 ** 31
+    b"r\xff\xff\xff\x7f",  # memo slot 2 ** 31
     b"\x8d" + struct.pack("<Q", 2**40),  # a text of so many bytes
     b"\x8e" + struct.pack("<Q", 2**33),
     b"\x96" + struct.pack("<Q", 2**33),  # a bytearray
@@ -258,18 +259,18 @@ INTEGERS = {"BININT": 4, "BININT1": 1, "BININT2": 2}
 
 
 def pickle_stream(data: bytes, rng: Random) -> bytes:
-    """Operations of one pickle inserted, removed, repeated, or with other numbers."""
+    """Insert, remove or repeat operations of one pickle, or change their numbers."""
     operations = list(pickletools.genops(data))
-    cuts = [place for _, _, place in operations] + [operations[-1][2] + 1]
+    cuts = [position for _, _, position in operations] + [operations[-1][2] + 1]
     content = data
     for _ in range(rng.choice([1, 1, 2])):
         number = rng.randrange(len(operations))
-        start, end = cuts[number], cuts[number + 1]
+        start, end = cuts[number : number + 2]
         kind = rng.choice(["bomb", "bomb", "remove", "repeat", "number", "number", "size"])
         if kind == "number":
             numbers = [i for i, (code, _, _) in enumerate(operations) if code.name in INTEGERS]
             number = rng.choice(numbers or [number])
-            start, end = cuts[number], cuts[number + 1]
+            start, end = cuts[number : number + 2]
             value = rng.choice([0, 1, 255, 2**31 - 1, 2**20, 2**40, 2**62, 2**70, -1])
             new = b"\x8a" + bytes([len(raw := pickle.encode_long(value))]) + raw if numbers else b"N"
         elif kind == "size":
@@ -284,16 +285,16 @@ def pickle_stream(data: bytes, rng: Random) -> bytes:
 
 
 def torch_file(data: bytes, rng: Random) -> bytes:
-    """A file of torch.save: its pickle, its storages, or the archive around them."""
+    """Damage the pickle of a file of torch.save, its storages, or the archive around them."""
     if not zipfile.is_zipfile(io.BytesIO(data)):
         ends = [0]
         for _ in range(5):
             try:
-                ends.append(ends[-1] + max(place for _, _, place in pickletools.genops(data[ends[-1] :])) + 1)
+                ends.append(ends[-1] + max(position for _, _, position in pickletools.genops(data[ends[-1] :])) + 1)
             except ValueError:
                 break
         number = rng.randrange(len(ends) - 1)
-        start, end = ends[number], ends[number + 1]
+        start, end = ends[number : number + 2]
         return data[:start] + pickle_stream(data[start:end], rng) + data[end:]
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -324,7 +325,7 @@ def torch_file(data: bytes, rng: Random) -> bytes:
 
 
 def words(data: bytes, rng: Random) -> bytes:
-    """A vocabulary, a word on each line: other words, line ends and counts."""
+    """Change words, line ends and counts of a vocabulary with one word per line."""
     lines = data.split(b"\n")
     for _ in range(rng.choice([1, 2, 5])):
         new = rng.choice(
@@ -344,7 +345,7 @@ def words(data: bytes, rng: Random) -> bytes:
 
 
 def arguments(given: list[str], rng: Random) -> list[str]:
-    """A command line: other values, keys and characters."""
+    """Change values, keys and characters of a command line."""
     given = list(given)
     for _ in range(rng.choice([1, 1, 2, 3])):
         at = rng.randrange(len(given))
@@ -369,5 +370,11 @@ def arguments(given: list[str], rng: Random) -> list[str]:
         else:
             noise = "".join(rng.choices("=,[]{}()'\"\\$#@~%: \t\n\x01aé€", k=rng.randint(1, 12)))
             given[at] = f"{key}={value}{noise}"
-    return [each.replace("\0", "\x01").encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-            if not any(0xD800 <= ord(c) < 0xDC80 for c in each) else key for each in given]  # fmt: skip
+    return [typed(argument, key) for argument in given]
+
+
+def typed(argument: str, fallback: str) -> str:
+    """Return an argument as a shell would pass it; `fallback` if it holds surrogates that a shell cannot pass."""
+    if any(0xD800 <= ord(character) < 0xDC80 for character in argument):
+        return fallback
+    return argument.replace("\0", "\x01").encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")

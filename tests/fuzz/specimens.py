@@ -1,4 +1,4 @@
-"""What is valid, and small: a dataset of each tokenizer, a run of each, an export, checkpoints of other houses."""
+"""Small valid files: a dataset and a run of each tokenizer, an export, third-party checkpoints."""
 
 import importlib
 import io
@@ -39,12 +39,13 @@ def warm_up() -> None:
 
 
 def make(folder: Path) -> None:
-    """Make all specimens: DATA and RUN folders by tokenizer, an export, and files of other houses."""
+    """Make all specimens: folders of data and runs by tokenizer, an export, and third-party checkpoints."""
     rng = random.Random(1)
     text = "".join(" ".join(rng.choices(WORDS[2:], k=rng.randint(1, 9))) + "\n" for _ in range(250))
     (folder / "book.txt").write_text(text)
     for name in TOKENIZERS:
-        data, run = f"data.dir={folder / name}", f"run.dir={folder / f'run-{name}'}"
+        data = f"data.dir={folder / name}"
+        run = f"run.dir={folder / f'run-{name}'}"
         size = ["tokenizer.vocab_size=305"] if name == "sentencepiece" else []
         cut = ["data.sample_tokens=64", "data.shard_samples=8", "corpus.valid_share=0.1", "corpus.test_share=0.1"]
         prepare = ["corpus=text", f"corpus.path={folder / 'book.txt'}", f"tokenizer={name}", "workers=1", data]
@@ -55,12 +56,13 @@ def make(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (folder / "given.model").write_bytes((folder / "sentencepiece" / "tokenizer" / "sentencepiece.model").read_bytes())
     SentencePieceTokenizer.open(folder / "given.model")
-    other_houses(folder)
+    third_party(folder)
 
 
 def untrained(folder: Path, tokenizer: str) -> None:
-    """A run like that with bytes, of other data, in a moment."""
-    index, like = Index.open(str(folder / tokenizer)), latest(folder / "run-bytes")
+    """Make a run of other data from the run with bytes, without training."""
+    index = Index.open(str(folder / tokenizer))
+    like = latest(folder / "run-bytes")
     run = folder / f"run-{tokenizer}"
     config = like.config | {"data": like.config["data"] | {"dir": str(folder / tokenizer)}}
     model = TransformerXL(ModelConfig(**config["model"]), index.vocab_size)
@@ -79,8 +81,8 @@ def done(folder: Path, run) -> None:
         raise SystemExit(f"a specimen cannot be made:\n{outcome.output}")
 
 
-def other_houses(folder: Path) -> None:
-    """Hugging Face's folder, in both formats and in parts; the authors' and NVIDIA's files; a pickled vocabulary."""
+def third_party(folder: Path) -> None:
+    """Make Hugging Face's folder (both formats, parts), the authors' and NVIDIA's files, a pickled vocabulary."""
     config = ModelConfig(name="transformer_xl", tie_weights=True, tie_projections=True, **MODEL)
     torch.manual_seed(1)
     tensors = {name: torch.randn(shape) for name, shape in shapes(config, len(WORDS)).items()}
@@ -96,8 +98,8 @@ def other_houses(folder: Path) -> None:
     (folder / "parts" / "one.safetensors").write_bytes(save(tensors))
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "one.safetensors")}
     (folder / "parts" / "model.safetensors.index.json").write_text(json.dumps(index))
-    authors = {re.sub(r"layers\.\d+\.dec_attn\.(r_[wr]_bias)", r"\1", name): each for name, each in tensors.items()}
-    authors = {name.removeprefix("transformer."): each for name, each in authors.items()}
+    authors = {re.sub(r"layers\.\d+\.dec_attn\.(r_[wr]_bias)", r"\1", name): tensor for name, tensor in tensors.items()}
+    authors = {name.removeprefix("transformer."): tensor for name, tensor in authors.items()}
     nvidia_config = MODEL | {"n_token": len(WORDS), "tie_weight": True, "tie_projs": [True] * 3, "d_embed": 16}
     words = {"idx2sym": WORDS, "sym2idx": {word: i for i, word in enumerate(WORDS)}, "lower_case": False}
     nvidia = {"model_config": nvidia_config, "model_state": authors, "epoch": 1, "optimizer": {"state": {0: [1.5]}}}

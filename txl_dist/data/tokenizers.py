@@ -109,7 +109,7 @@ class BytesTokenizer(Tokenizer):
         return [*(bytes([byte]) for byte in range(256)), b""]
 
 
-class BytesDecoder:
+class BytesDecoder(Decoder):
     """Decodes UTF-8 byte by byte."""
 
     def __init__(self) -> None:
@@ -241,7 +241,7 @@ class WordTokenizer(Tokenizer):
         (folder / "vocab.txt").write_bytes("".join(f"{word}\n" for word in self.words).encode())
 
 
-class WordDecoder:
+class WordDecoder(Decoder):
     """Puts a space between the words of a line."""
 
     def __init__(self, tokenizer: WordTokenizer):
@@ -374,7 +374,7 @@ class SentencePieceTokenizer(Tokenizer):
         (folder / "sentencepiece.model").write_bytes(self.model)
 
 
-class SentencePieceDecoder:
+class SentencePieceDecoder(Decoder):
     """Joins the pieces' texts; consecutive byte pieces are decoded together as UTF-8."""
 
     def __init__(self, pieces: sentencepiece.SentencePieceProcessor):

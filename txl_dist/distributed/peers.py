@@ -21,7 +21,7 @@ from torch.distributed import DistNetworkError
 
 from txl_dist.distributed.preemption import END
 from txl_dist.errors import first_line
-from txl_dist.files.lock import kernel, process_namespace
+from txl_dist.files.owner import kernel, process_namespace
 
 PROBING = 5.0  # seconds that a process has to answer: two packets may be lost
 PRINTING = 0.5  # seconds that a process has for its stacks

@@ -1,1 +1,1 @@
-"""Files on a disk that several processes share: atomic writes, locks, and parsers that survive any content."""
+"""Files that several processes share: atomic writes, locks, a cache folder, and parsing of damaged content."""

@@ -1,4 +1,4 @@
-"""Write files and folders that bear their final name only once they are complete and on disk."""
+"""Hashes, and files and folders that get their final name only once they are complete and on disk."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from txl_dist.files.lock import Lock, locked
 
 
 def sha256_of(stream: BinaryIO) -> str:
-    """Return the SHA-256 of what is left of a stream, as 64 hexadecimal digits."""
+    """Return the SHA-256 of the rest of a stream, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):
         digest.update(block)
@@ -34,7 +34,7 @@ def sha256_of_json(value: Any) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk: a name must not outlive its content when power fails."""
+    """Flush a file or folder to disk; without that, a power failure may keep the name and lose the content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -43,14 +43,14 @@ def sync(path: Path) -> None:
 
 
 def rename(temporary: Path, path: Path) -> None:
-    """Give a complete file or folder its final name, for good."""
+    """Give a complete file or folder its final name, both flushed to disk."""
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all it holds, or the file or link that stands in its place."""
+    """Remove a folder with all it holds, or a file or link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -59,18 +59,18 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it becomes `path` at the end, and disappears if the writing fails.
+    """Yield a temporary path to write to; it becomes `path` at the end, and is removed if the writing fails.
 
     The temporary name ends like `path`, for writers that choose a format by it.
 
     Raises:
-        OSError: naming `path`, where it cannot be written.
+        OSError: naming `path`, if it cannot be written.
     """
     temporary = path.with_name(f".partial-{path.name}")
     try:
         yield temporary
         rename(temporary, path)
-    except OSError as error:  # a full disk comes without a name
+    except OSError as error:  # the error of a full disk names no file
         if error.errno is None or error.filename not in (None, str(temporary), temporary):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -85,13 +85,14 @@ def is_empty(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def lock_of_new_folder(key: str, folder: Path, doing: str) -> Iterator[Lock]:
-    """Hold the lock of a folder that is to be made; it lies beside it. A process that comes second waits.
+    """Hold a lock beside a folder that is to be made; a second process waits.
 
     Args:
         key: of the config, for messages.
+        doing: such as "preparing a dataset", for the messages of processes that wait.
 
     Raises:
-        RunError: where nothing can be written there, before or during the context.
+        RunError: if nothing can be written there, before or during the context.
     """
     try:
         folder = folder.resolve()
@@ -104,15 +105,15 @@ def lock_of_new_folder(key: str, folder: Path, doing: str) -> Iterator[Lock]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, lock: Lock) -> Iterator[Path]:
-    """Give a folder to write to that takes the name `folder` at the end: one with a final name was complete.
+    """Yield a temporary folder to write to; it becomes `folder` at the end, and is removed if the writing fails.
 
     Raises:
-        UserError: where there is something at `folder` by then.
-        RunError: where another process has taken the lock.
+        UserError: if there is something at `folder` by then.
+        RunError: if another process has taken the lock.
     """
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():  # of a process that was killed
+    if partial.exists():  # a process was killed
         shutil.rmtree(partial)
     partial.mkdir()
     try:
@@ -131,7 +132,11 @@ def new_folder(folder: Path, lock: Lock) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it."""
+    """Make a folder and those above it.
+
+    Raises:
+        NotADirectoryError: if a file is in the way.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:

@@ -1,14 +1,14 @@
 """Locks: one process at a time writes to a folder, and a second one learns who the first is.
 
 A lock is a file that names its owner. It appears with its content, by a hard link, which is atomic on network file
-systems, too. Whether its owner lives is known
+systems, too. Whether the owner is running is known
 
-    on the same machine    from the process table, so at once after a SIGKILL
-    elsewhere              it lives while flock is held; that it is not says nothing, because many file systems do not
-                           share it between hosts: then from the file's time, which the owner renews every BEAT
-                           seconds, and after SILENCE seconds without that it counts as dead
+    on the same machine    from the process table: immediately, even after a SIGKILL
+    elsewhere              while flock is held, it is running. That flock is free means nothing, because many file
+                           systems do not share it between hosts: then the owner renews the file's time every BEAT
+                           seconds, and counts as dead after SILENCE seconds without that
 
-A copy of a locked folder is not locked: the file in it has neither the path nor the inode that its owner gave it.
+A copy of a locked folder is not locked: its file has neither the path nor the inode that the owner wrote into it.
 """
 
 import contextlib
@@ -16,18 +16,16 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
 from uuid import uuid4
 
-from txl_dist.distributed.preemption import SIGNALS
 from txl_dist.errors import UserError
+from txl_dist.files.owner import Owner
 
 BEAT = 5.0  # seconds between an owner's signs of life
 SILENCE = 60.0  # seconds without one, after which an owner on another host counts as dead
@@ -35,57 +33,8 @@ POLL = 0.2  # seconds between attempts to take a lock
 NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}  # from file systems without them
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The process that holds a lock.
-
-    started: when it began, in the kernel's ticks, so that another process with its number is not taken for it.
-    kernel, pids: the running kernel, and the namespace in which process numbers mean the same.
-    path, inode: of the lock's file.
-    """
-
-    host: str
-    pid: int
-    started: str | None
-    kernel: str
-    pids: str
-    since: str
-    doing: str
-    path: str
-    inode: int
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, {self.doing} since {self.since}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether its process number means something here."""
-        return (self.kernel, self.pids) == (kernel(), process_namespace())
-
-    def lives(self) -> bool:
-        """Return whether a local owner is running; one that was killed and not yet waited for is not."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # somebody else's process
-        return start_time(self.pid) in (None, self.started)
-
-    def is_stopping(self) -> bool:
-        """Return whether a local owner has got a signal that has it save and leave."""
-        if not self.is_local:
-            return False
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        except OSError:
-            return False
-        masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd:", "ShdPnd:"))]
-        return any(mask >> (number - 1) & 1 for mask in masks for number in SIGNALS)
-
-
 class InUse(UserError):
-    """A lock is held by a process that lives and is not waited for."""
+    """A lock is held by a running process that is not waited for."""
 
     def __init__(self, owner: Owner | None):
         super().__init__(f"in use by {owner or 'a process that left no name'}")
@@ -95,12 +44,14 @@ class Lock:
     """A lock that this process holds.
 
     Attributes:
-        lost: set when another process has taken it, for which this one seemed dead (suspended for longer than SILENCE,
-            or cut off from the file system), or when its file is gone. This process must not write any more then.
+        lost: set when another process has taken the lock because this one seemed dead (suspended for longer than
+            SILENCE, or cut off from the file system), or when its file is gone. This process must not write any more
+            then.
     """
 
     def __init__(self, path: Path, handle: int):
-        self.path, self.handle = path, handle
+        self.path = path
+        self.handle = handle
         self.lost = Event()
         self._released = Event()
         self._heart = Thread(target=self._beat, name="lock", daemon=True)
@@ -114,7 +65,7 @@ class Lock:
                     self.lost.set()
 
     def release(self) -> None:
-        """Give the lock up, and remove its file."""
+        """Give up the lock, and remove its file unless another process has taken it."""
         self._released.set()
         with contextlib.suppress(OSError):
             if is_at(self.path, self.handle):
@@ -129,12 +80,12 @@ def locked(path: Path, doing: str, wait: Callable[[Owner | None], bool] = lambda
     """Hold a lock, whose file is `path`, within a context.
 
     Args:
-        doing: for those who come second, such as "training".
-        wait: whether to go on waiting for its owner (None: one that left no name), asked again and again.
+        doing: what this process does meanwhile, for messages to others; such as "training".
+        wait: whether to keep waiting for the owner (None: one that left no name); asked again and again.
 
     Raises:
-        InUse: where it is held and not waited for.
-        OSError: where the file cannot be made.
+        InUse: if the lock is held and not waited for.
+        OSError: if the file cannot be made.
     """
     lock = acquire(path, doing, wait)
     try:
@@ -151,7 +102,7 @@ def acquire(path: Path, doing: str, wait: Callable[[Owner | None], bool]) -> Loc
         handle = take_over(path, doing, watch) if os.path.lexists(path) else create(path, doing, link)
         if handle is not None:
             return Lock(path, handle)
-        if watch.alive and not wait(watch.owner):
+        if watch.running and not wait(watch.owner):
             raise InUse(watch.owner)
         if watch.seen and not announced:
             print(f"{path}: waiting for {watch.owner or 'its owner'}", file=sys.stderr, flush=True)
@@ -160,49 +111,51 @@ def acquire(path: Path, doing: str, wait: Callable[[Owner | None], bool]) -> Loc
 
 
 class Watch:
-    """Watches the owner of a lock.
+    """Observes the owner of a lock over time.
 
     Attributes:
-        owner: as the file names it, None where it cannot be read.
-        alive: None while that is not known.
+        owner: as the file names it; None if it cannot be read.
+        running: whether the owner is running; None while that is not known.
         seen: whether there has been an owner at all.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.owner: Owner | None = None
-        self.alive: bool | None = None
+        self.running: bool | None = None
         self.seen = False
         self._last: tuple[int, int] | None = None  # inode and time of the file
         self._silent_since = 0.0
 
     def look(self, handle: int, is_free: bool | None) -> None:
-        """Look at the lock's file once more. `is_free`: as `flock` returned."""
+        """Look at the lock's file once more; `is_free` is the result of `flock`."""
         self.seen = True
-        self.owner = owner = read_owner(handle)
+        self.owner = owner = Owner.read(handle)
         file = os.fstat(handle)
         if owner and owner.path != str(self.path.resolve()) and owner.inode != file.st_ino:
-            self.alive = False  # a copy
+            self.running = False  # a copy
         elif owner and owner.is_local:
-            self.alive = owner.lives()
+            self.running = owner.is_running()
         elif is_free is False:
-            self.alive = True
-        elif is_free and (owner.kernel == kernel() if owner else not file.st_size):
-            self.alive = False  # of another container on this machine, or the empty file that earlier versions locked
+            self.running = True
+        elif is_free and owner and owner.is_on_this_kernel:
+            self.running = False  # it was in another container on this machine
+        elif is_free and not owner and not file.st_size:
+            self.running = False  # the empty file that earlier versions locked
         else:
             self._listen((file.st_ino, file.st_mtime_ns))
 
-    def _listen(self, now: tuple[int, int]) -> None:
-        if now != self._last:
-            self.alive = True if self._last else None
-            self._last = now
+    def _listen(self, current: tuple[int, int]) -> None:
+        if current != self._last:
+            self.running = True if self._last else None
+            self._last = current
             self._silent_since = time.monotonic()
         elif time.monotonic() - self._silent_since > SILENCE:
-            self.alive = False
+            self.running = False
 
 
 def take_over(path: Path, doing: str, watch: Watch) -> int | None:
-    """Take a lock whose owner is dead; return the new file's handle, or None where it lives or another was faster."""
+    """Take a lock whose owner is dead; return the new file's handle, or None if it is running or another was faster."""
     try:
         handle = open_existing(path)
     except FileNotFoundError:
@@ -211,7 +164,7 @@ def take_over(path: Path, doing: str, watch: Watch) -> int | None:
         is_free = flock(handle)
         watch.look(handle, is_free)
         # Those who come at the same moment on one machine wait for each other at the old file.
-        if watch.alive is not False or is_free is False or not is_at(path, handle):
+        if watch.running is not False or is_free is False or not is_at(path, handle):
             return None
         return create(path, doing, replace)
     finally:
@@ -219,21 +172,11 @@ def take_over(path: Path, doing: str, watch: Watch) -> int | None:
 
 
 def create(path: Path, doing: str, put: Callable[[Path, Path], None]) -> int | None:
-    """Put a file that names this process as owner to `path`; return its handle, None where another was faster."""
+    """Put a file that names this process as owner to `path`; return its handle, or None if another was faster."""
     temporary = path.with_name(f"{path.name}.{uuid4().hex}")
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        owner = Owner(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            started=start_time(os.getpid()),
-            kernel=kernel(),
-            pids=process_namespace(),
-            since=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-            doing=doing,
-            path=str(path.resolve()),
-            inode=os.fstat(handle).st_ino,
-        )
+        owner = Owner.this_process(doing, path, os.fstat(handle).st_ino)
         os.write(handle, f"{json.dumps(asdict(owner))}\n".encode())
         flock(handle)
         put(temporary, path)
@@ -249,7 +192,7 @@ def create(path: Path, doing: str, put: Callable[[Path, Path], None]) -> int | N
 
 
 def link(temporary: Path, path: Path) -> None:
-    """Give a file a name that nobody else has; raise FileExistsError where somebody has it."""
+    """Give a file a new name; raise FileExistsError if it is taken."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -257,12 +200,12 @@ def link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # reserves the name
         replace(temporary, path)
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Give a file the name of another; raise FileExistsError where another process did the same at the same time."""
+    """Give a file the name of another; raise FileExistsError if another process did the same at the same time."""
     inode = temporary.stat().st_ino
     os.replace(temporary, path)
     time.sleep(POLL)  # the last of them wins
@@ -271,14 +214,15 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def open_existing(path: Path) -> int:
+    """Open a lock's file, but not through a link."""
     try:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # some network file systems want to write for flock
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # some network file systems require write access for flock
     except PermissionError:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def flock(handle: int) -> bool | None:
-    """Lock a file for the kernel: False where another process has done so, None where the file system cannot."""
+    """Lock a file for the kernel; False: another process has done so, None: the file system cannot."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -288,44 +232,9 @@ def flock(handle: int) -> bool | None:
     return True
 
 
-def read_owner(handle: int) -> Owner | None:
-    """Return the owner that a lock's file names, None where it cannot be read."""
-    try:
-        content = json.loads(os.pread(handle, 1 << 16, 0))
-        owner = Owner(**content)
-        return owner if type(owner.pid) is int and 0 < owner.pid < 1 << 31 else None
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-
-
 def is_at(path: Path, handle: int) -> bool:
     """Return whether an open file is the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
-
-
-def kernel() -> str:
-    """Name the running kernel: another name after every boot."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
-def process_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def start_time(pid: int) -> str | None:
-    """Return when a process began, in the kernel's ticks; "" where it has ended, None where it cannot be known."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *rest = content.rpartition(")")[2].split()
-    return "" if state in "ZX" else rest[18]

@@ -1,4 +1,4 @@
-"""Files that may be anybody's, damaged or hostile: what parsers raise on them, and bounded words for it."""
+"""Tools to parse files that may be damaged or hostile: the exceptions of parsers, and bounded descriptions."""
 
 import json
 import reprlib
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict, ValidationError
 
-# What parsers raise on malformed input, OSError apart. Of a format's own exceptions add those to it.
+# What parsers raise on malformed input, except OSError. Where a format has exceptions of its own, add them.
 PARSE_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -24,19 +24,19 @@ PARSE_ERRORS = (
     tokenize.TokenError,
 )
 
-Size = Annotated[int, Strict(), Field(ge=0, lt=1 << 62)]  # a count or a position: sums of them fit into int64
+Size = Annotated[int, Strict(), Field(ge=0, lt=1 << 62)]  # a count or a position; sums of them fit into int64
 Number = Annotated[float, Strict()]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_!-]{1,64}$")]  # of a package
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=255)]  # leads out of no folder
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=255)]  # without a way out of its folder
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        OSError: where it cannot be read.
-        ValueError: where it is not JSON, or nested too deeply.
+        OSError: if it cannot be read.
+        ValueError: if it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(path.read_bytes())
@@ -45,12 +45,12 @@ def read_json(path: Path) -> Any:
 
 
 def shown(value: object) -> str:
-    """Show a value of a foreign file in a few words, however large or deeply nested it is."""
+    """Return at most 200 characters that show a value, however large or deeply nested it is."""
     return reprlib.repr(value).replace("\n", " ")[:200]
 
 
 def describe(error: BaseException) -> str:
-    """Describe what a parser has raised, in one line of bounded length."""
+    """Describe the exception of a parser, in one line of at most 400 characters."""
     if isinstance(error, ValidationError):
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, detail["loc"]))

@@ -18,7 +18,8 @@ from txl_dist.distributed.preemption import Preemption, pending
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import ConfigError, UserError, describe_os_error
 from txl_dist.files.atomic import atomic_file, make_folder
-from txl_dist.files.lock import InUse, Lock, Owner, acquire
+from txl_dist.files.lock import InUse, Lock, acquire
+from txl_dist.files.owner import Owner
 from txl_dist.tracking.result import is_tested
 
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")  # above 0: another process may have run this before

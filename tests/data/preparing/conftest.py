@@ -1,4 +1,4 @@
-"""What tests of downloads need: a real HTTP server whose connections can break, and archives."""
+"""Fixtures for tests of downloads: a real HTTP server whose connections can break, and archives."""
 
 import io
 import tarfile

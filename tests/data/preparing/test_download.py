@@ -1,4 +1,4 @@
-"""What an interrupted download has left is used; what is not the published file never gets its name."""
+"""An interrupted download is resumed, and only the published file gets its name."""
 
 import hashlib
 import socket
@@ -26,7 +26,7 @@ def ignored(size: int) -> None:
     pass
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
+def test_an_interrupted_download_resumes_where_it_stopped(server, tmp_path):
     path, advanced = tmp_path / "new" / "a.bin", []
     for cut in (100_000, 300_000):
         server.cut = cut
@@ -41,7 +41,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
     assert len(server.asked) == 3 and not (path.parent / "a.bin.partial").exists()
 
 
-def test_it_begins_anew_where_it_cannot_go_on(server, tmp_path):
+def test_a_download_that_cannot_be_resumed_begins_anew(server, tmp_path):
     path, partial = tmp_path / "a.bin", tmp_path / "a.bin.partial"
     server.ranges = False
     partial.write_bytes(CONTENT[:1000])
@@ -53,24 +53,24 @@ def test_it_begins_anew_where_it_cannot_go_on(server, tmp_path):
     assert path.read_bytes() == CONTENT and server.asked == ["bytes=1000-", None]
 
 
-def test_a_whole_file_that_was_not_checked_yet_is_not_fetched_again(server, tmp_path):
+def test_a_complete_file_that_was_not_checked_yet_is_not_fetched_again(server, tmp_path):
     (tmp_path / "a.bin.partial").write_bytes(CONTENT)
     download(published(server), tmp_path / "a.bin", ignored)
     assert (tmp_path / "a.bin").read_bytes() == CONTENT and server.asked == []
 
 
 @pytest.mark.parametrize(
-    "found, told",
+    "content, message",
     [
         (CONTENT[:-1] + b"x", "has the sha256 .* but a.bin was published with"),
         (CONTENT + b"x", "has 512,001 bytes, but a.bin was published with 512,000"),
         (CONTENT[:-1], "has 511,999 bytes"),
     ],
 )
-def test_what_was_not_published_is_told_and_deleted(server, tmp_path, found, told):
+def test_a_file_that_differs_from_the_published_one_is_reported_and_deleted(server, tmp_path, content, message):
     wanted = published(server)
-    server.files["a.bin"] = found
-    with pytest.raises(UserError, match=rf"127.0.0.1:\d+/a.bin: what came {told}"):
+    server.files["a.bin"] = content
+    with pytest.raises(UserError, match=rf"127.0.0.1:\d+/a.bin: what came {message}"):
         download(wanted, tmp_path / "a.bin", ignored)
     assert not list(tmp_path.iterdir())
     server.files["a.bin"] = CONTENT
@@ -132,21 +132,21 @@ def test_links_and_devices_are_not_files(tmp_path):
 
 
 @every_kind
-def test_a_cut_or_damaged_archive_is_told_and_leaves_no_folder(pack, tmp_path, kind):
+def test_a_cut_or_damaged_archive_is_reported_and_leaves_no_folder(pack, tmp_path, kind):
     data = hashlib.shake_256(b"").digest(100_000)  # does not compress
-    whole = pack(tmp_path / f"whole{kind}", {"wanted": data}).read_bytes()
-    flipped = whole[:50_000] + bytes([whole[50_000] ^ 1]) + whole[50_001:]
-    for damaged in (b"", b"no archive at all", whole[:50_000], whole[:-20], flipped):
+    original = pack(tmp_path / f"original{kind}", {"wanted": data}).read_bytes()
+    flipped = original[:50_000] + bytes([original[50_000] ^ 1]) + original[50_001:]
+    for damaged in (b"", b"no archive at all", original[:50_000], original[:-20], flipped):
         (tmp_path / f"a{kind}").write_bytes(damaged)
         with pytest.raises(UserError, match=rf"a{kind}: is damaged or cut off .*fetch it again"):
             unpack(tmp_path / f"a{kind}", {"wanted"}, tmp_path / "out", ignored)
         assert not (tmp_path / "out").exists()
-    (tmp_path / f"a{kind}").write_bytes(whole)
+    (tmp_path / f"a{kind}").write_bytes(original)
     unpack(tmp_path / f"a{kind}", {"wanted"}, tmp_path / "out", ignored)
     assert (tmp_path / "out" / "wanted").read_bytes() == data
 
 
-def test_a_folder_that_cannot_be_written_is_told(pack, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(pack, tmp_path):
     packed = pack(tmp_path / "a.zip", {"wanted": b"x"})
     with pytest.raises(UserError, match=r"a.zip: cannot be unpacked to .*\(Not a directory\)"):
         unpack(packed, {"wanted"}, packed / "folder", ignored)

@@ -1,4 +1,4 @@
-"""Files are found through links, each real one once; what cannot be read is named, and nothing is left out quietly."""
+"""Files are found through links, each real one once; unreadable ones are named, and nothing is left out silently."""
 
 import os
 import socket
@@ -88,28 +88,28 @@ def test_links_that_lead_nowhere_are_named_wherever_they_are_found(tmp_path):
     (tmp_path / "c" / "gone.txt").symlink_to("../gone/text")
     (tmp_path / "c" / "self.txt").symlink_to("self.txt")
     for path in (tmp_path / "c", tmp_path / "c" / "*", tmp_path / "**" / "*.txt"):
-        told = problems_of(path=str(path))
-        assert len(told) == 2 and all("link that leads nowhere" in line for line in told)
-        assert "gone.txt" in told[0] and "../gone/text" in told[0] and "self.txt" in told[1]
+        lines = problems_of(path=str(path))
+        assert len(lines) == 2 and all("link that leads nowhere" in line for line in lines)
+        assert "gone.txt" in lines[0] and "../gone/text" in lines[0] and "self.txt" in lines[1]
     (line,) = problems_of(path=str(tmp_path / "c" / "gone.txt"))
     assert line.startswith("corpus.path=") and "leads nowhere (to ../gone/text)" in line
-    told = problems_of(train=str(tmp_path / "c" / "a.txt"), valid=str(tmp_path / "c" / "self.txt"))
-    assert len(told) == 1 and told[0].startswith("corpus.valid=")
+    lines = problems_of(train=str(tmp_path / "c" / "a.txt"), valid=str(tmp_path / "c" / "self.txt"))
+    assert len(lines) == 1 and lines[0].startswith("corpus.valid=")
     for number in range(50):
         (tmp_path / "c" / f"more{number}").symlink_to("../gone")
-    told = problems_of(path=str(tmp_path / "c"))
-    assert len(told) == 3 and "and 49 more likewise" in told[-1]
+    lines = problems_of(path=str(tmp_path / "c"))
+    assert len(lines) == 3 and "and 49 more likewise" in lines[-1]
 
 
-def test_what_is_neither_file_nor_folder_is_named(tmp_path):
+def test_paths_that_are_neither_file_nor_folder_are_named(tmp_path):
     made(tmp_path, {"a.txt": b"x"})
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
     for path in (tmp_path, tmp_path / "*"):
-        told = problems_of(path=str(path))
-        assert [Path(line.split(": ")[1]).name for line in told] == ["pipe", "socket"]
-        assert all("is not a regular file" in line for line in told)
+        lines = problems_of(path=str(path))
+        assert [Path(line.split(": ")[1]).name for line in lines] == ["pipe", "socket"]
+        assert all("is not a regular file" in line for line in lines)
     assert "is not a regular file" in problems_of(path=str(tmp_path / "pipe"))[0]
     assert "no such file" not in problems_of(path="/dev/null")[0]
 
@@ -119,8 +119,8 @@ def test_folders_that_may_not_be_read_are_named(tmp_path):
     made(tmp_path, {"a.txt": b"x", "closed/b.txt": b"x", "listed/c.txt": b"x"})
     (tmp_path / "closed").chmod(0)
     (tmp_path / "listed").chmod(0o444)
-    told = problems_of(path=str(tmp_path))
-    assert len(told) == 2 and all("Permission denied" in line for line in told)
+    lines = problems_of(path=str(tmp_path))
+    assert len(lines) == 2 and all("Permission denied" in line for line in lines)
 
 
 TEXT = {"name": "text", "path": None, "train": None, "valid": None, "test": None, "document": "file"}

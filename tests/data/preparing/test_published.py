@@ -1,4 +1,4 @@
-"""The paper's corpora come out as the authors have them, however they are given; what is wrong is told in one line."""
+"""The paper's corpora come out as the authors have them, however they are given; mistakes are reported in one line."""
 
 import hashlib
 import os
@@ -162,7 +162,7 @@ def test_a_corpus_is_downloaded_and_unpacked_once(server, wiki, cache, tmp_path)
     assert kept == {wiki.name, *(name.split("/")[1] for name in WIKI)}
 
 
-def test_an_interrupted_download_is_told_and_the_same_command_goes_on(server, wiki, cache, tmp_path):
+def test_an_interrupted_download_is_reported_and_the_same_command_resumes_it(server, wiki, cache, tmp_path):
     server.cut = 200
     with pytest.raises(
         UserError, match=r"wikitext-103-v1.zip cannot be downloaded \(the connection broke after 200 of"
@@ -200,16 +200,16 @@ def test_two_archives_never_pass_for_one_another(wiki, pack, tmp_path):
         assert ("D" in words(tmp_path / f"data{number}")) == (files is other)
 
 
-def test_without_a_network_it_is_told_what_to_put_where_and_that_works(server, wiki, cache, tmp_path):
+def test_without_a_network_the_message_says_what_to_put_where_and_that_works(server, wiki, cache, tmp_path):
     server.files.clear()
     with pytest.raises(UserError) as error:
         prepare(job("wikitext103", None, tmp_path / "data"))
-    told = str(error.value)
-    assert f"corpus=wikitext103: {server.url(wiki.name)} cannot be downloaded (Not Found)" in told
-    (line,) = (line for line in told.splitlines() if " at " in line)
+    message = str(error.value)
+    assert f"corpus=wikitext103: {server.url(wiki.name)} cannot be downloaded (Not Found)" in message
+    (line,) = (line for line in message.splitlines() if " at " in line)
     url, _, where = line.strip().partition(" at ")
     assert url == server.url(wiki.name) and where == str(cache / "wikitext103" / wiki.name)
-    assert "python -m txl_dist.prepare corpus=wikitext103 corpus.path=FOLDER" in told
+    assert "python -m txl_dist.prepare corpus=wikitext103 corpus.path=FOLDER" in message
     Path(where).write_bytes(wiki.read_bytes())
     prepare(job("wikitext103", None, tmp_path / "data"))
     assert words(tmp_path / "data") == WIKI_WORDS and len(server.asked) == 1
@@ -218,21 +218,23 @@ def test_without_a_network_it_is_told_what_to_put_where_and_that_works(server, w
 # ----------------------------------------------------------------------------------------------------- mistakes
 
 
-def test_a_damaged_archive_is_told_whoever_has_brought_it(server, wiki, cache, tmp_path):
-    whole = wiki.read_bytes()
-    wiki.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=rf"{wiki.name}: has {len(whole) - 10} bytes, .* published with {len(whole)}"):
+def test_a_damaged_archive_is_reported_whether_given_or_downloaded(server, wiki, cache, tmp_path):
+    original = wiki.read_bytes()
+    wiki.write_bytes(original[:-10])
+    with pytest.raises(
+        UserError, match=rf"{wiki.name}: has {len(original) - 10} bytes, .* published with {len(original)}"
+    ):
         prepare(job("wikitext103", wiki, tmp_path / "data"))
-    wiki.write_bytes(whole[:-1] + b"x")
+    wiki.write_bytes(original[:-1] + b"x")
     with pytest.raises(UserError, match=rf"{wiki.name}: has the sha256 .* fetch it again"):
         prepare(job("wikitext103", tmp_path, tmp_path / "data"))
-    made(cache / "wikitext103", {wiki.name: whole[:-10]})
-    with pytest.raises(UserError, match=rf"{cache}.*{wiki.name}: has {len(whole) - 10} bytes"):
+    made(cache / "wikitext103", {wiki.name: original[:-10]})
+    with pytest.raises(UserError, match=rf"{cache}.*{wiki.name}: has {len(original) - 10} bytes"):
         prepare(job("wikitext103", None, tmp_path / "data"))
-    made(tmp_path, {"mine.zip": whole[:-10]})
+    made(tmp_path, {"mine.zip": original[:-10]})
     with pytest.raises(UserError, match="mine.zip: is damaged or cut off"):
         prepare(job("wikitext103", tmp_path / "mine.zip", tmp_path / "data"))
-    server.files[wiki.name] = whole[:-1] + b"x"
+    server.files[wiki.name] = original[:-1] + b"x"
     (cache / "wikitext103" / wiki.name).unlink()
     with pytest.raises(UserError, match=rf"{wiki.name}: what came has the sha256"):
         prepare(job("wikitext103", None, tmp_path / "data"))
@@ -244,7 +246,7 @@ SHARDS = ", ".join(f"news.en-0000{n}-of-00100" for n in (2, 3, 4))
 
 
 @pytest.mark.parametrize(
-    "name, files, told",
+    "name, files, message",
     [
         (
             "wikitext103",
@@ -263,22 +265,22 @@ SHARDS = ", ".join(f"news.en-0000{n}-of-00100" for n in (2, 3, 4))
         ("lm1b", {"news.en-00001-of-00100": b"a"}, [f"{SHARDS} and 97 more are missing from this folder"]),
     ],
 )
-def test_missing_files_and_other_sizes_are_told_together(tmp_path, name, files, told):
+def test_missing_files_and_other_sizes_are_reported_together(tmp_path, name, files, message):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError) as error:
         prepare(job(name, made(tmp_path / "folder", files), tmp_path / "data"))
-    assert len(error.value.problems) == len(told)
-    for problem, part in zip(error.value.problems, told, strict=True):
+    assert len(error.value.problems) == len(message)
+    for problem, part in zip(error.value.problems, message, strict=True):
         assert part in problem and "\n" not in problem
 
 
-def test_what_is_no_folder_and_no_archive_is_told(wiki, pack, tmp_path):
-    for path, told in [
+def test_a_path_that_is_neither_folder_nor_archive_is_reported(wiki, pack, tmp_path):
+    for path, message in [
         (tmp_path / "none", "none: there is no such file or folder"),
         (made(tmp_path, {"a.txt": b"a"}) / "a.txt", "a.txt: wiki.train.tokens, .* are missing from this file"),
         (pack(tmp_path / "b.tgz", {"x": b"a"}), "b.tgz: wiki.train.tokens, .* are missing from this archive"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             prepare(job("wikitext103", path, tmp_path / "data"))
 
 
@@ -369,7 +371,7 @@ def test_the_words_of_lm1b_are_the_published_ones_in_their_order(lm1b, tmp_path)
         prepare(job("lm1b", lm1b, tmp_path / "data"))
 
 
-def test_lm1b_predicts_what_the_authors_sentences_in_double_eos_do(lm1b, tmp_path):
+def test_lm1b_predicts_the_same_as_the_authors_sentences_in_double_eos(lm1b, tmp_path):
     """They put <S> before and after each sentence, and their iterator never predicts one sentence from another."""
     prepare(job("lm1b", lm1b, tmp_path / "data"))
     theirs = []

@@ -41,15 +41,15 @@ def documents(plan: splitting.Plan) -> list[tuple[str, str, bytes]]:
 
 def test_files_are_split_by_quota_and_stay_where_they_are_when_moved(tmp_path):
     files = {f"{number}.txt": f"document {number}\n".encode() for number in range(40)}
-    here = documents(planned(text_corpus(path=str(made(tmp_path / "here", files)))))
-    there = documents(planned(text_corpus(path=str(made(tmp_path / "or" / "there", files)))))
-    assert here == there
-    assert [name for _, name, _ in here] == sorted(files) and {name: text for _, name, text in here} == files
-    assert [sum(split == wanted for split, _, _ in here) for wanted in corpora.SPLITS] == [34, 2, 4]
+    one = documents(planned(text_corpus(path=str(made(tmp_path / "one", files)))))
+    other = documents(planned(text_corpus(path=str(made(tmp_path / "or" / "other", files)))))
+    assert one == other
+    assert [name for _, name, _ in one] == sorted(files) and {name: text for _, name, text in one} == files
+    assert [sum(split == wanted for split, _, _ in one) for wanted in corpora.SPLITS] == [34, 2, 4]
     fewer = dict(list(files.items())[:-5])  # a hash, not the order, decides: most documents stay in their split
     found = documents(planned(text_corpus(path=str(made(tmp_path / "fewer", fewer)))))
-    assert len({*here} & {*found}) >= len(fewer) - 2
-    assert "train" in {split for split, _, _ in here[:6]}
+    assert len({*one} & {*found}) >= len(fewer) - 2
+    assert "train" in {split for split, _, _ in one[:6]}
 
 
 def test_a_few_files_are_cut_by_position_at_line_ends(tmp_path):
@@ -59,7 +59,7 @@ def test_a_few_files_are_cut_by_position_at_line_ends(tmp_path):
         (split, name) for name in ("a.txt", "b.txt") for split in corpora.SPLITS
     ]
     for name, content in (("a.txt", BOOK), ("b.txt", BOOK[:-1])):
-        train, valid, test = (text for _, other, text in found if other == name)
+        train, valid, test = (text for _, file, text in found if file == name)
         assert train + valid + test == content and train.endswith(b"\n") and valid.endswith(b"\n")
         assert abs(len(train) - 0.85 * len(content)) < 30 and abs(len(valid) - 0.05 * len(content)) < 60
 

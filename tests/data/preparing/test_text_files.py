@@ -1,4 +1,4 @@
-"""A file is read by what it holds: plain, gzip or zstd; any other kind is refused, and text never is."""
+"""A file is read by its content: plain, gzip or zstd; any other kind is refused, and text never is."""
 
 import bz2
 import gzip
@@ -50,7 +50,7 @@ KINDS = {
 
 
 def refusal(folder: Path, name: str, data: bytes, characters: bool = False) -> str:
-    """The message about a file that lies beside a plain one."""
+    """Return the message that refuses a file beside a plain one."""
     made(folder, {name: data, "plain.txt": BOOK})
     sources = corpora.find(text_corpus(path=str(folder)), [])
     with pytest.raises(UserError) as error:
@@ -60,10 +60,10 @@ def refusal(folder: Path, name: str, data: bytes, characters: bool = False) -> s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_text_is_refused_whatever_its_name_and_within_gzip_and_zstd_too(tmp_path, kind):
+def test_other_files_than_text_are_refused_whatever_their_name_and_within_gzip_and_zstd_too(tmp_path, kind):
     for name, pack in [("a.bz2", bytes), ("A", bytes), ("a.gz", gzip.compress), ("a.zst", zstandard.compress)]:
-        told = refusal(tmp_path, name, pack(KINDS[kind]))
-        assert f"{name}: its content is" in told and kind in told and "decompress it first" in told
+        message = refusal(tmp_path, name, pack(KINDS[kind]))
+        assert f"{name}: its content is" in message and kind in message and "decompress it first" in message
     assert kind in refusal(tmp_path, "a.gz", KINDS[kind])  # under the name of what is read
 
 
@@ -73,7 +73,7 @@ def test_a_database_is_refused(tmp_path):
     assert "SQLite" in refusal(tmp_path / "c", "a.db", (tmp_path / "database").read_bytes())
 
 
-def test_what_is_compressed_twice_is_refused(tmp_path):
+def test_a_file_that_is_compressed_twice_is_refused(tmp_path):
     for name, pack in [("a.gz", gzip.compress), ("a.zst", zstandard.compress)]:
         assert "decompress it first" in refusal(tmp_path, name, pack(pack(BOOK)))
 
@@ -85,15 +85,15 @@ def test_gzip_and_zstd_are_read_by_their_content_whatever_their_name(tmp_path, n
     assert found == [("train", name, BOOK)]
 
 
-def test_frames_that_zstd_skips_are_no_text(tmp_path):
+def test_frames_that_zstd_skips_are_not_text(tmp_path):
     data = b"\x50\x2a\x4d\x18\x04\0\0\0\0\0\0\0" + zstandard.compress(BOOK)  # as pzstd begins
     assert documents(planned(text_corpus(train=str(made(tmp_path, {"a": data})))))[0][2] == BOOK
 
 
-def test_plain_text_under_the_name_of_what_is_compressed_is_refused_with_a_remedy(tmp_path):
+def test_plain_text_under_the_name_of_a_compressed_file_is_refused_with_a_remedy(tmp_path):
     for name, suffix in [("a.gz", ".gz"), ("a.GZ", ".gz"), ("b.zst", ".zst")]:
-        told = refusal(tmp_path, name, BOOK)
-        assert f"{name}: " in told and f"rename it without {suffix}" in told
+        message = refusal(tmp_path, name, BOOK)
+        assert f"{name}: " in message and f"rename it without {suffix}" in message
     made(tmp_path, {"a.gz": b"", "b.txt": BOOK})  # empty, whatever its name
     assert [name for _, name, _ in documents(planned(text_corpus(train=str(tmp_path))))] == ["b.txt", "plain.txt"]
 
@@ -121,6 +121,6 @@ def test_text_is_read_whatever_it_begins_with(tmp_path, name):
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_the_marks_of_other_encodings_are_refused_where_characters_are_read(tmp_path, encoding):
     data = ("\ufeff" + BOOK.decode()).encode(encoding)
-    told = refusal(tmp_path, "a.txt", data, characters=True)
-    assert f"iconv -f {encoding[:6].upper()} -t UTF-8" in told and "a.txt" in told
+    message = refusal(tmp_path, "a.txt", data, characters=True)
+    assert f"iconv -f {encoding[:6].upper()} -t UTF-8" in message and "a.txt" in message
     assert documents(planned(text_corpus(train=str(made(tmp_path, {"a.txt": data})))))[0][2] == data
