@@ -1,6 +1,6 @@
 """What a checkpoint costs: python benchmarks/checkpoint.py
 
-How long training waits for one, beside how long it takes until it is whole; how fast training goes on meanwhile; and
+How long training waits for one, beside how long it takes until it is whole; how fast training is meanwhile; and
 how long a start takes at step 10 and at step 1,000,000, with a line of metrics for every step.
 """
 
@@ -31,7 +31,8 @@ from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import exit_process, process_group
 from txl_dist.engine.zero import ZeroEngine
 
-TURNS, FAR = 5, 1_000_000
+TURNS = 5
+FAR = 1_000_000
 SIZES = {
     "quickstart": ["+experiment=quickstart"],
     "12 x 768": ["model.n_layer=12", "model.d_model=768", "model.n_head=12", "model.d_head=64", "model.d_inner=3456"],
@@ -56,19 +57,21 @@ def waits(overrides: list[str], data: str, run_dir: str) -> dict[str, float]:
     def step() -> None:
         engine.train_step(Segment(engine.step, tokens, tokens, np.full_like(tokens, 10**6)))
 
-    found: dict[str, list[float]] = {"wait": [], "whole": [], "step": [], "step_meanwhile": []}
+    times_of: dict[str, list[float]] = {"wait": [], "whole": [], "step": [], "step_meanwhile": []}
     with engine.checkpointer:
         step()
         for _ in range(TURNS):
-            found["step"].append(seconds(step))
+            times_of["step"].append(seconds(step))
             began = time.perf_counter()
-            found["wait"].append(seconds(lambda: engine.save({}, None)))
+            times_of["wait"].append(seconds(lambda: engine.save({}, None)))
             while engine.checkpointer.pending and not engine.checkpointer.pending.done():
-                found["step_meanwhile"].append(seconds(step))
+                times_of["step_meanwhile"].append(seconds(step))
             engine.checkpointer.wait()
-            found["whole"].append(time.perf_counter() - began)
-    size = sum(each["bytes"] for each in latest(run_dir).files.values())
-    return {"parameters": engine.size, "bytes": size} | {name: median(each) for name, each in found.items()}
+            times_of["whole"].append(time.perf_counter() - began)
+    size = sum(file["bytes"] for file in latest(run_dir).files.values())
+    return {"parameters": engine.num_parameters, "bytes": size} | {
+        name: median(times) for name, times in times_of.items()
+    }
 
 
 def start(data: str, run_dir: str, step: int) -> float:
@@ -87,15 +90,15 @@ def start(data: str, run_dir: str, step: int) -> float:
     metrics = Path(run_dir, "metrics.jsonl")
     line = json.loads(metrics.read_text().splitlines()[0])
     with metrics.open("w") as file:
-        file.writelines(json.dumps(line | {"step": each}) + "\n" for each in range(1, step + 1))
+        file.writelines(json.dumps(line | {"step": number}) + "\n" for number in range(1, step + 1))
     return median(first_step(command, step) for _ in range(3))
 
 
 def first_step(command: list[str], step: int) -> float:
     """Until the command has logged its first step; then it is ended."""
-    told = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     command = [*command, "tracking.log_every=1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=told) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout
         began = time.perf_counter()
         next(line for line in process.stdout if line.startswith("step "))
@@ -106,7 +109,9 @@ def first_step(command: list[str], step: int) -> float:
 
 def main() -> None:
     keep_freed_memory()
-    console, rows, starts = Console(highlight=False), {}, {}
+    console = Console(highlight=False)
+    rows = {}
+    starts = {}
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/data"
         prepare = [sys.executable, "-m", "txl_dist.prepare", "corpus=stdlib", "tokenizer=bytes", f"data.dir={data}"]
@@ -119,15 +124,15 @@ def main() -> None:
     heads = "training waits, s", "until whole, s", "a step, s", "a step meanwhile, s"
     table = Table("", "parameters", "MB", *heads, box=None)
     for name, row in rows.items():
-        told = (f"{row[key]:.3f}" for key in ("wait", "whole", "step", "step_meanwhile"))
-        table.add_row(name, f"{row['parameters']:,}", f"{row['bytes'] / 1e6:,.0f}", *told)
+        columns = (f"{row[key]:.3f}" for key in ("wait", "whole", "step", "step_meanwhile"))
+        table.add_row(name, f"{row['parameters']:,}", f"{row['bytes'] / 1e6:,.0f}", *columns)
     console.print(table)
     for step, took in starts.items():
         console.print(f"start at step {step:,}: {took:.1f} s until its first step is done")
-    told = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    told |= {"torch": torch.__version__}
+    machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__}
     Path(__file__).with_suffix(".json").write_text(
-        json.dumps(told | {"saves": rows, "start_seconds": starts}, indent=1) + "\n"
+        json.dumps(machine | {"saves": rows, "start_seconds": starts}, indent=1) + "\n"
     )
 
 

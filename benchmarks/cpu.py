@@ -36,7 +36,7 @@ from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.models.transformer_xl import TransformerXL
 
 TURNS = 5
-Rates = Iterator[float]  # tokens a second, turn by turn
+Rates = Iterator[float]  # tokens per second, turn by turn
 
 BYTES = {"vocab_size": 256, "n_layer": 4, "d_model": 256, "n_head": 8, "d_head": 32, "d_inner": 1024}
 BYTES_12 = {"vocab_size": 256, "n_layer": 12, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048}
@@ -71,10 +71,13 @@ def text(lanes: int, length: int, vocab_size: int) -> torch.Tensor:
 def rates(tokens: int, work: Callable[[], object]) -> Rates:
     """A turn takes a second at least: what it finds cold, after the other side's, then counts little."""
     while True:
-        began, times, taken = time.perf_counter(), 0, 0.0
+        began = time.perf_counter()
+        times = 0
+        taken = 0.0
         while taken < 1:
             work()
-            times, taken = times + 1, time.perf_counter() - began
+            times += 1
+            taken = time.perf_counter() - began
         yield tokens * times / taken
 
 
@@ -86,8 +89,11 @@ def our_training(lanes: int, **shape: Any) -> Rates:
     config = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer/adam.yaml"))
     parameters = dict(model.named_parameters())
     optimizer = build_optimizer(OptimizerConfig(**config), parameters, parameters)
-    tokens, lookback = text(lanes, 129, shape["vocab_size"]), torch.full((lanes, 128), 10**6)
-    inputs, targets, memory = tokens[:, :-1], tokens[:, 1:], model.empty_memory(lanes)
+    tokens = text(lanes, 129, shape["vocab_size"])
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:]
+    lookback = torch.full((lanes, 128), 10**6)
+    memory = model.empty_memory(lanes)
 
     def step() -> None:
         nonlocal memory
@@ -102,7 +108,8 @@ def our_training(lanes: int, **shape: Any) -> Rates:
 def their_training(lanes: int, **shape: Any) -> Rates:
     model = their_model(**shape).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4)
-    tokens, memory = text(lanes, 128, shape["vocab_size"]), None
+    tokens = text(lanes, 128, shape["vocab_size"])
+    memory = None
 
     def step() -> None:
         nonlocal memory
@@ -119,8 +126,10 @@ def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
     """Evaluation by segments of `length`; 1: generation, each step's distribution in full."""
     model = our_model(**shape).eval()
     model.store_long_rows()
-    tokens, lookback = text(lanes, length, shape["vocab_size"]), torch.full((lanes, length), 10**6)
-    targets, memory = tokens if length > 1 else None, model.empty_cache(lanes)
+    tokens = text(lanes, length, shape["vocab_size"])
+    targets = tokens if length > 1 else None
+    lookback = torch.full((lanes, length), 10**6)
+    memory = model.empty_cache(lanes)
 
     @torch.no_grad()
     def read() -> None:
@@ -132,7 +141,8 @@ def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
 
 def their_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
     model = their_model(**shape).eval()
-    tokens, memory = text(lanes, length, shape["vocab_size"]), None
+    tokens = text(lanes, length, shape["vocab_size"])
+    memory = None
     labels = tokens if length > 1 else None
     with torch.no_grad():  # as ours, theirs begins with a full memory
         for past in text(lanes, shape["mem_len"], shape["vocab_size"]).split(128, dim=1):
@@ -160,7 +170,7 @@ SHAPE += ["model.tgt_len=128", "model.mem_len=128", "model.dropout=0.0", "data.n
 
 
 def training_command(data: str, zero_stage: int, processes: int = 1, **environment: str) -> Rates:
-    """`torchrun -m txl_dist.train` as a user starts it; what it tells of its last 20 steps."""
+    """`torchrun -m txl_dist.train` as a user starts it; what it logs of its last 20 steps."""
     while True:
         with tempfile.TemporaryDirectory() as folder:
             start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
@@ -174,11 +184,13 @@ def training_command(data: str, zero_stage: int, processes: int = 1, **environme
 
 def bare_loop(data: str) -> Rates:
     """The same module, the same text, clipping, torch's own Adam, and nothing else."""
-    model, index = our_model(**BYTES | {"vocab_size": Index.open(data).vocab_size}).train(), Index.open(data)
+    index = Index.open(data)
+    model = our_model(**BYTES | {"vocab_size": index.vocab_size}).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4, fused=True)
     plan = LanePlan(index.splits["train"].document_starts, 8, 128, seed=1)
     segments = Segments(plan, SampleReader(index, "train"), range(8), index.eos, 0, 2**62)
-    memory, coming = model.empty_memory(8), iter(segments)
+    memory = model.empty_memory(8)
+    coming = iter(segments)
 
     def step() -> None:
         nonlocal memory
@@ -197,7 +209,7 @@ def bare_loop(data: str) -> Rates:
 
 @dataclass
 class Row:
-    """goal: how many times as many tokens a second as `theirs`; without these, tokens a second."""
+    """goal: how many times as many tokens per second as `theirs`; without these, tokens per second."""
 
     goal: float
     ours: Callable[..., Rates]
@@ -263,15 +275,16 @@ def measure(row: Row, data: str) -> dict[str, float]:
     sides = [Side(kind, arguments) for kind, arguments in zip(kinds, with_data, strict=False)]
     turns = [[side.turn() for side in sides] for _ in range(TURNS + 1)][1:]  # the first warms up
     names = ["ours", "theirs"][: len(sides)]
-    found = {name: median(column) for name, column in zip(names, zip(*turns, strict=True), strict=True)}
-    found |= {f"{name}_peak_mib": side.end() for name, side in zip(names, sides, strict=True)}
+    medians = {name: median(column) for name, column in zip(names, zip(*turns, strict=True), strict=True)}
+    medians |= {f"{name}_peak_mib": side.end() for name, side in zip(names, sides, strict=True)}
     if row.theirs:
-        found["ratio"] = median(ours / theirs for ours, theirs in turns)
-    return found | {"goal": row.goal}
+        medians["ratio"] = median(ours / theirs for ours, theirs in turns)
+    return medians | {"goal": row.goal}
 
 
 def main() -> None:
-    console, rows = Console(highlight=False), {}
+    console = Console(highlight=False)
+    rows = {}
     chosen = {name: row for name, row in ROWS.items() if all(word in name for word in sys.argv[1:])}
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/bytes"
@@ -289,11 +302,11 @@ def main() -> None:
         table.add_row(name, f"{row['ours']:,.0f}", others[0], ratio, f"{row['goal']:,g}", *others[1:])
     console.print(table)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    told = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    told |= {"torch": torch.__version__, "commit": commit}
+    machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, "commit": commit}
     file = Path(__file__).with_suffix(".json")
     before = json.loads(file.read_text())["rows"] if file.exists() else {}
-    file.write_text(json.dumps({"rows": before | {name: row | told for name, row in rows.items()}}, indent=1) + "\n")
+    file.write_text(json.dumps({"rows": before | {name: row | machine for name, row in rows.items()}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

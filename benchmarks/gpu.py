@@ -1,8 +1,8 @@
 """Kernels, training and inference on one GPU: python benchmarks/gpu.py, ten minutes.
 
-First each way to compute attention is held against float64: none may be off by more than twice what the plain formula
-is in bfloat16. Then the paper's and NVIDIA's models train by the engine that `txl_dist.train` uses, with each way, on
-drawn tokens; then a model reads, beside transformers 4.36.2's of the same shape. Medians of several turns.
+First each attention backend is held against float64: none may be off by more than twice what the plain formula
+is in bfloat16. Then the paper's and NVIDIA's models train by the engine that `txl_dist.train` uses, with each backend,
+on drawn tokens; then a model reads, beside transformers 4.36.2's of the same shape. Medians of several turns.
 """
 
 import json
@@ -30,17 +30,19 @@ from txl_dist.engine.zero import ZeroEngine
 from txl_dist.models.flops import training_flops
 from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, RelativePositions, attend
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.tracking.gpu_peak import total_peak_flops
 
-TURNS, STEPS = 5, 4
+TURNS = 5
+STEPS = 4
 DEVICE = torch.device("cuda")
 
-# Lanes, vocabulary, and tokens a second to be reached: NVIDIA's of eight A100 (both wt103), and what we count on.
+# Lanes, vocabulary, and tokens per second to be reached: NVIDIA's of eight A100 (both wt103), and what we count on.
 TRAINING = {
     "wt103_large": (64, 267735, 191_148),
     "wt103_base_nvidia": (128, 267735, 449_890),
     "enwik8_large": (32, 205, 160_000),
 }
-# Lanes and NVIDIA's tokens a second of wt103_base_nvidia on one A100 by TorchScript.
+# Lanes and NVIDIA's tokens per second of wt103_base_nvidia on one A100 by TorchScript.
 INFERENCE = {1: 6_936, 32: 107_082}
 # Length, memory, n_head, d_head, and how far back queries look.
 KERNELS = [(384, 384, 16, 64, 10**6), (192, 192, 8, 64, 10**6), (768, 768, 8, 128, 10**6), (64, 640, 8, 64, 639)]
@@ -64,54 +66,55 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def errors(
-    way: str, dtype: torch.dtype, length: int, mem_len: int, n_head: int, d_head: int, lookback: int
+    backend: str, dtype: torch.dtype, length: int, mem_len: int, n_head: int, d_head: int, lookback: int
 ) -> list[float]:
     """The largest difference from float64 of the result and of the six gradients, as shares of the largest number."""
     torch.manual_seed(0)
-    keys, lanes = mem_len + length, 2
+    keys = mem_len + length
+    lanes = 2
     shapes = [(lanes, length), (lanes, keys), (lanes, keys), (keys + 1,)]
     query, key, value, r = (torch.randn(*shape, n_head, d_head, device=DEVICE) for shape in shapes)
     u, v = (torch.randn(n_head, d_head, device=DEVICE) for _ in range(2))
     weight = torch.randn(query.shape, device=DEVICE)
     sees = torch.full((lanes, length), lookback, device=DEVICE)
 
-    def results(way: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         # Rounded first, so that all compute from the same numbers.
         given = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value, r, u, v)]
-        q, k, val, told, bias_u, bias_v = given
-        distances = RelativePositions(q + bias_v, told, None)
-        out = attend(way, q + bias_u, k, val, distances, AttentionWindow(sees, mem_len, dtype), 0.0)
+        q, k, val, position_keys, bias_u, bias_v = given
+        positions = RelativePositions(q + bias_v, position_keys, None)
+        out = attend(backend, q + bias_u, k, val, positions, AttentionWindow(sees, mem_len, dtype), 0.0)
         return [out, *torch.autograd.grad(out, given, weight.bfloat16().to(dtype))]
 
-    pairs = zip(results(way, dtype), results("reference", torch.float64), strict=True)
-    return [float((found.double() - right).abs().max() / right.abs().max()) for found, right in pairs]
+    pairs = zip(results(backend, dtype), results("reference", torch.float64), strict=True)
+    return [float((result.double() - right).abs().max() / right.abs().max()) for result, right in pairs]
 
 
 def kernels() -> Table:
     names = ["result", "query", "key", "value", "r", "u", "v"]
     table = Table(
-        "way", "length + memory, heads", *names, box=None, title="off float64 (bfloat16), parts in a thousand"
+        "backend", "length + memory, heads", *names, box=None, title="off float64 (bfloat16), parts in a thousand"
     )
     for shape in KERNELS:
         plain = errors("reference", torch.bfloat16, *shape)
-        for way in BACKENDS:
-            found = errors(way, torch.bfloat16, *shape)
-            told = [f"{1000 * error:.2f}" for error in found]
+        for backend in BACKENDS:
+            measured = errors(backend, torch.bfloat16, *shape)
             length, mem_len, n_head, d_head, _ = shape
-            table.add_row(way, f"{length} + {mem_len}, {n_head} x {d_head}", *told)
-            worse = [name for name, mine, theirs in zip(names, found, plain, strict=True) if mine > 2 * theirs]
-            assert not worse, f"{way} is off by more than twice the formula in {', '.join(worse)} at {shape}"
+            columns = [f"{1000 * error:.2f}" for error in measured]
+            table.add_row(backend, f"{length} + {mem_len}, {n_head} x {d_head}", *columns)
+            worse = [name for name, error, limit in zip(names, measured, plain, strict=True) if error > 2 * limit]
+            assert not worse, f"{backend} is off by more than twice the formula in {', '.join(worse)} at {shape}"
     return table
 
 
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def training(name: str, way: str, compiled: bool) -> dict[str, float]:
-    """Tokens a second, share of the peak, and peak memory in GiB."""
+def training(name: str, backend: str, compiled: bool) -> dict[str, float]:
+    """Tokens per second, share of the peak, and peak memory in GiB."""
     lanes, vocab_size, _ = TRAINING[name]
     keys = ["optimizer=adam", "engine.zero_stage=1", "engine.precision=bf16"]
-    given = job(name, lanes, *keys, f"engine.attention={way}", f"engine.compile={str(compiled).lower()}")
+    given = job(name, lanes, *keys, f"engine.attention={backend}", f"engine.compile={str(compiled).lower()}")
     torch.cuda.reset_peak_memory_stats()
     engine = ZeroEngine(given, vocab_size, process_group(), None)
     tokens = text(lanes, given.model.tgt_len, vocab_size).numpy()
@@ -123,10 +126,11 @@ def training(name: str, way: str, compiled: bool) -> dict[str, float]:
 
     steps()
     rate = STEPS * tokens.size / median(seconds(steps) for _ in range(TURNS))
-    found = {"tokens_per_second": rate, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    if peak := engine.peak():
-        found["mfu"] = rate / tokens.size * training_flops(given.model, vocab_size, lanes) / peak
-    return found
+    row = {"tokens_per_second": rate, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    peak = total_peak_flops(given.engine, engine.precision, engine.group)
+    if peak:
+        row["mfu"] = rate / tokens.size * training_flops(given.model, vocab_size, lanes) / peak
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------- inference
@@ -134,7 +138,7 @@ def training(name: str, way: str, compiled: bool) -> dict[str, float]:
 
 @torch.no_grad()
 def inference(lanes: int) -> dict[str, float]:
-    """Tokens a second of wt103_base_nvidia, by segments as it is evaluated, beside the peer."""
+    """Tokens per second of wt103_base_nvidia, by segments as it is evaluated, beside the peer."""
     from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
     experiment = job("wt103_base_nvidia", lanes)
@@ -145,8 +149,10 @@ def inference(lanes: int) -> dict[str, float]:
     theirs = TransfoXLLMHeadModel(TransfoXLConfig(vocab_size=267735, d_embed=config.d_model, **shape))
     theirs = theirs.to(DEVICE, torch.bfloat16).eval()
     tokens = text(lanes, config.tgt_len, 267735)  # as evaluation does, ours sends them itself
-    given, lookback = tokens.to(DEVICE), torch.full_like(tokens, 10**6, device=DEVICE)
-    memory, mems = ours.empty_cache(lanes), None
+    given = tokens.to(DEVICE)
+    lookback = torch.full_like(tokens, 10**6, device=DEVICE)
+    memory = ours.empty_cache(lanes)
+    mems = None
 
     def our_turn() -> None:
         nonlocal memory
@@ -163,33 +169,33 @@ def inference(lanes: int) -> dict[str, float]:
     our_turn()
     turns = [(seconds(our_turn), seconds(their_turn)) for _ in range(TURNS)]
     count = STEPS * tokens.numel()
-    mine, other = (count / median(column) for column in zip(*turns, strict=True))
-    return {"tokens_per_second": mine, "peer": other, "ratio": mine / other}
+    rate, peer = (count / median(column) for column in zip(*turns, strict=True))
+    return {"tokens_per_second": rate, "peer": peer, "ratio": rate / peer}
 
 
 def main() -> None:
     console = Console(highlight=False)
     console.print(kernels())
-    found: dict[str, dict[str, dict[str, float]]] = {"training": {}, "inference": {}}
+    rows: dict[str, dict[str, dict[str, float]]] = {"training": {}, "inference": {}}
     table = Table("", "attention by", "tokens/s", "goal", "MFU", "GiB", box=None)
     for name, (_, _, goal) in TRAINING.items():
-        for way, compiled in [*((way, False) for way in BACKENDS), ("triton", True)]:
-            words = f"{way}, compiled" if compiled else way
-            row = found["training"][f"{name}, {words}"] = training(name, way, compiled)
+        for backend, compiled in [*((backend, False) for backend in BACKENDS), ("triton", True)]:
+            words = f"{backend}, compiled" if compiled else backend
+            row = rows["training"][f"{name}, {words}"] = training(name, backend, compiled)
             mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-            told = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", mfu, f"{row['memory_gib']:.1f}"
-            table.add_row(name, words, *told)
+            columns = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", mfu, f"{row['memory_gib']:.1f}"
+            table.add_row(name, words, *columns)
             torch.cuda.empty_cache()
     console.print(table)
     table = Table("inference, wt103_base_nvidia", "tokens/s", "NVIDIA's", "transformers", "ratio", box=None)
     for lanes, goal in INFERENCE.items():
-        row = found["inference"][str(lanes)] = inference(lanes)
-        told = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", f"{row['peer']:,.0f}", f"{row['ratio']:.1f}"
-        table.add_row(f"{lanes} lanes", *told)
+        row = rows["inference"][str(lanes)] = inference(lanes)
+        columns = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", f"{row['peer']:,.0f}", f"{row['ratio']:.1f}"
+        table.add_row(f"{lanes} lanes", *columns)
     console.print(table)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    told_of = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(told_of | found, indent=1) + "\n")
+    machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(machine | rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from txl_dist.evaluation.likelihood import losses_in_context
 from txl_dist.models.transformer_xl import TransformerXL
 
 PAPER = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}  # how many times as fast, by the length of attention
-SEGMENT, VOCAB, TURNS = 128, 256, 3
+SEGMENT = 128
+VOCAB = 256
+TURNS = 3
 
 
 def model(**options: object) -> TransformerXL:
@@ -47,7 +49,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def measure(length: int) -> dict[str, float]:
-    """Seconds a token of both, with attention over `length` tokens."""
+    """Seconds per token of both, with attention over `length` tokens."""
     torch.manual_seed(0)
     vanilla = model(attention="absolute", tgt_len=length, mem_len=0)
     with_memory = model(tgt_len=SEGMENT, mem_len=length)
@@ -64,14 +66,15 @@ def measure(length: int) -> dict[str, float]:
         if turn:  # the first warms up
             times["vanilla"].append(window)
             times["memory"].append(segment)
-    return {name: median(each) for name, each in times.items()}
+    return {name: median(seconds_of) for name, seconds_of in times.items()}
 
 
 def main() -> None:
-    console, rows = Console(highlight=False), {}
+    console = Console(highlight=False)
+    rows = {}
     for length in track(PAPER, "measuring", console=Console(stderr=True), transient=True):
-        found = measure(length)
-        rows[length] = found | {"ratio": found["vanilla"] / found["memory"], "paper": PAPER[length]}
+        measured = measure(length)
+        rows[length] = measured | {"ratio": measured["vanilla"] / measured["memory"], "paper": PAPER[length]}
     table = Table("attention over", "vanilla, ms a token", "memory, ms a token", "ratio", "paper's ratio", box=None)
     for column in table.columns:
         column.justify = "right"
@@ -81,8 +84,8 @@ def main() -> None:
     console.print(table)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    told = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(told | {"rows": rows}, indent=1) + "\n")
+    facts = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def test_a_vocabulary_may_have_the_line_ends_and_the_mark_of_windows(tmp_path, e
     path = tmp_path / "vocab.txt"
     path.write_bytes((mark + ends.join(["<eos>", "<unk>", "wörd"]) + ends * last).encode())
     assert WordTokenizer.open(path).words == ["<eos>", "<unk>", "wörd"]
-    assert vocabularies.read(path).words == ["<eos>", "<unk>", "wörd"]
+    assert vocabularies.load(path).words == ["<eos>", "<unk>", "wörd"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.conversion.third_party import (
+    SHARED_CASES,
+    WORDS,
+    authors_state,
+    convert_job,
+    edit_config,
+    hugging_face_model,
+    refusal,
+    save_folder,
+)
 from tests.fuzz.mutators import BOMBS, DOUBLED, nested
-from tests.test_convert import SHARED, WORDS, authors_names, edited, job, refused, saved, theirs
 from txl_dist.cli import errors_reported
 from txl_dist.conversion import pickles
 from txl_dist.convert import convert
@@ -34,7 +43,7 @@ def little_memory():
 
 def one_line(path):
     with pytest.raises(UserError) as caught:
-        pickles.read(path)
+        pickles.load(path)
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
 
 
@@ -70,7 +79,7 @@ def test_a_pickle_of_some_bytes_asks_for_no_more(bomb, tmp_path):
         archive(tmp_path / "zip.pt", content, {})
         for file in (path, tmp_path / "zip.pt"):
             try:
-                pickles.read(file)
+                pickles.load(file)
             except UserError as error:
                 assert str(file) in str(error) and len(str(error)) < 600
 
@@ -113,7 +122,7 @@ def test_a_module_within_itself_is_refused(tmp_path):
     """Written by hand: `_modules` of the object in memo place 0 holds it."""
     content = b"\x80\2cmem\nModel\nq\1)\x81q\0}(X\x08\0\0\0_modules}X\1\0\0\0ah\0sub."
     (tmp_path / "model.pt").write_bytes(content)
-    message = refused(tmp_path / "model.pt", tmp_path / "run")
+    message = refusal(tmp_path / "model.pt", tmp_path / "run")
     assert "r_w_bias: is missing" in message
 
 
@@ -145,19 +154,19 @@ def test_values_of_a_config_are_shown_in_few_words(tmp_path):
     ids=str,
 )
 def test_a_config_that_asks_for_another_model_than_its_tensors_is_refused(changes, tmp_path):
-    for number, folder in enumerate([saved(theirs(), tmp_path / "hf"), exported(tmp_path)]):
-        message = refused(edited(folder, **changes), tmp_path / f"run-{number}")
+    for number, folder in enumerate([save_folder(hugging_face_model(), tmp_path / "hf"), exported(tmp_path)]):
+        message = refusal(edit_config(folder, **changes), tmp_path / f"run-{number}")
         assert len(message) < 2000 and len(message.splitlines()) <= 8 and "Traceback" not in message
 
 
 def exported(tmp_path):
-    convert(job(**{"from": saved(theirs(), tmp_path / "first")}, run=tmp_path / "made"))
-    convert(job(run=tmp_path / "made", to=tmp_path / "export"))
+    convert(convert_job(**{"from": save_folder(hugging_face_model(), tmp_path / "first")}, run=tmp_path / "made"))
+    convert(convert_job(run=tmp_path / "made", to=tmp_path / "export"))
     return tmp_path / "export"
 
 
 def test_many_tensors_of_the_same_few_numbers_are_no_large_model(tmp_path):
-    state = authors_names(theirs(**SHARED["full softmax"]))
+    state = authors_state(hugging_face_model(**SHARED_CASES["full softmax"]))
     shared = torch.zeros(60 * 16)
     layer = {name: value for name, value in state.items() if name.startswith("layers.0.")}
     for number in range(2, 400):
@@ -168,22 +177,22 @@ def test_many_tensors_of_the_same_few_numbers_are_no_large_model(tmp_path):
     torch.save(state, tmp_path / "model.pt")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     lengths = dict(tgt_len=5, mem_len=7, clamp_len=-1, same_length=False, pre_lnorm=False)
-    message = refused(tmp_path / "model.pt", tmp_path / "run", tokenizer_from=tmp_path / "vocab.txt", model=lengths)
+    message = refusal(tmp_path / "model.pt", tmp_path / "run", tokenizer_from=tmp_path / "vocab.txt", model=lengths)
     assert "parameters, but all tensors only" in message
 
 
 def test_a_safetensors_file_and_an_index_of_parts_are_refused_in_words(tmp_path):
-    folder = saved(theirs(), tmp_path / "hf")
+    folder = save_folder(hugging_face_model(), tmp_path / "hf")
     original = (folder / "model.safetensors").read_bytes()
     for content in (b"", b"x" * 7, b"\xff" * 8 + b"{}", struct.pack("<Q", 2) + b"[]", original[:100], original + b"x"):
         (folder / "model.safetensors").write_bytes(content)
-        assert len(refused(folder, tmp_path / "run").splitlines()) == 1
+        assert len(refusal(folder, tmp_path / "run").splitlines()) == 1
     save_file({"n": torch.ones(2, dtype=torch.int8)}, folder / "model.safetensors")
-    assert len(refused(folder, tmp_path / "run").splitlines()) == 1
+    assert len(refusal(folder, tmp_path / "run").splitlines()) == 1
     (folder / "model.safetensors").unlink()
     for index in ({}, [], {"weight_map": 5}, {"weight_map": {"a": 5}}, {"weight_map": {"a": "/etc/passwd"}}):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        assert len(refused(folder, tmp_path / "run").splitlines()) == 1
+        assert len(refusal(folder, tmp_path / "run").splitlines()) == 1
 
 
 def test_a_lack_of_memory_is_reported_without_a_trace(capsys):

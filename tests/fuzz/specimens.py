@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from txl_dist.checkpoint.format import CheckpointWriter, latest
 from txl_dist.config.schema import ModelConfig
-from txl_dist.conversion.weights import shapes
+from txl_dist.conversion.weights import hugging_face_shapes
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer
 from txl_dist.models.transformer_xl import TransformerXL
@@ -85,7 +85,7 @@ def third_party(folder: Path) -> None:
     """Make Hugging Face's folder (both formats, parts), the authors' and NVIDIA's files, a pickled vocabulary."""
     config = ModelConfig(name="transformer_xl", tie_weights=True, tie_projections=True, **MODEL)
     torch.manual_seed(1)
-    tensors = {name: torch.randn(shape) for name, shape in shapes(config, len(WORDS)).items()}
+    tensors = {name: torch.randn(shape) for name, shape in hugging_face_shapes(config, len(WORDS)).items()}
     for name in [name for name in tensors if name.startswith("crit.out_") and not name.endswith("bias")]:
         del tensors[name]
     hub = MODEL | {"model_type": "transfo-xl", "vocab_size": len(WORDS), "d_embed": 16, "tie_projs": [True] * 3}

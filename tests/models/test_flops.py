@@ -32,7 +32,7 @@ def forward(products):
 
 
 def trained(products):
-    return sum(product.trained for product in products)
+    return sum(product.training for product in products)
 
 
 def training_step(config):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.config.schema import ModelConfig
-from txl_dist.conversion.weights import translate
+from txl_dist.conversion.weights import from_hugging_face
 from txl_dist.models.layers.state import KVCache, LayerState, concat_lanes
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -137,7 +137,7 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
     for name, parameter in theirs.named_parameters():
         nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.4)
     their_parameters = dict(theirs.named_parameters(remove_duplicate=False))
-    model.load_state_dict(dict(translate(lambda name: their_parameters[name].data, config)), strict=True)
+    model.load_state_dict(dict(from_hugging_face(lambda name: their_parameters[name].data, config)), strict=True)
     theirs.train()
     # A dropout that falls evenly on all shows that it stands at the same places, whatever the layout.
     monkeypatch.setattr(nn.functional, "dropout", lambda x, p, training=True, inplace=False: x * (1 - p))
@@ -168,7 +168,7 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
 
     loss.backward()
     their_loss.backward()
-    gradients = dict(translate(lambda name: their_parameters[name].grad, config))
+    gradients = dict(from_hugging_face(lambda name: their_parameters[name].grad, config))
     for name, parameter in model.named_parameters():
         assert_near(parameter.grad, gradients[name], tolerance, name)
 

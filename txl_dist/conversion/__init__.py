@@ -1,3 +1,6 @@
-"""Checkpoints of other houses: `pickles` reads their files without executing them, `sources` finds out what they are,
-`weights` knows how their tensors are named and shaped, `vocabularies` reads their words. `hub` holds the files of an
-exported folder."""
+"""Third-party checkpoints, in and out.
+
+`importing` turns one into a run: `pickles` reads its files without executing them, `sources` recognises it, `weights`
+knows how its tensors are named and shaped, `vocabularies` reads its words. `exporting` turns a run into a folder for
+transformers, with the code that lies in `hub`.
+"""

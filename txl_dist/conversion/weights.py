@@ -1,12 +1,12 @@
-"""How Transformer-XL's tensors are named and shaped elsewhere, and what they are here.
+"""Convert tensors of third-party Transformer-XL checkpoints: their names and shapes, and ours.
 
-Three houses know the model: the authors (kimiyoung/transformer-xl), NVIDIA (DeepLearningExamples) and Hugging Face
-(transformers up to 4.36). Their tensors differ in names and, for the authors and NVIDIA, in two other things:
+Three code bases have the model: the authors' (kimiyoung/transformer-xl), NVIDIA's (DeepLearningExamples) and Hugging
+Face's (transformers up to 4.36). Their tensors differ in names and, for the authors and NVIDIA, in two other things:
 
 - u and v (r_w_bias, r_r_bias) are one pair for all layers; here, as by default at Hugging Face, each layer has its own.
-- The softmax' head knows its clusters from the end: cluster i is row -i of cluster_weight and cluster_bias.
+- The softmax's head counts its clusters from the end: cluster i is row -i of cluster_weight and cluster_bias.
 
-Hugging Face's names are the common ones; a `Spelling` tells how a file's names come from them.
+Hugging Face's names are the common ones; a `Naming` derives a file's names from them.
 """
 
 import re
@@ -38,14 +38,18 @@ LAYER = {
 }
 
 
-def translate(theirs: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our names and values, tied ones under both names, from a look-up by Hugging Face's names."""
+def from_hugging_face(theirs: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield our names and values, tied ones under both names.
+
+    Args:
+        theirs: look-up of a tensor by Hugging Face's name.
+    """
     for l in range(config.n_layer):
         q, k, v = theirs(f"transformer.layers.{l}.dec_attn.qkv_net.weight").chunk(3)
         yield f"layers.{l}.attention.q_net.weight", q
         yield f"layers.{l}.attention.kv_net.weight", torch.cat([k, v])
-        for mine, their in LAYER.items():
-            yield f"layers.{l}.{mine}", theirs(f"transformer.layers.{l}.{their}")
+        for our_name, their_name in LAYER.items():
+            yield f"layers.{l}.{our_name}", theirs(f"transformer.layers.{l}.{their_name}")
     parts = range(1 + len(config.cutoffs) if config.div_val > 1 else 1)
     for i in parts:
         yield f"embedding.table_{i}", theirs(f"transformer.word_emb.emb_layers.{i}.weight")
@@ -59,10 +63,34 @@ def translate(theirs: Callable[[str], Tensor], config: ModelConfig) -> Iterator[
         yield "softmax.cluster_bias", theirs("crit.cluster_bias")
 
 
-def shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Of Hugging Face's tensors."""
-    width, d_model, d_inner = config.n_head * config.d_head, config.d_model, config.d_inner
-    layer = {
+def hugging_face_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of Hugging Face's tensors, tied ones under both names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for l in range(config.n_layer):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"transformer.layers.{l}.{name}"] = shape
+    ends = [*config.cutoffs, vocab_size] if config.div_val > 1 else [vocab_size]
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        size = end - start
+        width = config.d_model // config.div_val**i
+        shapes[f"transformer.word_emb.emb_layers.{i}.weight"] = (size, width)
+        shapes[f"crit.out_layers.{i}.weight"] = (size, width)
+        shapes[f"crit.out_layers.{i}.bias"] = (size,)
+        if config.div_val > 1:
+            shapes[f"transformer.word_emb.emb_projs.{i}"] = (config.d_model, width)
+            shapes[f"crit.out_projs.{i}"] = (config.d_model, width)
+    if config.cutoffs:
+        shapes["crit.cluster_weight"] = (len(config.cutoffs), config.d_model)
+        shapes["crit.cluster_bias"] = (len(config.cutoffs),)
+    return shapes
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in one of Hugging Face's layers."""
+    d_model = config.d_model
+    d_inner = config.d_inner
+    width = config.n_head * config.d_head
+    return {
         "dec_attn.qkv_net.weight": (3 * width, d_model),
         "dec_attn.r_net.weight": (width, d_model),
         "dec_attn.o_net.weight": (d_model, width),
@@ -72,57 +100,49 @@ def shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
         "pos_ff.CoreNet.0.bias": (d_inner,),
         "pos_ff.CoreNet.3.weight": (d_model, d_inner),
         "pos_ff.CoreNet.3.bias": (d_model,),
-        **{f"{part}.layer_norm.{kind}": (d_model,) for part in ("dec_attn", "pos_ff") for kind in ("weight", "bias")},
+        "dec_attn.layer_norm.weight": (d_model,),
+        "dec_attn.layer_norm.bias": (d_model,),
+        "pos_ff.layer_norm.weight": (d_model,),
+        "pos_ff.layer_norm.bias": (d_model,),
     }
-    found: dict[str, tuple[int, ...]] = {
-        f"transformer.layers.{l}.{name}": shape for l in range(config.n_layer) for name, shape in layer.items()
-    }
-    ends = [*config.cutoffs, vocab_size] if config.div_val > 1 else [vocab_size]
-    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        size, narrow = end - start, d_model // config.div_val**i
-        found[f"transformer.word_emb.emb_layers.{i}.weight"] = size, narrow
-        found[f"crit.out_layers.{i}.weight"] = size, narrow
-        found[f"crit.out_layers.{i}.bias"] = (size,)
-        if config.div_val > 1:
-            found[f"transformer.word_emb.emb_projs.{i}"] = d_model, narrow
-            found[f"crit.out_projs.{i}"] = d_model, narrow
-    if config.cutoffs:
-        found["crit.cluster_weight"] = len(config.cutoffs), d_model
-        found["crit.cluster_bias"] = (len(config.cutoffs),)
-    return found
 
 
-# ---------------------------------------------------------------------------------------------------- spellings
+# -------------------------------------------------------------------------------------------------------- names
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """rules: (pattern, replacement), applied in order to one of Hugging Face's names, give the file's name.
-    from_the_end: whether the head counts its clusters so."""
+class Naming:
+    """How a file names its tensors.
+
+    Attributes:
+        rules: (pattern, replacement), applied in order to one of Hugging Face's names, give the file's name.
+        clusters_reversed: whether the softmax's head counts its clusters from the end.
+    """
 
     rules: tuple[tuple[str, str], ...]
-    from_the_end: bool
+    clusters_reversed: bool
 
     def __call__(self, name: str) -> str:
+        """Turn Hugging Face's name into the file's."""
         for pattern, replacement in self.rules:
             name = re.sub(pattern, replacement, name)
         return name
 
 
 SHARED_BIASES = (r"layers\.\d+\.dec_attn\.(r_[wr]_bias)", r"\1")
-HUGGING_FACE = Spelling((), from_the_end=False)
-HUGGING_FACE_SHARED = Spelling((SHARED_BIASES,), from_the_end=False)  # untie_r=False
-AUTHORS = Spelling((SHARED_BIASES, (r"^transformer\.", "")), from_the_end=True)
-NVIDIA = Spelling(
+HUGGING_FACE = Naming((), clusters_reversed=False)
+HUGGING_FACE_SHARED = Naming((SHARED_BIASES,), clusters_reversed=False)  # untie_r=False
+AUTHORS = Naming((SHARED_BIASES, (r"^transformer\.", "")), clusters_reversed=True)
+NVIDIA = Naming(
     (
         *AUTHORS.rules,
         (r"out_layers\.(\d+)\.bias", r"out_layers_biases.\1"),
         (r"out_layers\.(\d+)\.weight", r"out_layers_weights.\1"),
     ),
-    from_the_end=True,
+    clusters_reversed=True,
 )
 
-# What a file may hold besides: no weights, or other names of the same tensors.
+# Tensors that a file may hold besides: buffers, and other names of the same weights.
 NO_WEIGHTS = re.compile(r"(.*\.)?inv_freq|crit\.shared_out_projs\.\d+|transformer\.layers\.\d+\.dec_attn\.r_[wr]_bias")
 
 TIES = {
@@ -131,96 +151,134 @@ TIES = {
 }
 
 
-def tie(
-    tensors: dict[str, Tensor], spelling: Spelling, tables: bool, projections: list[bool], clusters: int
+def add_tied(
+    tensors: dict[str, Tensor], naming: Naming, tables: bool, projections: list[bool], clusters: int
 ) -> list[str]:
-    """Give the softmax what a file leaves out, for its config ties it; tell what is tied by the config but differs.
+    """Add the softmax's tensors that a file leaves out because its config ties them to the embedding's.
 
     Args:
-        tables: whether all tables are tied. projections: of each cluster, whether its projection is.
+        tables: whether all tables are tied.
+        projections: for each cluster, whether its projection is tied.
         clusters: how many clusters have a table of their own; 1: one table for all, and no projection.
+
+    Returns:
+        Problems: tensors that the config ties, but that differ.
     """
     problems = []
     tied = [("tie_weights", i) for i in range(clusters) if tables]
     tied += [("tie_projections", i) for i in range(clusters) if clusters > 1 and projections[i]]
     for kind, i in tied:
-        mine, theirs = pair(spelling, kind, i)
-        if theirs in tensors and not same(tensors.setdefault(mine, tensors[theirs]), tensors[theirs]):
-            problems.append(f"{mine}: differs from {theirs}, but the config ties it to that")
+        softmax, embedding = tied_names(naming, kind, i)
+        if embedding not in tensors:
+            continue
+        if not is_same(tensors.setdefault(softmax, tensors[embedding]), tensors[embedding]):
+            problems.append(f"{softmax}: differs from {embedding}, but the config ties the two")
     return problems
 
 
-def ties(tensors: Mapping[str, Tensor], spelling: Spelling) -> dict[str, bool]:
-    """Whether the softmax' tables, and its projections but the first, are the embedding's."""
-    found = {}
+def find_ties(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, bool]:
+    """Find out whether the softmax's tables, and its projections but the first, are the embedding's.
+
+    Returns:
+        tie_weights and tie_projections of our config.
+    """
+    ties = {}
     for kind, first in (("tie_weights", 0), ("tie_projections", 1)):
-        pairs = [pair(spelling, kind, i) for i in range(first, len(tensors))]
-        both = [(tensors[mine], tensors[theirs]) for mine, theirs in pairs if mine in tensors and theirs in tensors]
-        found[kind] = bool(both) and all(same(*each) for each in both)
-    return found
+        same = []
+        for i in range(first, len(tensors)):
+            softmax, embedding = tied_names(naming, kind, i)
+            if softmax in tensors and embedding in tensors:
+                same.append(is_same(tensors[softmax], tensors[embedding]))
+        ties[kind] = bool(same) and all(same)
+    return ties
 
 
-def pair(spelling: Spelling, kind: str, cluster: int) -> tuple[str, str]:
-    mine, theirs = TIES[kind]
-    return spelling(f"crit.{mine.format(cluster)}"), spelling(f"transformer.word_emb.{theirs.format(cluster)}")
+def tied_names(naming: Naming, kind: str, cluster: int) -> tuple[str, str]:
+    """Return the names of a cluster's tensor in the softmax and in the embedding."""
+    softmax, embedding = TIES[kind]
+    return naming(f"crit.{softmax.format(cluster)}"), naming(f"transformer.word_emb.{embedding.format(cluster)}")
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same shape and the same numbers."""
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def ours(
-    tensors: Mapping[str, Tensor], spelling: Spelling | None, config: ModelConfig, vocab_size: int
+# ------------------------------------------------------------------------------------------------------ weights
+
+
+def to_parameters(
+    tensors: Mapping[str, Tensor], naming: Naming | None, config: ModelConfig, vocab_size: int
 ) -> dict[str, Tensor]:
-    """A file's tensors by the names of our parameters, in float32. Without a spelling they bear those already.
+    """Convert a file's tensors into our parameters, in float32.
+
+    Args:
+        naming: how the file names them; None: as our parameters.
 
     Raises:
-        ConfigError: with every tensor that is missing, misshapen or too much for this config.
+        ConfigError: for every tensor that is missing, has another shape, or is not part of this config's model.
     """
     parameters = parameter_shapes(config, vocab_size, at_most=len(tensors))
     check_size(tensors, parameters)
-    if spelling is None:
+    if naming is None:
         check_shapes(tensors, parameters)
         return {name: tensors[name].to(torch.float32, copy=True) for name in parameters}
-    check_shapes(tensors, {spelling(name): shape for name, shape in shapes(config, vocab_size).items()})
+    check_shapes(tensors, {naming(name): shape for name, shape in hugging_face_shapes(config, vocab_size).items()})
 
     def theirs(name: str) -> Tensor:
-        value = tensors[spelling(name)].to(torch.float32, copy=True)  # each layer its own u and v
-        return value.flip(0) if spelling.from_the_end and "cluster_" in name else value
+        value = tensors[naming(name)].to(torch.float32, copy=True)  # a copy: each layer has its own u and v
+        return value.flip(0) if naming.clusters_reversed and "cluster_" in name else value
 
-    return {name: value for name, value in translate(theirs, config) if name in parameters}
+    return {name: value for name, value in from_hugging_face(theirs, config) if name in parameters}
 
 
 def check_size(tensors: Mapping[str, Tensor], parameters: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a model far larger than its file: tensors of a pickle may be views of the same few numbers."""
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors.values()}
-    held = sum(storage.nbytes() for storage in storages.values())
-    asked = sum(map(prod, parameters.values()))
-    # A parameter is a byte at least: float16 as float32 is twice the bytes, a table that is tied there twice that.
-    if asked > max(held, 4096):
-        raise ConfigError([f"the model of the config has {asked:,} parameters, but all tensors only {held:,} bytes"])
+    """Refuse a model far larger than its file: tensors of a pickle may be views of the same few numbers.
+
+    Raises:
+        ConfigError: where the model has more parameters than its tensors bytes.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    num_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    num_parameters = sum(map(prod, parameters.values()))
+    # A parameter has at least one byte: two in float16, which serve two of ours where only the file ties them.
+    if num_parameters > max(num_bytes, 4096):
+        raise ConfigError(
+            [f"the model of the config has {num_parameters:,} parameters, but all tensors only {num_bytes:,} bytes"]
+        )
 
 
-def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse tensors that are not those that are wanted; of many that are wrong in one way the first is named."""
-    given = {name: value for name, value in tensors.items() if name in wanted or not NO_WEIGHTS.fullmatch(name)}
-    if not wanted.keys() & given.keys():
-        raise ConfigError([f"none of the tensors is known: they are {shown(list(given))}, not {shown(list(wanted))}"])
-    both = [(name, list(given[name].shape), list(shape)) for name, shape in wanted.items() if name in given]
-    problems = [
-        [f"{name}: is missing; its shape would be {list(wanted[name])}" for name in wanted if name not in given],
-        [f"{name}: has the shape {has}, but the config asks for {asked}" for name, has, asked in both if has != asked],
-        [
-            f"{name}: is of {given[name].dtype}, not of floats"
-            for name, *_ in both
-            if not given[name].is_floating_point()
-        ],
-        [
-            f"{name}: has no place in the model of the config; its shape is {list(value.shape)}"
-            for name, value in given.items()
-            if name not in wanted
-        ],
-    ]
-    told = [line for kind in problems for line in (kind if len(kind) <= 3 else [f"{kind[0]} ({len(kind) - 1} more)"])]
-    if told:
-        raise ConfigError(told)
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a file's tensors with those that the config asks for.
+
+    Raises:
+        ConfigError: where they differ; of many that differ in one way it names the first.
+    """
+    weights = {name: value for name, value in tensors.items() if name in expected or not NO_WEIGHTS.fullmatch(name)}
+    known = [name for name in expected if name in weights]
+    if not known:
+        raise ConfigError(
+            [f"none of the tensors is known: they are {shown(list(weights))}, not {shown(list(expected))}"]
+        )
+    missing = []
+    for name, shape in expected.items():
+        if name not in weights:
+            missing.append(f"{name}: is missing; its shape would be {list(shape)}")
+    other_shape = []
+    for name in known:
+        if tuple(weights[name].shape) != expected[name]:
+            shapes = f"has the shape {list(weights[name].shape)}, but the config asks for {list(expected[name])}"
+            other_shape.append(f"{name}: {shapes}")
+    other_dtype = []
+    for name in known:
+        if not weights[name].is_floating_point():
+            other_dtype.append(f"{name}: is of {weights[name].dtype}, not of floats")
+    unknown = []
+    for name, value in weights.items():
+        if name not in expected:
+            unknown.append(f"{name}: is not part of the model of the config; its shape is {list(value.shape)}")
+    problems = []
+    for lines in (missing, other_shape, other_dtype, unknown):
+        problems += lines if len(lines) <= 3 else [f"{lines[0]} ({len(lines) - 1} more)"]
+    if problems:
+        raise ConfigError(problems)

@@ -25,7 +25,7 @@ class Product(NamedTuple):
     visible: float = 1.0
 
     @property
-    def trained(self) -> float:
+    def training(self) -> float:
         """Return its operations in a forward and a backward."""
         return self.forward * (1 + self.gradients)
 
@@ -43,7 +43,7 @@ def training_flops(config: ModelConfig, vocab_size: int, lanes: int) -> float:
     full. (Chowdhery et al. count future keys, too, and find more.)
     """
     products = [product for part in products_by_part(config, vocab_size, lanes) for product in part]
-    return sum(product.trained * product.visible for product in products)
+    return sum(product.training * product.visible for product in products)
 
 
 def products_by_part(config: ModelConfig, vocab_size: int, lanes: int) -> list[list[Product]]:

@@ -1,1 +1,1 @@
-"""What is copied into an exported folder and read there without txl_dist: these files know torch and transformers."""
+"""Code that is copied into an exported folder and runs there without txl_dist, on torch and transformers alone."""

@@ -6,8 +6,8 @@
     h <- LayerNorm(h + feed-forward(h))
 
 The memory of a layer is transformers' own cache with a sliding window: keys and values of the last mem_len positions.
-They are those of the remembered hidden states, for W_k and W_v do not change between segments; so a new token costs the
-same however long the text is, and nothing of the past is computed again. At first the memory is empty.
+They are those of the remembered hidden states, because W_k and W_v do not change between segments; so a new token costs
+the same however long the text is, and nothing of the past is recomputed. At first the memory is empty.
 
 Written for scoring and generation by txl_dist, which also trains such models.
 """
@@ -25,7 +25,7 @@ from .configuration_transformer_xl import TransformerXLConfig
 # ------------------------------------------------------------------------------- adaptive embedding and softmax
 
 
-class Clusters(nn.Module):
+class VocabularyClusters(nn.Module):
     """The vocabulary in clusters of tokens, the frequent ones first; with div_val > 1 rarer ones have narrower tables.
 
     The width of cluster i is d_model // div_val**i. With div_val 1 there is one table for all, and no projection.
@@ -38,23 +38,25 @@ class Clusters(nn.Module):
         self.sizes = [end - start for start, end in zip(self.starts, [*config.cutoffs, config.vocab_size], strict=True)]
 
     def add_tables(self, config: TransformerXLConfig) -> None:
+        """Add the parameters `table_i`, [size, width]."""
         for i, size in enumerate(self.sizes if config.div_val > 1 else [config.vocab_size]):
             width = config.d_model // config.div_val**i
             self.register_parameter(f"table_{i}", nn.Parameter(torch.empty(size, width)))
 
     def add_projection(self, config: TransformerXLConfig, i: int) -> None:
+        """Add the parameter `projection_i`, [d_model, width]."""
         width = config.d_model // config.div_val**i
         self.register_parameter(f"projection_{i}", nn.Parameter(torch.empty(config.d_model, width)))
 
     def tables(self) -> list[Tensor]:
-        """One a cluster, [size, width]."""
+        """Return each cluster's table, [size, width]."""
         if self.div_val == 1:
             return list(self.get_parameter("table_0").split(self.sizes))
         return [self.get_parameter(f"table_{i}") for i in range(len(self.sizes))]
 
 
-class AdaptiveEmbedding(Clusters):
-    """Embeds tokens, scaled by sqrt(d_model)."""
+class AdaptiveEmbedding(VocabularyClusters):
+    """Token embeddings, scaled by sqrt(d_model)."""
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
@@ -65,25 +67,27 @@ class AdaptiveEmbedding(Clusters):
                 self.add_projection(config, i)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [batch, length] -> [batch, length, d_model]."""
+        """Embed int64 [batch, length] as [batch, length, d_model]."""
         if self.div_val == 1:
             return F.embedding(tokens, self.get_parameter("table_0")) * self.d_model**0.5
         embedded = self.get_parameter("projection_0").new_empty(*tokens.shape, self.d_model)
         for i, (start, size, table) in enumerate(zip(self.starts, self.sizes, self.tables(), strict=True)):
-            here = (tokens >= start) & (tokens < start + size)
-            embedded[here] = F.linear(F.embedding(tokens[here] - start, table), self.get_parameter(f"projection_{i}"))
+            in_cluster = (tokens >= start) & (tokens < start + size)
+            rows = F.embedding(tokens[in_cluster] - start, table)
+            embedded[in_cluster] = F.linear(rows, self.get_parameter(f"projection_{i}"))
         return embedded * self.d_model**0.5
 
 
-class AdaptiveSoftmax(Clusters):
-    """First among the first cluster's tokens and the other clusters as wholes, then within the cluster.
+class AdaptiveSoftmax(VocabularyClusters):
+    """A softmax among the first cluster's tokens and the other clusters as units, then within the cluster.
 
-    Owns what is its own; tied tables and projections are the embedding's.
+    Tied tables and projections are the embedding's; all others are parameters of this module.
     """
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
-        self.tie_weights, self.tie_projections = config.tie_weights, config.tie_projections
+        self.tie_weights = config.tie_weights
+        self.tie_projections = config.tie_projections
         if not config.tie_weights:
             self.add_tables(config)
         for i in range(len(self.sizes)):
@@ -95,11 +99,11 @@ class AdaptiveSoftmax(Clusters):
             self.cluster_bias = nn.Parameter(torch.empty(len(config.cutoffs)))
 
     def is_tied(self, i: int) -> bool:
-        """Whether the projection of cluster i is the embedding's; the first cluster's never is."""
+        """Return whether the projection of cluster i is the embedding's; the first cluster's never is."""
         return self.tie_projections and i > 0
 
     def forward(self, hidden: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
-        """[batch, length, d_model] -> log-probabilities [batch, length, vocab_size], float32 at least."""
+        """Compute log-probabilities: [batch, length, d_model] -> [batch, length, vocab_size], float32 at least."""
         tables = embedding.tables() if self.tie_weights else self.tables()
         biases = list(self.bias.split(self.sizes))
         if len(tables) > 1:
@@ -121,9 +125,9 @@ class AdaptiveSoftmax(Clusters):
 
 
 def sinusoids(keys: int, d_model: int, clamp_len: int, like: Tensor) -> Tensor:
-    """R: the encoding of distances keys - 1, ..., 1, 0, -1, all sines, then all cosines: [keys + 1, d_model].
+    """Encode distances keys - 1, ..., 1, 0, -1 as R, [keys + 1, d_model]: all sines, then all cosines.
 
-    The last row stands for the future, which no query sees: `skew` wants one column more than there are keys.
+    The last row stands for the future, which no query sees: `skew` needs one column more than there are keys.
     """
     distance = torch.arange(keys - 1, -2, -1, dtype=torch.float64, device=like.device)
     if clamp_len > 0:
@@ -149,9 +153,13 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, config: TransformerXLConfig, layer: int):
         super().__init__()
-        d_model, width = config.d_model, config.n_head * config.d_head
-        self.layer, self.pre_lnorm, self.dropatt = layer, config.pre_lnorm, config.dropatt
-        self.n_head, self.d_head = config.n_head, config.d_head
+        d_model = config.d_model
+        width = config.n_head * config.d_head
+        self.layer = layer
+        self.pre_lnorm = config.pre_lnorm
+        self.dropatt = config.dropatt
+        self.n_head = config.n_head
+        self.d_head = config.d_head
         self.q_net = nn.Linear(d_model, width, bias=False)
         self.kv_net = nn.Linear(d_model, 2 * width, bias=False)
         self.r_net = nn.Linear(d_model, width, bias=False)
@@ -162,11 +170,15 @@ class RelativeAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, memory: DynamicCache, encoding: Tensor, visible: Tensor) -> Tensor:
-        """[batch, length, d_model] -> the same; the memory grows by the segment.
+        """Attend from a segment to its memory and to itself; the segment is added to the memory.
 
         Args:
+            hidden: [batch, length, d_model].
             encoding: [keys + 1, d_model], of `sinusoids`.
             visible: bool [batch or 1, 1, length, keys].
+
+        Returns:
+            [batch, length, d_model].
         """
         x = self.layer_norm(hidden) if self.pre_lnorm else hidden
         query, key, value = map(self.heads, [self.q_net(x), *self.kv_net(x).chunk(2, dim=-1)])
@@ -180,14 +192,14 @@ class RelativeAttention(nn.Module):
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
 
     def by_distance(self, query: Tensor, encoding: Tensor) -> Tensor:
-        """query (R W_r)^T: [batch, n_head, length, d_head] -> [batch, n_head, length, keys + 1], contiguous."""
+        """Compute query (R W_r)^T: [batch, n_head, length, d_head] -> [batch, n_head, length, keys + 1], contiguous."""
         if query.size(2) < self.d_head:  # then (query W_r^T) R^T is less work: nothing is projected for every key
             weight = self.r_net.weight.unflatten(0, (self.n_head, self.d_head))
             return (query @ weight) @ encoding.T
         return query @ self.heads(self.r_net(encoding)).transpose(-1, -2)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[..., length, n_head * d_head] -> [..., n_head, length, d_head]."""
+        """Split into heads: [..., length, n_head * d_head] -> [..., n_head, length, d_head]."""
         return x.unflatten(-1, (self.n_head, self.d_head)).transpose(-2, -3)
 
 
@@ -203,7 +215,7 @@ class FeedForward(nn.Module):
         self.pre_lnorm = config.pre_lnorm
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[batch, length, d_model] -> the same."""
+        """Transform each position alone: [batch, length, d_model] -> [batch, length, d_model]."""
         inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu()
         hidden = hidden + self.dropout(self.outer(self.dropout(inner)))
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
@@ -218,6 +230,7 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, hidden: Tensor, memory: DynamicCache, encoding: Tensor, visible: Tensor) -> Tensor:
+        """Run both sublayers; arguments and result are those of `RelativeAttention.forward`."""
         return self.feed_forward(self.attention(hidden, memory, encoding, visible))
 
 
@@ -225,7 +238,7 @@ class Layer(nn.Module):
 
 
 class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Its logits are log-probabilities: they are what an adaptive softmax gives."""
+    """The language model. Its logits are log-probabilities, as an adaptive softmax computes them."""
 
     config_class = TransformerXLConfig
     config: TransformerXLConfig
@@ -247,31 +260,30 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Read on, in segments of tgt_len.
+        """Continue to read a text, in segments of tgt_len.
 
         Args:
             input_ids: int64 [batch, length].
-            attention_mask: [batch, at least length], 0 where there is no token (padding before a text). It ends with
-                the input; what the memory holds from before it is taken for text.
+            attention_mask: [batch, length or more], 0 at padding, which stands before a text. Its last column is the
+                last input's; earlier positions of the memory than its first column count as text.
             past_key_values: the memory that an earlier call returned; None: a text begins.
             labels: int64 [batch, length], often the inputs: each is predicted from the tokens before it; -100: not
-                scored. The first has none before it here, and is not scored.
-            logits_to_keep: how many positions' logits are wanted, counted from the end; 0: all.
+                scored. The first has none before it in this call, and is not scored.
+            logits_to_keep: the number of positions, counted from the end, whose logits are returned; 0: all.
 
         Returns:
-            loss: with labels, the mean negative log-likelihood in nats a scored token.
+            loss: with labels, the mean negative log-likelihood in nats per scored token.
             logits: log-probabilities of the next token [batch, length, vocab_size], float32 at least.
             past_key_values: the memory.
         """
         memory = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-        starts = range(0, input_ids.size(1), self.config.tgt_len)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        after = attention_mask.size(1) - input_ids.size(1)  # the place of the first input in the mask
+        first = attention_mask.size(1) - input_ids.size(1)  # the column of the first input
         read = []
-        for start in starts:
+        for start in range(0, input_ids.size(1), self.config.tgt_len):
             segment = input_ids[:, start : start + self.config.tgt_len]
-            read.append(self.read(segment, attention_mask[:, : after + start + segment.size(1)], memory))
+            read.append(self.read(segment, attention_mask[:, : first + start + segment.size(1)], memory))
         hidden = torch.cat(read, dim=1)
         logits = self.softmax(self.dropout(hidden[:, -logits_to_keep:]), self.embedding)
         loss = None
@@ -280,7 +292,7 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=memory)
 
     def read(self, segment: Tensor, mask: Tensor, memory: DynamicCache) -> Tensor:
-        """int64 [batch, length] -> [batch, length, d_model]; the memory remembers, detached (section 3.2)."""
+        """Read a segment, int64 [batch, length] -> [batch, length, d_model]; remember it, detached (section 3.2)."""
         remembered = min(memory.get_seq_length(), self.config.mem_len)
         hidden = self.dropout(self.embedding(segment))
         keys = remembered + segment.size(1)
@@ -288,12 +300,13 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         visible = self.visible(mask, keys, segment.size(1))
         for layer in self.layers:
             hidden = layer(hidden, memory, encoding, visible)
-        for kept in memory.layers:
-            kept.keys, kept.values = kept.keys.detach(), kept.values.detach()
+        for cache in memory.layers:
+            cache.keys = cache.keys.detach()
+            cache.values = cache.values.detach()
         return hidden
 
     def visible(self, mask: Tensor, keys: int, length: int) -> Tensor:
-        """Which keys each query may attend to: bool [batch, 1, length, keys].
+        """Return the keys that each query may attend to: bool [batch, 1, length, keys].
 
         Args:
             mask: [batch, any], nonzero at tokens; its last column is the last key's.
@@ -308,7 +321,7 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         return (visible & token[:, None, :] | (distance == 0))[:, None]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As the authors' code draws them."""
+        """Draw weights as the authors' code does."""
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

@@ -20,9 +20,11 @@ class BytesTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens."""
         return len(self.names)
 
     def get_vocab(self) -> dict[str, int]:
+        """Return all tokens and their numbers."""
         return dict(self.ids)
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
@@ -35,8 +37,9 @@ class BytesTokenizer(PreTrainedTokenizer):
         return self.names[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """`<eos>` has no text."""
+        """Decode bytes, errors replaced; `<eos>` has no text."""
         return bytes(self.ids[token] for token in tokens if token != EOS).decode(errors="replace")
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write no file: the vocabulary is all bytes."""
         return ()

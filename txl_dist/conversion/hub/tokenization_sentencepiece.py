@@ -8,11 +8,11 @@ from typing import Any
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-BLOCK = "\u2581"  # what SentencePiece writes for a space; in a text it goes by its bytes, where the model has them
+BLOCK = "\u2581"  # SentencePiece writes it for a space; in a text it is encoded as bytes, where the model has them
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
-    """A text begins with the end-of-text token, which stands between documents.
+    """A SentencePiece model; a text begins with the end-of-text token, which stands between documents.
 
     Args:
         vocab_file: sentencepiece.model.
@@ -30,9 +30,11 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens."""
         return self.pieces.get_piece_size()
 
     def get_vocab(self) -> dict[str, int]:
+        """Return all tokens and their numbers."""
         return {self.pieces.id_to_piece(token): token for token in range(self.vocab_size)}
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
@@ -50,7 +52,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         return self.pieces.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Bytes that follow each other are decoded together, so that a character of several comes out whole."""
+        """Decode pieces; adjacent bytes are decoded together, because a character may consist of several."""
         text = b""
         for token in tokens:
             number = self.pieces.piece_to_id(token)
@@ -63,6 +65,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         return text.decode(errors="replace")
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Copy sentencepiece.model to a folder."""
         target = Path(save_directory) / "sentencepiece.model"
         if target.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, target)

@@ -6,14 +6,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-EOS, UNK = "<eos>", "<unk>"
+EOS = "<eos>"
+UNK = "<unk>"
 
 
 class WordTokenizer(PreTrainedTokenizer):
-    """A text begins with `<eos>`, as if a line had ended before it.
+    """A vocabulary of words; a text begins with `<eos>`, as if a line had ended before it.
 
     Args:
-        vocab_file: vocab.txt, a word a line in the order of the tokens.
+        vocab_file: vocab.txt, one word per line in the order of the tokens.
     """
 
     vocab_files_names = {"vocab_file": "vocab.txt"}
@@ -27,9 +28,11 @@ class WordTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens."""
         return len(self.words)
 
     def get_vocab(self) -> dict[str, int]:
+        """Return all tokens and their numbers."""
         return dict(self.ids)
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
@@ -40,7 +43,7 @@ class WordTokenizer(PreTrainedTokenizer):
         return tokens
 
     def _known(self, line: str) -> list[str]:
-        """Words, `<unk>` for those that are not known; `<eos>` written in a text is one of those."""
+        """Split a line into words, with `<unk>` for unknown ones; `<eos>` written in a text is unknown."""
         return [word if word in self.ids and word != EOS else UNK for word in line.split()]
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -50,13 +53,16 @@ class WordTokenizer(PreTrainedTokenizer):
         return self.words[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """A space between words, a line end for `<eos>`."""
-        text, space = "", ""
+        """Join words with spaces; `<eos>` is a line end."""
+        text = ""
+        space = ""
         for token in tokens:
-            text, space = (text + "\n", "") if token == EOS else (text + space + token, " ")
+            text += "\n" if token == EOS else space + token
+            space = "" if token == EOS else " "
         return text
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Copy vocab.txt to a folder."""
         target = Path(save_directory) / "vocab.txt"
         if target.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, target)

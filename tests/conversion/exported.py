@@ -1,7 +1,7 @@
-"""Run by test_convert.py with transformers 5: what exported folders give there, on text that they find beside them.
+"""Run by test_exporting.py with transformers 5: write what exported folders compute there, on the text beside them.
 
-    python exported.py CASE_DIR...      each with folder/, input.safetensors, texts.json; writes output.safetensors
-                                        and output.json there
+    python exported.py CASE_DIR...      each has folder/, input.safetensors and texts.json, and gets output.safetensors
+                                        and output.json
 
 It imports nothing of txl_dist.
 """
@@ -20,7 +20,7 @@ assert transformers.__version__.startswith("5."), transformers.__version__
 
 
 def work_of_a_token(model, stream):
-    """Rows that the linear layers of a layer see when one token more is read, and what the cache then holds."""
+    """The rows that a layer's linear modules see when one more token is read, and the length of the cache then."""
     memory = model(stream).past_key_values
     rows = []
     hooks = [
@@ -35,12 +35,13 @@ def work_of_a_token(model, stream):
 
 
 @torch.no_grad()
-def read(case):
+def run(case):
     model = AutoModelForCausalLM.from_pretrained(case / "folder", trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(case / "folder", trust_remote_code=True)
     stream = load_file(case / "input.safetensors")["stream"]
-    whole = model(stream, labels=stream)
-    memory, pieces = None, []
+    in_one_call = model(stream, labels=stream)
+    memory = None
+    pieces = []
     for piece in stream.split(model.config.tgt_len, dim=1):
         result = model(piece, past_key_values=memory)
         memory = result.past_key_values
@@ -53,8 +54,8 @@ def read(case):
     mask[1:, :2] = 0
     save_file(
         {
-            "logits": whole.logits,
-            "loss": whole.loss,
+            "logits": in_one_call.logits,
+            "loss": in_one_call.loss,
             "pieces": torch.cat(pieces, dim=1),
             "greedy": model.generate(prompt, **greedy),
             "uncached": model.generate(prompt, use_cache=False, **(greedy | {"max_new_tokens": 3})),
@@ -66,17 +67,17 @@ def read(case):
     )
     texts = json.loads((case / "texts.json").read_text())
     ids = [tokenizer(text).input_ids for text in texts]
-    told = {
+    facts = {
         "parameters": {name: list(value.shape) for name, value in model.named_parameters()},
         "work": work_of_a_token(model, stream),
         "ids": ids,
-        "decoded": [tokenizer.decode(each[1:]) for each in ids],
+        "decoded": [tokenizer.decode(tokens[1:]) for tokens in ids],
         "vocabulary": [tokenizer.vocab_size, len(tokenizer)],
     }
-    (case / "output.json").write_text(json.dumps(told))
+    (case / "output.json").write_text(json.dumps(facts))
     model.save_pretrained(case / "again")
     tokenizer.save_pretrained(case / "again")
 
 
 for argument in sys.argv[1:]:
-    read(Path(argument))
+    run(Path(argument))

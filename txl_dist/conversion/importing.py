@@ -1,0 +1,140 @@
+"""Turn a third-party checkpoint into a run of step 0, which has weights and a tokenizer and nothing else."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from txl_dist import __version__
+from txl_dist.checkpoint.format import CheckpointWriter
+from txl_dist.config.checks import model_fits_together
+from txl_dist.config.quoting import command_to_paste
+from txl_dist.config.schema import ConvertJob, ModelConfig
+from txl_dist.conversion import vocabularies
+from txl_dist.conversion.sources import ImportSource, open_import_source
+from txl_dist.conversion.weights import to_parameters
+from txl_dist.data.index import Index
+from txl_dist.data.tokenizers import Tokenizer
+from txl_dist.errors import ConfigError, UserError
+from txl_dist.files.atomic import new_folder
+from txl_dist.files.lock import Lock
+from txl_dist.files.parsing import shown
+
+
+def import_checkpoint(job: ConvertJob, path: Path, run_dir: Path, lock: Lock) -> None:
+    """Write the run directory of an imported model.
+
+    Args:
+        path: folder or file of the third-party checkpoint.
+        lock: of `run_dir`.
+
+    Raises:
+        ConfigError: with everything that is wrong with the checkpoint.
+    """
+    source = open_import_source(path)
+    problems: list[str] = []
+    with collected(problems):
+        tokenizer = find_tokenizer(job, source)
+    with collected(problems):
+        config = model_config(job, source)
+        weights = to_parameters(source.tensors, source.naming, config, source.vocab_size)
+    if problems:
+        raise ConfigError(problems)
+    with new_folder(run_dir, lock) as folder:
+        tokenizer.save(folder / "tokenizer")
+        write_checkpoint(folder, job, source, config, weights)
+    parameters = sum(map(Tensor.numel, weights.values()))
+    print(f"{job.run}: {source.title}, {parameters:,} parameters, tokenizer of {tokenizer.kind}")
+    print(f"Next: {command_to_paste('python -m txl_dist.generate', run=job.run)}")
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Collect a user's mistakes, so that all are reported at once."""
+    try:
+        yield
+    except UserError as error:
+        problems += str(error).splitlines()
+
+
+def find_tokenizer(job: ConvertJob, source: ImportSource) -> Tokenizer:
+    """Return the tokenizer of tokenizer_from, or the source's own.
+
+    Raises:
+        UserError: where there is none, or its vocabulary has another size than the model's.
+    """
+    if job.tokenizer_from is not None:
+        path = Path(job.tokenizer_from)
+        key = f"tokenizer_from={job.tokenizer_from}"
+        tokenizer = vocabularies.load(path) if path.is_file() else Index.open(job.tokenizer_from).tokenizer()
+    elif source.load_tokenizer is not None:
+        key = f"from={job.from_}"
+        tokenizer = source.load_tokenizer()
+    else:
+        raise UserError(
+            f"tokenizer_from: is missing, because no vocabulary lies beside {job.from_}; give a prepared dataset with "
+            f"the same vocabulary of {source.vocab_size:,} tokens, or a vocabulary file"
+        )
+    if tokenizer.vocab_size != source.vocab_size:
+        raise UserError(
+            f"{key}: the vocabulary has {tokenizer.vocab_size:,} tokens, but the model {source.vocab_size:,}; "
+            "give tokenizer_from=... with the vocabulary that it was trained with"
+        )
+    return tokenizer
+
+
+def model_config(job: ConvertJob, source: ImportSource) -> ModelConfig:
+    """Combine the hyper-parameters that the source states with those of the job, which come first.
+
+    Raises:
+        ConfigError: for those that neither gives, and those that do not fit together.
+    """
+    from_job = {key: value for key, value in asdict(job.model).items() if value is not None}
+    values = {"name": "transformer_xl"} | source.hyper_parameters | from_job
+    missing = [field.name for field in fields(ModelConfig) if field.name not in values and field.default is MISSING]
+    if missing:
+        raise ConfigError(
+            [f"model.{key}: is missing; {job.from_} does not state it: give model.{key}=..." for key in missing]
+        )
+    try:
+        config = TypeAdapter(ModelConfig).validate_python(values)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors()[:5]:
+            key = ".".join(map(str, detail["loc"]))
+            problems.append(f"{job.from_}: states {key}={shown(detail['input'])}: {detail['msg']}")
+        raise ConfigError(problems) from error
+    problems = list(model_fits_together(config))
+    if config.cutoffs and config.cutoffs[-1] >= source.vocab_size:
+        problems.append(
+            f"model.cutoffs={shown(config.cutoffs)}: must stay below the vocabulary of {source.vocab_size:,}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def write_checkpoint(
+    run_dir: Path, job: ConvertJob, source: ImportSource, config: ModelConfig, weights: dict[str, Tensor]
+) -> None:
+    """Write a checkpoint of step 0 that holds weights alone, and no dataset that the model was trained on."""
+    dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).is_dir() else None
+    location = {"place": os.path.abspath(dataset)} if dataset else {}
+    writer = CheckpointWriter(str(run_dir), step=0, rank=0)
+    writer.add("weights", weights)
+    writer.commit(
+        writer.files,
+        state={
+            "step": 0,
+            "tokens": 0,
+            "imported": {"from": str(job.from_), "title": source.title},
+            "written_by": {"txl_dist": __version__, "torch": str(torch.__version__)},
+        },
+        config={"model": asdict(config), "data": {"dir": dataset, "reset_memory": "never"}},
+        data={"fingerprint": None, "vocab_size": source.vocab_size} | location,
+    )
