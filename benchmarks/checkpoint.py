@@ -25,7 +25,7 @@ from rich.table import Table
 
 from txl_dist.checkpoint.format import directory, latest, write_manifest
 from txl_dist.cli import CONF, keep_freed_memory
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import exit_process, process_group

@@ -1,6 +1,7 @@
 """Commands as a shell starts them: their output, their input, their errors, and what they print to be pasted."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,9 +87,105 @@ def test_standard_input_is_bytes(trained, run):
     assert closed.returncode == 2 and "prompt: is missing, and standard input is closed" in closed.stderr
 
 
-def test_flags_may_come_after_the_overrides(run):
+ENTRY_POINTS = ["train", "prepare", "evaluate", "generate", "score", "recl", "inspect", "convert"]
+
+# Prints which of the heavy packages an entry point has imported, as the last line of standard error.
+LIST_HEAVY_MODULES = """
+import importlib, sys
+module, *sys.argv[1:] = sys.argv[1:]
+main = importlib.import_module(f"txl_dist.{module}").main
+try:
+    main()
+finally:
+    heavy = {"torch", "deepspeed", "numpy", "pandas", "matplotlib", "wandb", "webdataset", "safetensors"}
+    print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def heavy_modules(module, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_HEAVY_MODULES, module, *arguments],
+        cwd=REPO,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    return done.stderr.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("module", ["evaluate", "generate", "score", "recl", "inspect"])
+def test_help_imports_nothing_heavy(module):
+    assert heavy_modules(module, "--help") == []
+
+
+def test_showing_the_config_and_completion_import_nothing_heavy():
+    assert heavy_modules("evaluate", "run=runs/quickstart", "--cfg", "job") == []
+    line = "txl-evaluate format="
+    assert heavy_modules("evaluate", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))) == []
+
+
+def test_hydras_flags_work_wherever_they_stand(run):
     assert "sample_tokens: 64" in run("txl_dist.prepare", "data.sample_tokens=64", "--cfg", "job", "workers=1").stdout
-    assert "_completion()" in run("txl_dist.prepare", "--shell-completion", "install=bash").stdout
+    for order in (["+experiment=ptb", "--cfg", "job"], ["--cfg", "job", "+experiment=ptb"]):
+        assert "runs/ptb" in run("txl_dist.train", *order).stdout
+    refused = run("txl_dist.prepare", "workers=1", "--cfg", "everything", expect=2)
+    assert "argument --cfg/-c: invalid choice: 'everything'" in refused.stderr and "usage" not in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A folder with the console scripts, as an installation makes them from pyproject.toml."""
+    folder = tmp_path_factory.mktemp("scripts")
+    declared = re.findall(r'^(txl-\w+) = "(txl_dist\.\w+):main"$', (REPO / "pyproject.toml").read_text(), re.MULTILINE)
+    for name, module in declared:
+        script = folder / name
+        script.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.chmod(0o755)
+    return folder
+
+
+def test_every_entry_point_has_a_console_script(scripts):
+    assert sorted(script.name for script in scripts.iterdir()) == sorted(f"txl-{module}" for module in ENTRY_POINTS)
+
+
+# Asks bash's own completion, as the Tab key does, and prints its answers.
+COMPLETE = r"""
+eval "$($1 --shell-completion install=bash)"
+COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=($COMP_LINE); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+function=$(complete -p $1 | sed 's/.*-F \([a-z_]*\).*/\1/')
+$function
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    "words, completions",
+    [
+        (["txl-train", "optimizer="], ["optimizer=adam", "optimizer=adamw", "optimizer=lamb"]),
+        (["txl-train", "+experiment=wt103_l"], ["+experiment=wt103_large", "+experiment=wt103_large_nvidia"]),
+        (["txl-train", "--cfg", "job", "data.num_l"], ["data.num_lanes="]),
+        (["txl-prepare", "corpus=text"], ["corpus=text", "corpus=text8"]),
+    ],
+)
+def test_bash_completes_groups_experiments_and_keys(scripts, words, completions):
+    environment = ENVIRONMENT | {"PATH": f"{scripts}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE, "bash", *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.split()) == completions
+
+
+def test_torchrun_repeats_a_refused_config_below_its_trace(run, tmp_path):
+    refused = run("txl_dist.train", f"run.dir={tmp_path}/run", "model.zzz=1", processes=2, expect=1).stderr
+    message = "model.zzz: there is no such key"
+    assert refused.count("Traceback") == 1  # torchrun's own
+    before, trace, after = refused.partition("Traceback")
+    assert before.count(message) == 1
+    assert after.count(message) == 1
+    assert after.index("Root Cause") < after.index(message)
 
 
 def test_what_the_operating_system_refuses_is_no_trace(capsys):

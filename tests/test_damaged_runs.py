@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from txl_dist.checkpoint.format import find_checkpoint, latest, steps
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import GenerateJob, LengthsConfig
 from txl_dist.errors import UserError
 from txl_dist.generate import generate

@@ -15,7 +15,7 @@ from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError
-from txl_dist.runs.load import load_model, no_average, place_of_data
+from txl_dist.runs.load import explain_missing_average, find_data, load_model
 
 LENGTHS = LengthsConfig(None, None, None, None)
 
@@ -152,12 +152,12 @@ def test_the_data_are_found_from_any_folder(trained, dataset, tmp_path):
     assert checkpoint.data["place"] == str(dataset)
     moved = {"place": f"{tmp_path}/gone"}
     here = replace(checkpoint, config={"data": {"dir": str(tmp_path)}})
-    assert place_of_data("r", here) == str(dataset)
-    assert place_of_data("r", replace(here, data=moved)) == str(tmp_path)
-    assert place_of_data("r", replace(here, data={})) == str(tmp_path)  # of an earlier version
-    assert place_of_data("r", replace(here, data={}, config={"data": {"dir": None}})) is None
+    assert find_data("r", here) == str(dataset)
+    assert find_data("r", replace(here, data=moved)) == str(tmp_path)
+    assert find_data("r", replace(here, data={})) == str(tmp_path)  # of an earlier version
+    assert find_data("r", replace(here, data={}, config={"data": {"dir": None}})) is None
     with pytest.raises(ConfigError, match="data_dir: is missing; the data of r are no longer at .*/gone"):
-        place_of_data("r", replace(here, data=moved, config={"data": {"dir": "d/word"}}))
+        find_data("r", replace(here, data=moved, config={"data": {"dir": "d/word"}}))
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ def test_an_average_that_was_not_kept_is_refused(run, trained):
     done = run("txl_dist.evaluate", f"run={trained}", "average=true", expect=2)
     assert "optimizer.average_from" in done.stderr and "Traceback" not in done.stderr
     checkpoint = latest(str(trained))
-    assert "only a run that was started with" in no_average(checkpoint)
+    assert "only a run that was started with" in explain_missing_average(checkpoint)
     later = {"optimizer": {"average_from": 41}}
-    assert "keeps them from step 41 on" in no_average(replace(checkpoint, config=later))
-    assert no_average(replace(checkpoint, config={"optimizer": {"average_from": 40}})) is None
-    assert "imported" in no_average(replace(checkpoint, state={"imported": {}}))
+    assert "keeps them from step 41 on" in explain_missing_average(replace(checkpoint, config=later))
+    assert explain_missing_average(replace(checkpoint, config={"optimizer": {"average_from": 40}})) is None
+    assert "imported" in explain_missing_average(replace(checkpoint, state={"imported": {}}))

@@ -35,7 +35,13 @@ def test_json_tells_what_is_in_the_files(pipelined, run):
 
 def test_the_table_tells_step_lanes_and_split(pipelined, run):
     told = run("txl_dist.inspect", f"run={pipelined}", "checkpoint=10").stdout
-    for words in ("10 of 20, 1,280 tokens", "8 of 16 tokens a step", "2 pipeline stages", "4 micro-batches", "step 20"):
+    for words in (
+        "10 of 20, 1,280 tokens",
+        "8 of 16 tokens per step",
+        "2 pipeline stages",
+        "4 micro-batches",
+        "step 20",
+    ):
         assert words in told, words
 
 

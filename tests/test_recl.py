@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from txl_dist.recl import table_8
+from txl_dist.evaluation.context import effective_lengths
 
 
 def losses(lookback, contexts, positions=100, hard=20):
@@ -19,7 +19,7 @@ def test_a_context_counts_as_far_as_it_helps():
     contexts = range(10, 101, 10)
     group = np.array([losses(30, contexts), losses(70, contexts)])
     # Of the hardest 10 % all gain, 5 % a step; of the hardest half two in five, 2 %; of all one in five, less than 1 %.
-    assert table_8(group, contexts) == [[30, 30, 10], [70, 70, 10]]
+    assert effective_lengths(group, contexts) == [[30, 30, 10], [70, 70, 10]]
 
 
 def test_what_another_model_knows_from_less_is_no_gain():
@@ -27,8 +27,8 @@ def test_what_another_model_knows_from_less_is_no_gain():
     contexts = range(10, 51, 10)
     weak = np.array([[5.0 - 0.1 * i] * 10 for i in range(5)])
     strong = np.full((5, 10), 3.0)
-    assert table_8(weak[None], contexts) == [[50, 50, 50]]
-    assert table_8(np.array([weak, strong]), contexts) == [[10, 10, 10], [10, 10, 10]]
+    assert effective_lengths(weak[None], contexts) == [[50, 50, 50]]
+    assert effective_lengths(np.array([weak, strong]), contexts) == [[10, 10, 10], [10, 10, 10]]
 
 
 def test_runs_are_compared_in_one_table(run, small, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from txl_dist.config.schema import LengthsConfig
-from txl_dist.score import Scorer
+from txl_dist.evaluation.scoring import Scorer
 
 TEXT = "the and of the\nabcd"
 
@@ -49,3 +49,9 @@ def test_an_empty_text_has_a_next_token(trained, run):
     more = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=9999").stdout)
     assert len(more["next"]) == 257  # all that there are
     assert told["tokens"] == [] and told["log_prob"] == 0 and len(told["next"]) == 2
+
+
+def test_the_scorer_can_be_imported_from_its_former_place():
+    with pytest.warns(DeprecationWarning, match=r"import Scorer from txl_dist\.evaluation\.scoring"):
+        from txl_dist.score import Scorer as former
+    assert former is Scorer

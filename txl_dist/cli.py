@@ -1,21 +1,25 @@
-"""How the entry points start: Hydra composes conf/, `check.read` checks it, the job runs.
+"""How the entry points start: Hydra composes conf/, `parse_config` checks the result, the job runs.
 
-`python -m txl_dist.train data.num_lanes=32` and the installed package find the same conf/. A user's mistake is told on
-one screen, once, and ends every rank with exit code 2.
+`txl-train data.num_lanes=32`, `python -m txl_dist.train ...` and an installed package find the same conf/. A user's
+mistake is reported once, on one screen, and ends every rank with exit code 2.
+
+Nothing here imports torch, DeepSpeed or numpy before a job runs: `--help`, `--cfg` and shell completion answer at once.
 """
 
 import contextlib
 import ctypes
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from txl_dist.config.checks import parse_config
 from txl_dist.config.overrides import CONF, CommandLine
 from txl_dist.distributed.launcher import launcher_env
 from txl_dist.distributed.preemption import signal_within
@@ -23,19 +27,19 @@ from txl_dist.errors import ConfigError, RunError, UserError, describe_os_error,
 
 Job = TypeVar("Job")
 
-# Seconds that a rank waits before it tells an error. Where another has stopped, and said why, the connections to it
-# break; the launcher ends this rank in the meantime.
+# Seconds that a rank waits before it reports an error. Where another rank has stopped, and said why, the connections to
+# it break; the launcher ends this rank in the meantime.
 FAREWELL = 10
 PARTING = 30  # seconds that a rank which ends with all others waits for them
 
 
 def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
     """Run one entry point: compose conf/`name`.yaml with the command line's overrides, check it, call `run`."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors whole, and they are told here like all others
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and they are reported here like all others
     sys.stdout = Output.replace(sys.stdout)
     keep_freed_memory()
     with errors_reported():
-        launcher_env()  # a wrong one is told before all else
+        launcher_env()  # its errors come before all others
         line = CommandLine(sys.argv[1:])
         sys.argv[1:] = line.for_hydra()
         composing = True
@@ -47,27 +51,30 @@ def command(name: str, schema: type[Job], run: Callable[[Job], None]) -> None:
                 with line.errors_described():
                     values = OmegaConf.to_container(config, resolve=True)
                 composing = False
+                from txl_dist.config.parse import parse_config  # the checks import numpy
+
                 run(parse_config(schema, values))
-                composing = True  # the next one of a sweep
+                composing = True  # the next job of a sweep
 
         with line.errors_described(lambda: composing):
             job()
 
 
 class OutputFailed(OSError):
-    """Standard output cannot be written. A run goes on without it (tracking/console.py), all else ends."""
+    """Standard output cannot be written. Training continues without it (tracking/console.py), other commands end."""
 
 
 class Output(io.TextIOWrapper):
-    """Standard output: what its encoding lacks, lone surrogates of file names among it, is written as an escape."""
+    """Standard output that escapes what its encoding lacks, such as the lone surrogates of file names."""
 
     @classmethod
     def replace(cls, stream: TextIO | None) -> TextIO | None:
-        """Return the stream anew as an Output; one that is closed, or no file, stays."""
+        """Return an Output that takes the place of a stream; one that is closed, or not a file, stays."""
         if not isinstance(stream, io.TextIOWrapper):
             return stream
-        encoding, buffered = stream.encoding, stream.line_buffering
-        return cls(stream.detach(), encoding, "backslashreplace", line_buffering=buffered)
+        encoding = stream.encoding
+        line_buffering = stream.line_buffering
+        return cls(stream.detach(), encoding, "backslashreplace", line_buffering=line_buffering)
 
     def write(self, text: str) -> int:
         with failure_marked():
@@ -80,6 +87,7 @@ class Output(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def failure_marked() -> Iterator[None]:
+    """Raise OutputFailed where the operating system refuses to write."""
     try:
         yield
     except OSError as error:
@@ -87,69 +95,56 @@ def failure_marked() -> Iterator[None]:
 
 
 def flush_output() -> None:
-    if sys.stdout is not None:  # it is closed
+    if sys.stdout is not None:  # None where it is closed
         sys.stdout.flush()
 
 
 def end_without_output(cause: BaseException | None) -> NoReturn:
-    """End with exit code 1: quietly where the reader of standard output has left (`... | head`), else with a reason."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+    """End with exit code 1: silently where the reader of standard output has left (`| head`), else with a reason."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())  # Python flushes once more when it ends
     if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):
         print(f"Stopped:\n  standard output: {describe_os_error(cause)}", file=sys.stderr, flush=True)
     raise SystemExit(1) from None
 
 
 def read_standard_input(key: str) -> bytes:
-    """Read all of standard input, which stands in where `key` is not given.
+    """Read all of standard input, the default of `key`.
 
     Raises:
-        UserError: where there is none that can be read.
+        UserError: where it is closed or cannot be read.
     """
     if sys.stdin is None:
         raise UserError(f"{key}: is missing, and standard input is closed; give {key}=...")
     try:
         return sys.stdin.buffer.read()
     except OSError as error:
-        raise UserError(f"{key}: standard input cannot be read: {describe_os_error(error)}") from error
+        raise UserError(f"{key}: standard input cannot be read: {describe_os_error(error)}; give {key}=...") from error
 
 
 @contextlib.contextmanager
 def errors_reported() -> Iterator[None]:
-    """Turn a user's mistake into words on standard error and exit code 2, and what else ends a run into exit code 1.
+    """Report a user's mistake on standard error and exit with code 2; for what else ends a run exit with code 1.
 
-    A mistake in the config is every rank's: they agree on what is wrong, the first tells it, and all end together. What
-    all ranks know alike is told in the same way.
+    The problems of a config are collected from all ranks, rank 0 reports them, and all ranks end together. So are
+    those that all ranks raise alike (RunError).
     """
     try:
-        try:
+        with library_errors_as_run_errors():
             yield
-            flush_output()
-        except SystemExit:
-            flush_output()
-            raise
-        except OutputFailed:
-            raise
-        except OSError as error:  # of a file that no part of ours has answered for, as on a full disk
-            raise RunError([describe_os_error(error)]) from error
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error) and not has_met_others():
-                lack = f"there is not enough memory: {first_line(error)}; take shorter lengths or fewer lanes"
-                raise RunError([lack]) from error
-            raise
     except ConfigError as error:
         end_together(error, 2)
     except RunError as error:
         end_together(error, 1)
     except UserError as error:
-        print(format_error(error), file=sys.stderr, flush=True)
+        report(error)
         end_process(2)
     except OutputFailed as error:
         end_without_output(error.__cause__)
     except KeyboardInterrupt:
         end_process(130)
     except Exception as error:
-        if not has_met_others():
+        if not is_one_of_several():
             raise
         if isinstance(error, RuntimeError):
             end_if_cut_off(error)
@@ -157,15 +152,47 @@ def errors_reported() -> Iterator[None]:
         end_process(1)
 
 
-def has_met_others() -> bool:
-    """Whether this process is one of several that have found each other; costs no import of torch."""
+@contextlib.contextmanager
+def library_errors_as_run_errors() -> Iterator[None]:
+    """Raise RunError where the operating system refuses something, or a process that is alone lacks memory."""
+    try:
+        yield
+        flush_output()
+    except SystemExit:
+        flush_output()
+        raise
+    except OutputFailed:
+        raise
+    except OSError as error:  # of a file for which no function of ours has answered, as on a full disk
+        raise RunError([describe_os_error(error)]) from error
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and not is_one_of_several():
+            problem = f"there is not enough memory: {first_line(error)}; take shorter lengths or fewer lanes"
+            raise RunError([problem]) from error
+        raise
+
+
+def report(error: UserError) -> None:
+    """Print an error on standard error, and leave it for torchrun, which repeats it below its own trace."""
+    message = format_error(error)
+    print(message, file=sys.stderr, flush=True)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The format of torch.distributed.elastic.multiprocessing.errors, whose import would take seconds. For torchrun
+        # the earliest failure is the root cause: a second less, and it is this one, not that of a rank without message.
+        details = {"py_callstack": message, "timestamp": int(time.time()) - 1}
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
+
+
+def is_one_of_several() -> bool:
+    """Whether this process belongs to a process group of several; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process. One of several goes without Python's shutdown, which would wait for the others."""
-    if has_met_others():
+    """End this process; one of several without Python's shutdown, which would wait for the others."""
+    if is_one_of_several():
         from txl_dist.distributed.process_group import exit_process
 
         exit_process(code)
@@ -173,38 +200,38 @@ def end_process(code: int) -> NoReturn:
 
 
 def end_if_cut_off(error: RuntimeError) -> None:
-    """End the ranks of this host in words, with exit code 1, where an error says that a connection broke."""
+    """End the ranks of this host with a message and exit code 1, where an error says that a connection broke."""
     from txl_dist.distributed.process_group import process_group
 
     peers = process_group().peers
     if signal_within(FAREWELL + peers.turn):
         end_process(1)
     if broken := peers.broken(error):
-        print(format_error(RunError(broken)), file=sys.stderr, flush=True)
+        report(RunError(broken))
         peers.end_mates()
         end_process(1)
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether numpy, Python or torch could not allocate; on a CPU torch has no exception of its own for that."""
-    words = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
-    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+    messages = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+    return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
 def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
-    """Tell the problems of all ranks, once, and end all ranks with an exit code."""
+    """Report the problems of all ranks, once, and end all ranks with an exit code."""
     if launcher_env().size == 1:
-        print(format_error(error), file=sys.stderr, flush=True)
+        report(error)
         raise SystemExit(code) from None
     import torch.distributed as dist  # seconds to import, and only processes that are several need it
 
     from txl_dist.distributed.process_group import exit_process, process_group, time_limit
 
-    untold = [error]
+    unreported = [error]
 
     def end_alone() -> None:
-        for each in untold:
-            print(format_error(each), file=sys.stderr, flush=True)
+        for own in unreported:
+            report(own)
         exit_process(code)
 
     agreed = dist.is_initialized()  # then the problems are those of all ranks already
@@ -213,25 +240,26 @@ def end_together(error: ConfigError | RunError, code: int) -> NoReturn:
         with time_limit(PARTING, end_alone):
             problems = error.problems if agreed else group.gather(error.problems)
             if group.is_rank_zero:
-                print(format_error(type(error)(problems)), file=sys.stderr, flush=True)
-                untold.clear()
-            group.gather([])  # torchrun ends all ranks as soon as one has ended: none may before it is told
+                report(type(error)(problems))
+                unreported.clear()
+            group.gather([])  # torchrun ends all ranks as soon as one has ended: none may end before the report
     except RuntimeError:
         end_alone()
     except UserError:
-        print(format_error(error), file=sys.stderr, flush=True)
+        report(error)
         raise
     exit_process(code)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what is allocated next, large tensors included.
+    """Have glibc keep freed memory for the next allocation, that of large tensors included.
 
-    By default they are mapped anew each time, and the kernel clears each of their pages when it is first touched: on a
-    CPU about a tenth of a small model's step.
+    By default large blocks are mapped anew each time, and the kernel clears each page when it is first touched: on a
+    CPU this takes about a tenth of a small model's step.
     """
-    with contextlib.suppress(AttributeError):  # another C library, which goes its own way
+    with contextlib.suppress(AttributeError):  # another C library, without mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        M_TRIM_THRESHOLD = -1
+        M_MMAP_MAX = -4
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

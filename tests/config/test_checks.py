@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from txl_dist.config.checks import continues, parse_config
+from txl_dist.config.checks import continues
 from txl_dist.config.overrides import CONF, spell_out
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import (
     ConvertJob,
     EvaluateJob,

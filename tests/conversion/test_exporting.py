@@ -27,10 +27,9 @@ from tests.conversion.third_party import (
     save_folder,
 )
 from txl_dist.checkpoint.format import latest
-from txl_dist.config.schema import GenerateJob, LengthsConfig
 from txl_dist.convert import convert
 from txl_dist.data import tokenizers
-from txl_dist.generate import continuations
+from txl_dist.evaluation.sampling import Sampler, continuations
 
 LINES = [f"    the {kind} of a {noun}, {n}" for n in range(40) for kind in ("one", "sum") for noun in ("sea", "house")]
 TOKENIZERS = {
@@ -139,9 +138,8 @@ def test_transformers_5_generates_our_text(case):
     stream = load_file(folder / "input.safetensors")["stream"]
     model = load_run(run_dir)
     length = model.config.tgt_len
-    asked = GenerateJob(str(run_dir), None, 20, 0.0, 0, 1.0, 1, None, False, LengthsConfig(None, None, None, None))
     for key, prompts in (("greedy", stream[:1, :length]), ("short", stream[1:, : length - 2])):
-        expected = list(islice(continuations(model, prompts.tolist(), asked), 20))
+        expected = list(islice(continuations(model, prompts.tolist(), Sampler(temperature=0.0)), 20))
         assert computed[key].tolist() == torch.cat([prompts, torch.tensor(expected).T], dim=1).tolist()
     assert computed["together"][0].tolist() == computed["greedy"][0].tolist()
     assert computed["together"][1:, 2:].tolist() == computed["short"].tolist()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.checkpoint.format import latest
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import ConvertJob, LengthsConfig
 from txl_dist.convert import convert
 from txl_dist.errors import UserError

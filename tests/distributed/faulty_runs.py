@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from txl_dist.cli import CONF, errors_reported
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.process_group import exit_process
 from txl_dist.engine.engine import Engine

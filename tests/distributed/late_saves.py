@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from txl_dist.cli import CONF
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.distributed.preemption import Preemption

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from txl_dist.cli import CONF
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.launcher import launcher_env
 from txl_dist.distributed.process_group import exit_process

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from txl_dist import evaluate, inspect, recl, score
+from txl_dist.evaluation.scoring import TokenScore
 from txl_dist.tracking.console import ConsoleReporter, PlainConsole
 
 NAMES = ["[red]x", "[/bold]", "a [b] c", ":bug:", "x\\"]
@@ -17,13 +18,13 @@ def test_no_command_reads_a_name_as_markup(monkeypatch, capsys, name):
     scores = {"step": 1, "tgt_len": 8, "mem_len": 8, "loss": 1.0, "word_perplexity": 2.0, "bits_per_character": 1.0}
     evaluate.show({"run": name, **scores})
     evaluate.compare([{"run": name, **scores}, {"run": "other", **scores}])
-    recl.show({name: [8, 8, 8]})
+    recl.show({name: {0.1: 8, 0.5: 8, 1.0: 8}})
     held = {"tensors": 1, "numbers": 1, "files": 1, "bytes": 1}
     imported = {"from": name, "title": "a model"}
     data = {"dir": name, "vocab_size": 9}
     contents = {"path": name, "other_steps": [], "imported": imported, "data": data, "holds": {"weights": held}}
     inspect.show(contents, verified=False)
-    PlainConsole().print(score.table("token", [score.TokenScore(1, name, -1.0)]))
+    PlainConsole().print(score.table("token", [TokenScore(1, name, -1.0)]))
     out = capsys.readouterr().out
     assert out.count(name) == 7, out
 

@@ -4,11 +4,12 @@ Values are of three kinds. Those of most keys are Hydra's grammar. A text (`prom
 So is a path (`run.dir=`), unless it is a list, a sweep or quoted; an interpolation `${...}` in it is resolved.
 """
 
+import argparse
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -45,21 +46,28 @@ ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*?)\s*(?:,|
 
 
 class CommandLine:
-    """A command line. given: the overrides as they were typed; spelled: as Hydra is to read them."""
+    """A command line: Hydra's flags, wherever they stand, and overrides.
+
+    Attributes:
+        given: the overrides as they were typed.
+        spelled: the same overrides as Hydra is to read them.
+        flags: the rest.
+    """
 
     def __init__(self, argv: list[str]):
-        arguments = [each for each in argv if not each.startswith("--local_rank=")]  # deepspeed adds it, and LOCAL_RANK
-        parsed = get_args_parser().parse_intermixed_args(arguments)
+        # deepspeed adds --local_rank, beside the variable LOCAL_RANK.
+        arguments = with_info_topic(argument for argument in argv if not argument.startswith("--local_rank="))
+        parsed = parse_flags(arguments)
         self.given: list[str] = parsed.overrides
         self.flags = remove_each(arguments, self.given)
         self.completion: bool = parsed.shell_completion
         self.sweeping = parsed.multirun or "hydra.mode=MULTIRUN" in self.given
-        self.spelled = [spell_out(each, self.sweeping) for each in self.given]
+        self.spelled = [spell_out(override, self.sweeping) for override in self.given]
         chosen = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)}: give only one of them")
         if parsed.resolve and not (parsed.cfg or parsed.help):
-            raise UserError("--resolve: is for --cfg job, hydra or all, or for --help")
+            raise UserError("--resolve: is for --cfg job, hydra or all, or for --help; add one of them")
 
     def for_hydra(self) -> list[str]:
         """Return the arguments, flags last: argparse takes overrides in one stretch only.
@@ -113,6 +121,31 @@ class CommandLine:
         found = [given for given, spelled in both if spelled in words]
         found += [given for given, pattern in [*keys, *ends] if re.search(pattern, words)]
         return next(iter(found), None)
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Parse Hydra's own flags, among overrides in any order.
+
+    Raises:
+        UserError: where a flag is not known, or its value is missing or wrong.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --hydra-help lists all flags")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(arguments)
+
+
+def with_info_topic(arguments: Iterable[str]) -> list[str]:
+    """Write out the topic of a bare `--info`: argparse would take the override after it for the topic."""
+    completed: list[str] = []
+    for argument in arguments:
+        if completed and completed[-1] in ("--info", "-i") and ("=" in argument or argument.startswith("~")):
+            completed[-1] = "--info=all"
+        completed.append(argument)
+    return completed
 
 
 def remove_each(items: list[str], removed: list[str]) -> list[str]:

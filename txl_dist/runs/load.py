@@ -1,4 +1,10 @@
-"""A run that is asked: the model of its checkpoint, and the data that it was trained on."""
+"""Load a trained run in Python: its model, its tokenizer, the data that it was trained on.
+
+from txl_dist.runs.load import load_model, load_tokenizer, open_data
+model, checkpoint = load_model("runs/mine")
+tokenizer = load_tokenizer("runs/mine", checkpoint)
+index = open_data("runs/mine", checkpoint, split="valid")
+"""
 
 from pathlib import Path
 
@@ -14,31 +20,34 @@ from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import sha256_of_file
 from txl_dist.models.transformer_xl import TransformerXL, parameter_shapes
 
+AS_TRAINED = LengthsConfig(None, None, None, None)
+
 
 def load_model(
-    run: str, which: CheckpointChoice, lengths: LengthsConfig, average: bool = False
+    run: str, which: CheckpointChoice = None, lengths: LengthsConfig = AS_TRAINED, average: bool = False
 ) -> tuple[TransformerXL, Checkpoint]:
-    """The model of a run's checkpoint, ready to be asked, with the lengths that are given.
+    """Load the model of a run's checkpoint, in evaluation mode, on the GPU where there is one.
+
+    Args:
+        run: the run directory.
+        which: a step, "best", or None for the latest valid checkpoint.
+        lengths: that differ from training's.
+        average: load the mean of the weights that optimizer.average_from has kept.
 
     Raises:
-        ConfigError: where those do not fit together, or an average is wanted that was not kept.
+        UserError: where the checkpoint cannot be read.
+        ConfigError: where the lengths do not fit together, or the average was not kept.
     """
     checkpoint = find_checkpoint(run, which)
     config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
     vocab_size = checkpoint.data["vocab_size"]
     problems = list(model_fits_together(config))
-    lacking = no_average(checkpoint) if average else None
-    if lacking:
-        problems.append(f"average=true: {run} {lacking}; leave it out")
+    missing_average = explain_missing_average(checkpoint) if average else None
+    if missing_average:
+        problems.append(f"average=true: {run} {missing_average}; leave it out")
     if problems:
         raise ConfigError(problems)
-    found = checkpoint.shapes("weights")  # compared first: a damaged config may ask for a model of any size
-    if wrong := [
-        f"{checkpoint.path}: its weights of {name} are {list(found.get(name, []))}, not {list(shape)}"
-        for name, shape in parameter_shapes(config, vocab_size, len(found)).items()
-        if found.get(name) != shape
-    ]:
-        raise UserError(wrong[0])
+    check_shapes(checkpoint, config, vocab_size)
     model = TransformerXL(config, vocab_size)
     checkpoint.load_weights(model, average)
     if torch.cuda.is_available():
@@ -48,96 +57,98 @@ def load_model(
     return model.eval(), checkpoint
 
 
-def no_average(checkpoint: Checkpoint) -> str | None:
-    """Why a checkpoint holds no averaged weights, if it does not."""
+def check_shapes(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
+    """Compare the shapes of the weights with those of the model, before it is built: a damaged config may be huge.
+
+    Raises:
+        UserError: with the first weight that has another shape.
+    """
+    shapes = checkpoint.shapes("weights")
+    for name, shape in parameter_shapes(config, vocab_size, len(shapes)).items():
+        if shapes.get(name) != shape:
+            stored = list(shapes.get(name, []))
+            raise UserError(f"{checkpoint.path}: its weights of {name} are {stored}, not {list(shape)}")
+
+
+def explain_missing_average(checkpoint: Checkpoint) -> str | None:
+    """Return why a checkpoint holds no averaged weights; None where it holds them."""
     if "imported" in checkpoint.state:
         return "is an imported model, which has none"
-    since = checkpoint.config["optimizer"].get("average_from")
-    if since is None:
+    average_from = checkpoint.config["optimizer"].get("average_from")
+    if average_from is None:
         return "has kept none, which only a run that was started with optimizer.average_from=STEP does"
-    if checkpoint.step < since:
-        return f"has none at step {checkpoint.step:,}: it keeps them from step {since:,} on"
+    if checkpoint.step < average_from:
+        return f"has none at step {checkpoint.step:,}: it keeps them from step {average_from:,} on"
     return None
 
 
-def encode_text(tokenizer: tokenizers.Tokenizer, text: str | bytes, key: str) -> list[int]:
-    """Tokens of a text that a user has given: of bytes as they are, also those of an argument that is not UTF-8.
-
-    Raises:
-        UserError: where the tokenizer needs UTF-8, and the text is not.
-    """
-    try:
-        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-        return tokenizer.encode(data, end=False).tolist()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{key}: byte {error.start + 1:,} (0x{error.object[error.start]:02X}) is not UTF-8, and the tokenizer of "
-            f"this run ({tokenizer.kind}) reads nothing else; convert the text first: iconv -f LATIN1 -t UTF-8"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{key}: character {error.start + 1:,} is half of a surrogate pair, which is no text"
-        ) from error
-
-
 def load_tokenizer(run: str, checkpoint: Checkpoint) -> tokenizers.Tokenizer:
-    """The tokenizer in the run's directory.
+    """Load the tokenizer in a run directory.
 
     Raises:
-        UserError: where it cannot be read, or is not the one that the checkpoint tells.
+        UserError: where it cannot be read, or its SHA-256 differs from the checkpoint's.
     """
     folder = Path(run) / "tokenizer"
     tokenizer = tokenizers.load(folder)
     for name, sha256 in checkpoint.data.get("tokenizer", {}).items():
-        if not (folder / name).is_file() or sha256_of_file(folder / name) != sha256:
-            raise UserError(f"{folder / name}: is damaged; copy it from the dataset's tokenizer/")
+        path = folder / name
+        if not path.is_file() or sha256_of_file(path) != sha256:
+            raise UserError(f"{path}: is damaged; copy it from the dataset's tokenizer/")
     return tokenizer
 
 
-def place_of_data(run: str, checkpoint: Checkpoint) -> str | None:
-    """Where a run has read its data, None where an imported model names none: their absolute place if something is
-    there, else as it was given.
+def open_data(run: str, checkpoint: Checkpoint, split: str, data_dir: str | None = None) -> Index:
+    """Open the data that a run was trained on; for an imported model any data with its tokenizer.
+
+    Args:
+        split: that the data must have.
+        data_dir: where the data are now; None: where the run has read them.
 
     Raises:
-        ConfigError: where nothing is there either.
+        UserError: where the index cannot be read.
+        ConfigError: where the data are gone, are not those of the run, or have no such split.
     """
-    given, absolute = checkpoint.config["data"]["dir"], checkpoint.data.get("place")
-    places = [place for place in (absolute, given) if place is not None]
-    for place in places:
-        if "://" in place or Path(place).expanduser().exists():
-            return place
-    if not places:
-        return None
-    raise ConfigError([f"data_dir: is missing; the data of {run} are no longer at {places[0]}; give their place now"])
-
-
-def open_data(run: str, data_dir: str | None, split: str, checkpoint: Checkpoint) -> Index:
-    """The data that a run was trained on; of an imported model any that have its tokenizer.
-
-    Raises:
-        ConfigError: where they are gone, are others, or have no such split.
-    """
-    imported, tokenizer = "imported" in checkpoint.state, Path(run) / "tokenizer"
-    place = data_dir or place_of_data(run, checkpoint)
-    if place is None:
+    tokenizer = Path(run) / "tokenizer"
+    location = data_dir or find_data(run, checkpoint)
+    if location is None:
         raise ConfigError(
             [f"data_dir: is missing; give data prepared with the tokenizer of the imported model, {tokenizer}"]
         )
-    index = Index.open(place)
+    index = Index.open(location)
+    vocab_size = checkpoint.data["vocab_size"]
     problems = []
-    if imported:
+    if "imported" in checkpoint.state:
         if index.tokenizer_files != {path.name: sha256_of_file(path) for path in tokenizer.iterdir()}:
-            problems.append(f"data_dir={place}: its tokenizer is another than that of the imported model, {tokenizer}")
+            problems.append(f"data_dir={location}: its tokenizer is not that of the imported model, {tokenizer}")
     elif index.fingerprint != checkpoint.data["fingerprint"]:
         problems.append(
-            f"data_dir={place}: is not what the run {Path(run)} was trained on; give the place of that data"
+            f"data_dir={location}: is not what the run {Path(run)} was trained on; give the location of that data"
         )
-    if index.vocab_size != (vocab_size := checkpoint.data["vocab_size"]):
+    if index.vocab_size != vocab_size:
         problems.append(
-            f"data_dir={place}: its vocabulary is of {index.vocab_size:,} tokens, the run's of {vocab_size:,}"
+            f"data_dir={location}: its vocabulary has {index.vocab_size:,} tokens, the run's has {vocab_size:,}"
         )
     if split not in index.splits:
-        problems.append(f"split={split}: {place} has {', '.join(index.splits)}")
+        problems.append(f"split={split}: {location} has {', '.join(index.splits)}")
     if problems:
         raise ConfigError(problems)
     return index
+
+
+def find_data(run: str, checkpoint: Checkpoint) -> str | None:
+    """Return where a run has read its data: the absolute location if something is there, else as it was given.
+
+    Returns:
+        None, for an imported model without data.
+
+    Raises:
+        ConfigError: where nothing is at either location.
+    """
+    locations = [checkpoint.data.get("place"), checkpoint.config["data"]["dir"]]
+    known = [location for location in locations if location is not None]
+    for location in known:
+        if "://" in location or Path(location).expanduser().exists():
+            return location
+    if not known:
+        return None
+    raise ConfigError([f"data_dir: is missing; the data of {run} are no longer at {known[0]}; give their location now"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.preparing.test_corpora import made, names, text_corpus
-from txl_dist.config.checks import parse_config
+from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import PrepareJob
 from txl_dist.data.preparing import corpora
 from txl_dist.errors import ConfigError

@@ -1,0 +1,108 @@
+"""Sample continuations of prompts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from txl_dist.data.tokenizers import Tokenizer
+from txl_dist.evaluation.encode import encode_text
+from txl_dist.models.layers.state import LayerState, concat_lanes
+from txl_dist.models.transformer_xl import TransformerXL
+
+# Below it, log-probabilities divided by the temperature leave float32; it counts as 0: the likeliest token.
+MIN_TEMPERATURE = 1e-6
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws tokens at a temperature, among the `top_k` likeliest (0: all) and those that make up `top_p`."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def draw(self, log_probs: Tensor, generator: torch.Generator) -> int:
+        """Draw a token from log-probabilities [vocab_size]; at temperature 0 return the likeliest one."""
+        if self.temperature < MIN_TEMPERATURE:
+            return int(log_probs.argmax())
+        ordered, tokens = (log_probs / self.temperature).log_softmax(-1).sort(descending=True)
+        probabilities = ordered.exp()
+        kept = probabilities.cumsum(-1) - probabilities < self.top_p  # the likeliest token is always kept
+        if self.top_k:
+            kept[self.top_k :] = False
+        return int(tokens[torch.multinomial(probabilities * kept, 1, generator=generator)])
+
+
+@torch.no_grad()
+def continuations(
+    model: TransformerXL, prompts: list[list[int]], sampler: Sampler, seed: int = 1
+) -> Iterator[list[int]]:
+    """Continue all prompts (lists of tokens) side by side, without end; yield the next token of each.
+
+    Every prompt is a lane. Prompts of different lengths need no padding: each lane's memory holds its own last states,
+    and `lookback` limits how far back it is used. A lane's samples depend on its prompt and the seed alone.
+    """
+    prefilled = [prefill(model, prompt) for prompt in prompts]
+    log_probs = torch.cat([prompt_log_probs for prompt_log_probs, _ in prefilled])
+    memory = concat_lanes(prompt_memory for _, prompt_memory in prefilled)
+    lookback = torch.tensor([[len(prompt)] for prompt in prompts])
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    while True:
+        tokens = [sampler.draw(row, generator) for row, generator in zip(log_probs.cpu(), generators, strict=True)]
+        yield tokens
+        log_probs, memory = model(torch.tensor(tokens)[:, None], None, lookback, memory)
+        log_probs = log_probs[:, -1]
+        lookback = lookback + 1
+
+
+def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[LayerState]]:
+    """Read a prompt segment by segment.
+
+    Returns:
+        The log-probabilities of the next token [1, vocab_size], and the memory.
+    """
+    memory = model.empty_cache(1)
+    for start in range(0, len(prompt), model.config.tgt_len):
+        segment = torch.tensor([prompt[start : start + model.config.tgt_len]])
+        lookback = torch.arange(start, start + segment.size(1))[None]
+        log_probs, memory = model(segment, None, lookback, memory)
+    return log_probs[:, -1], memory
+
+
+class Completion:
+    """A prompt and the text that follows it, decoded token by token.
+
+    Attributes:
+        prompt: its tokens, after `<eos>` as at the start of a document.
+        text: the prompt and all that has been decoded.
+        ended: whether the document has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str | bytes):
+        self.ended = False
+        self.prompt = [tokenizer.eos, *encode_text(tokenizer, prompt, "prompt")]
+        # `<eos>` ends the text, unless it is the tokenizer's line end.
+        self.end_token = tokenizer.eos if tokenizer.decode([tokenizer.eos]) == "" else None
+        self.decoder = tokenizer.decoder()
+        # The prompt is decoded, too, because what comes next may depend on it: a word wants a space before it.
+        decoded = "".join(self.decoder.feed(token) for token in self.prompt[1:])
+        try:
+            self.text = prompt.decode() if isinstance(prompt, bytes) else prompt
+            self.text.encode()
+        except UnicodeError:  # bytes that are not text: what can be shown of them
+            self.text = decoded
+
+    def add(self, token: int) -> str:
+        """Return the text that one more token has settled; a multi-byte character waits for its last byte."""
+        self.ended = self.ended or token == self.end_token
+        return self._append("" if self.ended else self.decoder.feed(token))
+
+    def finish(self) -> str:
+        """Return the rest of the text, with characters that are incomplete."""
+        return self._append(self.decoder.end())
+
+    def _append(self, piece: str) -> str:
+        self.text += piece
+        return piece

@@ -1,0 +1,89 @@
+"""Score texts of a user: the log-probability of every token.
+
+from txl_dist.evaluation.scoring import Scorer
+scores, next_log_probs = Scorer.open("runs/mine").read("It was a")
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from txl_dist.config.schema import CheckpointChoice, LengthsConfig
+from txl_dist.data.tokenizers import Tokenizer
+from txl_dist.evaluation.encode import encode_text
+from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.runs.load import AS_TRAINED, load_model, load_tokenizer
+
+
+class TokenScore(NamedTuple):
+    """log_prob: log P(token | all tokens before it, as far as the model remembers), in nats."""
+
+    token: int
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A trained model and its tokenizer. A text is read as the beginning of a document: after `<eos>`."""
+
+    model: TransformerXL
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(
+        cls, run: str, which: CheckpointChoice = None, lengths: LengthsConfig = AS_TRAINED, average: bool = False
+    ) -> "Scorer":
+        """Load the checkpoint of a run.
+
+        Args:
+            run: the run directory.
+            which: a step, "best", or None for the latest valid checkpoint.
+            lengths: that differ from training's.
+            average: load the averaged weights.
+
+        Raises:
+            UserError: where the checkpoint or the tokenizer cannot be read.
+        """
+        model, checkpoint = load_model(run, which, lengths, average)
+        return cls(model, load_tokenizer(run, checkpoint))
+
+    @torch.no_grad()
+    def read(self, text: str | bytes) -> tuple[list[TokenScore], Tensor]:
+        """Score each token of a text, segment by segment with memory.
+
+        Returns:
+            The scores, and the log-probabilities of the next token: float32 [vocab_size], in nats.
+
+        Raises:
+            UserError: where the tokenizer cannot encode the text.
+        """
+        tokens = encode_text(self.tokenizer, text, "text")
+        inputs = torch.tensor([self.tokenizer.eos, *tokens])
+        tgt_len = self.model.config.tgt_len
+        memory = self.model.empty_cache(1)
+        log_probs = torch.empty(0)
+        text_log_probs: list[float] = []
+        for start in range(0, len(inputs), tgt_len):
+            segment = inputs[None, start : start + tgt_len]
+            lookback = torch.arange(start, start + segment.size(1))[None]
+            log_probs, memory = self.model(segment, None, lookback, memory)
+            # One target fewer in the last segment: the token after the text is not known.
+            targets = inputs[start + 1 : start + 1 + tgt_len, None].to(log_probs.device)
+            text_log_probs += log_probs[0, : len(targets)].gather(-1, targets)[:, 0].tolist()
+        decoder = self.tokenizer.decoder()
+        scores = [
+            TokenScore(token, decoder.feed(token), log_prob)
+            for token, log_prob in zip(tokens, text_log_probs, strict=True)
+        ]
+        return scores, log_probs[0, -1].cpu()
+
+    def likeliest(self, log_probs: Tensor, count: int) -> list[TokenScore]:
+        """Return the `count` likeliest tokens of log-probabilities [vocab_size], the likeliest first."""
+        values, tokens = log_probs.topk(min(count, len(log_probs)))
+        return [
+            TokenScore(token, self.tokenizer.decode([token]), log_prob)
+            for token, log_prob in zip(tokens.tolist(), values.tolist(), strict=True)
+        ]

@@ -1,0 +1,97 @@
+"""The loss of a run's checkpoint on a whole split, with memory or by a sliding window."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.progress import track
+
+from txl_dist.config.run_checks import run_problems
+from txl_dist.config.schema import EvaluateJob, LengthsConfig
+from txl_dist.data.index import Index
+from txl_dist.data.lanes import ResetMemory
+from txl_dist.data.samples import SampleReader
+from txl_dist.data.segments import whole_split
+from txl_dist.data.text_size import size_of_text
+from txl_dist.errors import ConfigError, UserError
+from txl_dist.evaluation.likelihood import Score, losses_in_context, perplexity, score
+from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.runs.load import load_model, open_data
+from txl_dist.tracking.console import PlainConsole
+
+Step = TypeVar("Step")
+
+
+def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
+    """Score one run's checkpoint: its loss in nats per token, what follows from it, the sizes of the text, the lengths.
+
+    Raises:
+        UserError: where the checkpoint or its data cannot be read.
+        ConfigError: where lengths do not fit together, or the data are not those of the run.
+    """
+    lengths = replace(job.model, mem_len=0, same_length=False) if job.sliding_window else job.model
+    model, checkpoint = load_model(run, job.checkpoint, lengths, job.average)
+    index = open_data(run, checkpoint, job.split, job.data_dir)
+    tokens = min(job.max_tokens or index.splits[job.split].tokens, index.splits[job.split].tokens)
+    score_split = score_by_sliding_window if job.sliding_window else score_with_memory
+    start = time.perf_counter()
+    result = score_split(job, model, index, tokens, checkpoint.config["data"]["reset_memory"])
+    seconds = time.perf_counter() - start
+    size = size_of_text(index, job.split, tokens)
+    return {
+        "run": run,
+        "split": job.split,
+        "tokens": tokens,
+        **size._asdict(),
+        "loss": result.loss,
+        "perplexity": perplexity(result.loss),
+        "bits_per_byte": result.bits / size.bytes if size.bytes else None,
+        "bits_per_character": result.bits / size.characters if size.characters else None,
+        "word_perplexity": perplexity(result.nats / size.words) if size.words else None,
+        "tokens_per_second": tokens / seconds,
+        "step": checkpoint.step,
+        **{field.name: getattr(model.config, field.name) for field in fields(LengthsConfig)},
+        "sliding_window": job.sliding_window,
+    }
+
+
+def evaluate_run_or_error(job: EvaluateJob, run: str) -> dict[str, Any]:
+    """Score one run of several; where that fails, return the reason under `error`."""
+    try:
+        if problems := list(run_problems(run, job.checkpoint)):
+            raise ConfigError(problems)
+        return evaluate_run(job, run)
+    except UserError as error:
+        return {"run": run, "error": str(error)}
+
+
+def score_with_memory(job: EvaluateJob, model: TransformerXL, index: Index, tokens: int, reset: ResetMemory) -> Score:
+    """Score the first tokens of a split segment by segment, each lane with its memory."""
+    lanes = range(min(job.num_lanes, tokens))
+    segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes, tokens=tokens)
+    device = next(model.parameters()).device
+    return score(model, with_progress(segments, job.split, len(segments)), device, len(lanes))
+
+
+def score_by_sliding_window(
+    job: EvaluateJob, model: TransformerXL, index: Index, tokens: int, reset: ResetMemory
+) -> Score:
+    """Score the first tokens of a split one by one, each from the tgt_len tokens before it.
+
+    Vanilla Transformers are evaluated this way (Dai et al. 2019, section 3.1).
+    """
+    stream = SampleReader(index, job.split).tokens(0, tokens).astype(np.int64)
+    starts = index.splits[job.split].document_starts if reset == "document" else None
+    batches = np.array_split(np.arange(tokens), -(-tokens // job.num_lanes))
+    nats = 0.0
+    for positions in with_progress(batches, job.split, len(batches)):
+        nats += losses_in_context(model, stream, positions, model.config.tgt_len, index.eos, starts).sum()
+    return Score(nats, tokens)
+
+
+def with_progress(steps: Iterable[Step], title: str, total: int) -> Iterable[Step]:
+    """Show a progress bar on standard error where that is a terminal."""
+    console = PlainConsole(stderr=True)
+    return track(steps, title, total, console=console, transient=True, disable=not console.is_terminal)
