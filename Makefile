@@ -8,18 +8,27 @@ export OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(PROCESSES)
 # DeepSpeed shall build nothing at installation, so that no compiler is needed.
 export DS_BUILD_OPS ?= 0
 
-.PHONY: train test
+# A file of tests stays in one process, which then makes its runs once; the longest files come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+.PHONY: train test quick check
 
 train: .venv/installed
 	$(BIN)/python -m txl_dist.prepare corpus=stdlib
 	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) -m txl_dist.train +experiment=quickstart
 	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="import " max_tokens=110
 
-test: .venv/installed
+test: check
+	$(PYTEST)
+
+# What takes minutes is left out.
+quick: .venv/installed
+	$(PYTEST) -m "not slow and not distributed and not slurm"
+
+check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 from omegaconf import OmegaConf
 
+from tests.warm_python import warm_python
 from txl_dist.checkpoint.format import latest
 from txl_dist.cli import CONF
 from txl_dist.config.schema import ModelConfig
@@ -28,20 +29,42 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how often tests/distributed/test_chaos.py kills its run")
 
 
-@pytest.fixture(scope="session")
-def run():
-    """Run `python -m MODULE ...`, or a script; under torchrun where `processes` are given."""
+def pytest_collection_modifyitems(items):
+    """Mark what stands in tests/distributed/; files with slow tests come first, so that no process is left with one."""
+    for item in items:
+        if item.path.parent.name == "distributed":
+            item.add_marker("distributed")
+    slow = {item.path for item in items if any(map(item.get_closest_marker, ("distributed", "slow", "slurm")))}
+    items.sort(key=lambda item: item.path not in slow)
 
-    def run(module, *overrides, processes=None, cwd=REPO, expect=0, stdin="", **environment):
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """An interpreter that has imported everything already."""
+    with warm_python(tmp_path_factory.mktemp("warm")) as path:
+        yield str(path)
+
+
+@pytest.fixture(scope="session")
+def run(python):
+    """Run `python -m MODULE ...`, or a script; under torchrun where `processes` are given.
+
+    In an interpreter that has imported everything already, but where it is to be a `fresh` one.
+    """
+
+    def run(module, *overrides, processes=None, cwd=REPO, expect=0, stdin="", fresh=False, **environment):
+        interpreter = sys.executable if fresh else python
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
         target = [str(module)] if str(module).endswith(".py") else ["-m", module]
         done = subprocess.run(
-            [sys.executable, *launcher, *target, *overrides],
+            [interpreter, *launcher, *target, *overrides],
             cwd=cwd,
             input=stdin,
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ
+            | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": interpreter}
+            | environment,
             timeout=600,
         )
         assert expect is None or done.returncode == expect, f"{overrides}\n{done.stdout}\n{done.stderr}"
@@ -63,17 +86,20 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def dataset(corpus, tmp_path_factory):
-    """The corpus, prepared with bytes; samples and shards are small, so that lanes cross them."""
+def dataset(corpus, run, tmp_path_factory):
+    """The corpus, prepared with bytes; samples and shards are small, so that lanes cross them.
+
+    Valid and test are ten segments each: evaluations would take more of the tests' time than training does.
+    """
     folder = tmp_path_factory.mktemp("dataset") / "bytes"
-    subprocess.run(
-        [sys.executable, "-m", "txl_dist.prepare", "corpus=text", "tokenizer=bytes", f"corpus.path={corpus}"]
-        + [f"data.dir={folder}", "corpus.valid_share=0.1", "corpus.test_share=0.1"]
-        + ["data.sample_tokens=256", "data.shard_samples=16"],
-        check=True,
-        capture_output=True,
-        cwd=REPO,
-    )
+    parts = {"valid": [1, 10, 17], "test": [2, 7]}
+    parts["train"] = [number for number in range(60) if number not in (1, 2, 7, 10, 17, 19, 20, 24, 25, 47, 50, 51)]
+    texts = [
+        f"corpus.{split}=[{','.join(f'{corpus}/{number:03d}.txt' for number in numbers)}]"
+        for split, numbers in parts.items()
+    ]
+    cut = ["data.sample_tokens=256", "data.shard_samples=16"]
+    run("txl_dist.prepare", "corpus=text", "tokenizer=bytes", *texts, f"data.dir={folder}", *cut)
     return folder
 
 

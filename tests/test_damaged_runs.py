@@ -20,6 +20,7 @@ from txl_dist.errors import UserError
 from txl_dist.generate import generate
 from txl_dist.runs.load import load_model
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 LENGTHS = LengthsConfig(None, None, None, None)
 NEWEST, OLDER = "checkpoints/step-000000015", "checkpoints/step-000000010"

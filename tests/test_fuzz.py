@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.fuzz import isolate
 from tests.fuzz.kinds import KINDS
@@ -13,6 +14,7 @@ from tests.fuzz.kinds import KINDS
 REPO = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_some_cases_of_each_kind_end_with_a_message():
     """In a process of its own: one that has threads cannot fork."""
     command = [sys.executable, "-m", "tests.fuzz", "--seed", "3", "--cases", "50", "--minutes", "0.5"]

@@ -170,6 +170,7 @@ def test_evaluation_may_have_other_lengths(run, small, metrics, tmp_path):
     assert plain["loss"] != pytest.approx(in_training, rel=1e-5)
 
 
+@pytest.mark.distributed
 def test_a_mistake_is_reported_once_by_several_processes(run, small):
     done = run("txl_dist.train", *small, "data.num_lanes=7", "+model.zzz=1", processes=2, expect=1)
     assert done.stderr.count("data.num_lanes=7") == done.stderr.count("model.zzz") == 1

@@ -1,7 +1,8 @@
 """Run several trainings, one after the other, in one process group: a JSON file holds the overrides of each.
 
 A start of Python and DeepSpeed for each would take most of the time of the tests. One process alone writes beside each
-run's checkpoints how close to 0 an input of a ReLU came in training: where the sign is a matter of rounding.
+run's checkpoints how close to 0 an input of a ReLU came in training: where the sign is a matter of rounding. With
+`--no-curves` no learning curves are drawn.
 """
 
 import json
@@ -13,11 +14,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from tests.warm_python import warm_up
 from txl_dist.cli import CONF
 from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.launcher import launcher_env
 from txl_dist.distributed.process_group import exit_process
+from txl_dist.tracking import result
 from txl_dist.train import train
 
 relu = Tensor.relu_
@@ -33,7 +36,9 @@ def noted_relu(tensor: Tensor) -> Tensor:
 
 if launcher_env().size == 1:
     Tensor.relu_ = noted_relu
-
+if "--no-curves" in sys.argv:
+    result.curve = lambda run_dir, lines: "not drawn"
+warm_up()
 with initialize_config_dir(str(CONF), version_base="1.3"):
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
         config = compose("train", overrides)

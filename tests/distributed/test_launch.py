@@ -16,6 +16,7 @@ from txl_dist.distributed.preemption import REQUEUE, SIGNALS
 from txl_dist.distributed.process_group import free_port
 
 REPO = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.distributed
 
 # Evaluated two tokens at a time: that takes long enough to be met.
 LONG = [
@@ -32,9 +33,15 @@ ENGINES = {
 
 
 class Start:
-    """One start of a training, under torchrun where it is for several processes."""
+    """One start of a training, under torchrun where it is for several processes.
 
-    def __init__(self, run_dir, overrides, processes=1, options=("--standalone",), **environment):
+    `fresh`: by an interpreter that has nothing imported yet, whose process id is that of the training, too.
+    """
+
+    warm = None
+
+    def __init__(self, run_dir, overrides, processes=1, options=("--standalone",), fresh=False, **environment):
+        python = sys.executable if fresh else self.warm
         self.run_dir = Path(run_dir)
         self.log = self.run_dir.with_suffix(".log")
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *options]
@@ -48,11 +55,11 @@ class Start:
         clean = {key: value for key, value in os.environ.items() if key not in (*TORCHRUN, *SRUN)}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command],
+                [python, *command],
                 cwd=REPO,
                 stdout=log,
                 stderr=log,
-                env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | environment,
+                env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python} | environment,
                 start_new_session=True,
             )
 
@@ -76,7 +83,7 @@ class Start:
     def until(self, condition):
         while not condition():
             assert self.process.poll() is None, self.told()
-            time.sleep(0.002)
+            time.sleep(0.01)
 
     def told(self):
         return self.log.read_text()
@@ -84,6 +91,11 @@ class Start:
     def end(self):
         """Its exit code."""
         return self.process.wait(600)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def warm(python):
+    Start.warm = python
 
 
 def holds_signals(pid):
@@ -163,7 +175,7 @@ def test_torchruns_on_two_machines_replace_killed_workers(undisturbed, check_ide
 
 def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):
     """However many; nothing is written before the ranks have agreed."""
-    start = Start(tmp_path / "run", small)
+    start = Start(tmp_path / "run", small, fresh=True)
     start.until(lambda: holds_signals(start.process.pid))
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
         start.process.send_signal(each)
@@ -178,7 +190,8 @@ def test_a_rank_that_is_stopped_before_the_others_come_waits_for_them(small, tmp
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def start(rank):
-        return Start(tmp_path / f"run{rank}", small, RANK=str(rank), LOCAL_RANK=str(rank), **together)
+        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return Start(tmp_path / f"run{rank}", small, fresh=rank == early, **mine, **together)
 
     starts = {early: start(early)}
     starts[early].until(lambda: holds_signals(starts[early].process.pid))
@@ -195,7 +208,7 @@ LONGER = ["train.max_steps=600", "train.eval_every=1000", "checkpoint.every=5"]
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_second_start_is_refused_and_changes_nothing(small, metrics, tmp_path, processes):
     """It names the process that trains the run; killed, that one leaves nothing that stands in the way."""
-    first = Start(tmp_path / "run", [*small, *LONGER], processes=processes)
+    first = Start(tmp_path / "run", [*small, *LONGER], processes=processes, fresh=True)
     first.until(lambda: first.lines() >= 20)
     owner = first.worker(0) if processes == 2 else first.process.pid
     second = Start(tmp_path / "run", [*small, *LONGER, "optimizer.lr=1e-3"], processes=processes)
@@ -220,7 +233,7 @@ def test_a_requeued_start_waits_for_the_one_before_it(small, check_identical, tm
     """As Slurm starts it while the old job still trains; the signal comes later."""
     whole = Start(tmp_path / "whole", [*small, *LONGER, "train.max_steps=200"])
     assert whole.end() == 0
-    first = Start(tmp_path / "run", [*small, *LONGER, "train.max_steps=200"])
+    first = Start(tmp_path / "run", [*small, *LONGER, "train.max_steps=200"], fresh=True)
     first.until(lambda: first.lines() >= 5)
     os.kill(first.process.pid, signal.SIGSTOP)
     first.process.terminate()
@@ -270,7 +283,8 @@ def test_processes_that_do_not_find_each_other_are_told_so(small, tmp_path, envi
     """Without a trace, by exit code 2 and soon."""
     if "MASTER_ADDR" in environment:
         environment |= {"MASTER_PORT": "1" if environment["RANK"] == "1" else "29417", "TXL_DIST_PATIENCE": "1"}
-    start = Start(tmp_path / "run", [*small, "model.d_modell=1"], **environment)
+    # Its own imports: that torch prints no C++ trace is settled before it is imported.
+    start = Start(tmp_path / "run", [*small, "model.d_modell=1"], fresh="MASTER_ADDR" in environment, **environment)
     assert start.end() == 2
     assert told in start.told() and start.told().count("Stopped:") == 1
     assert "Traceback" not in start.told() and "frame #" not in start.told() and not start.run_dir.exists()

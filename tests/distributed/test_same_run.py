@@ -210,7 +210,7 @@ def runs(tmp_path_factory, run, small):
                 [*small, *patience, f"run.dir={folder / where}", *more] for n, where, more in starts if n == processes
             ]
             told.write_text(json.dumps(jobs))
-            run(HERE / "many_runs.py", str(told), processes=processes)
+            run(HERE / "many_runs.py", str(told), "--no-curves", processes=processes, fresh=True)
         if starts is first:
             assert all(steps(folder / where) == [10] for _, where, more in first if half[0] in more)
             for model, split in [*((model, ONE_GO) for model in MODELS), *STANDING_STILL]:

@@ -75,7 +75,9 @@ def runs(run, small, sound, harmed):
     for starts, processes in ((first, 1), (first, 2), (second, 1)):
         jobs = [[*overrides, f"run.dir={folder / name}"] for name, number, overrides in starts if number == processes]
         (folder.with_name("jobs.json")).write_text(json.dumps(jobs))
-        printed += run(HERE / "many_runs.py", str(folder.with_name("jobs.json")), processes=processes).stdout
+        printed += run(
+            HERE / "many_runs.py", str(folder.with_name("jobs.json")), "--no-curves", processes=processes
+        ).stdout
     return folder, printed
 
 

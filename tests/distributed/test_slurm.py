@@ -12,7 +12,10 @@ from tests.distributed.slurm_cluster import MISSING, Cluster
 from txl_dist.checkpoint.format import steps
 
 REPO = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here ({', '.join(MISSING)}: not found)")
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here ({', '.join(MISSING)}: not found)"),
+]
 
 # Evaluated token by token: that takes long enough to be met.
 LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20", "evaluation.tgt_len=2"]

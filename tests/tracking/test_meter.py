@@ -11,7 +11,12 @@ STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
 
 
 @pytest.mark.parametrize(
-    "processes, options", [(None, []), (2, []), (2, [*STAGES, "engine.activation_checkpointing=true"])]
+    "processes, options",
+    [
+        (None, []),
+        pytest.param(2, [], marks=pytest.mark.distributed),
+        pytest.param(2, [*STAGES, "engine.activation_checkpointing=true"], marks=pytest.mark.distributed),
+    ],
 )
 def test_mfu_is_the_share_of_all_devices_peak(run, small, metrics, dataset, tmp_path, processes, options):
     """The model's operations are the same however it is split; two devices have twice the peak of one."""

@@ -65,6 +65,7 @@ def test_exactly_the_asked_steps_are_recorded_and_nothing_changes(run, small, me
         assert printed.count(word) == 1
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("options, embeds", [([], [1, 1]), (STAGES, [2, 0])])
 def test_every_rank_has_its_trace(run, small, metrics, tmp_path, options, embeds):
     """Of the data-parallel ranks each embeds its lanes; of the stages the first one, a micro-batch after the other."""
@@ -96,6 +97,7 @@ def test_a_later_start_profiles_what_is_left(run, small, plain, metrics, tmp_pat
     assert {path.name for path in (tmp_path / "profile").iterdir()} == names(4, 5, 1)
 
 
+@pytest.mark.distributed
 def test_training_continues_without_a_profile_that_cannot_be_written(run, small, metrics, tmp_path):
     (tmp_path / "profile").write_text("")
     done = run("txl_dist.train", *small, f"run.dir={tmp_path}", "train.stop_at=6", "train.profile=[3,5]", processes=2)

@@ -15,6 +15,7 @@ from tests.tracking.wandb_files import records, told
 from txl_dist.distributed.preemption import REQUEUE
 
 REPO = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
 def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_path):

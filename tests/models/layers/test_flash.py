@@ -20,7 +20,10 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed here"),
+]
 
 NAMES = "content", "position", "key", "value", "r", "bias"
 
