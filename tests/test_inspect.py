@@ -58,7 +58,7 @@ def test_damage_is_told(pipelined, run):
     path.write_bytes(content)
     assert not run("txl_dist.inspect", f"run={pipelined}").stderr  # nothing is read
     done = run("txl_dist.inspect", f"run={pipelined}", "verify=true")
-    assert f"step 20 passed over: {path}" in done.stderr and "10 of 20" in done.stdout
+    assert f"checkpoint of step 20 skipped: {path}" in done.stderr and "10 of 20" in done.stdout
     done = run("txl_dist.inspect", f"run={pipelined}", "verify=true", "checkpoint=20", expect=2)
     assert path.name in done.stderr and "Traceback" not in done.stderr
     content[-1] ^= 1

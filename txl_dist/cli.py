@@ -206,9 +206,9 @@ def end_if_cut_off(error: RuntimeError) -> None:
     peers = process_group().peers
     if signal_within(FAREWELL + peers.turn):
         end_process(1)
-    if broken := peers.broken(error):
+    if broken := peers.broken_connection(error):
         report(RunError(broken))
-        peers.end_mates()
+        peers.end_local()
         end_process(1)
 
 

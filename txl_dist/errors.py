@@ -1,12 +1,12 @@
-"""What a user did wrong, as exceptions: told in plain words by the command line, without a stack trace."""
+"""Mistakes of a user and failures of the machine, as exceptions that need no stack trace."""
 
 
 class UserError(Exception):
-    """A user's mistake: names the key or the file, what is wrong and what would be right."""
+    """A user's mistake: names the key or file, what is wrong and what would be right."""
 
 
 class ConfigError(UserError):
-    """All problems of one config, a line each."""
+    """All problems of a config, one line each."""
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
@@ -14,7 +14,10 @@ class ConfigError(UserError):
 
 
 class RunError(UserError):
-    """What ends a run though its config is right, as a full disk: every rank raises it, and it is told once."""
+    """A failure that ends a run although its config is right, such as a full disk; raised on every rank.
+
+    Like a ConfigError it has all problems of all ranks, one line each, and is shown once.
+    """
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
@@ -22,22 +25,26 @@ class RunError(UserError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library says, as far as it helps."""
+    """Return the first line of an exception's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def describe_os_error(error: OSError, path: object = None) -> str:
-    """Name the file and the reason of what the operating system refused; `path` stands in where it names no file."""
+    """Return the file and the reason of an error of the operating system.
+
+    Args:
+        path: used if the error does not name a file.
+    """
     name = error.filename or path
     reason = error.strerror or str(error) or type(error).__name__
     return f"{name}: {reason}" if name else reason
 
 
 def format_error(error: UserError) -> str:
-    """Put an error on the screen: a head, and its lines below it."""
+    """Format an error for the screen: a heading, and its lines indented below it."""
     if isinstance(error, ConfigError):
         count = len(error.problems)
-        head = "The config has a problem:" if count == 1 else f"The config has {count} problems:"
+        heading = "The config has a problem:" if count == 1 else f"The config has {count} problems:"
     else:
-        head = "Stopped:"
-    return "\n".join([head, *(f"  {line}" for line in str(error).splitlines())])
+        heading = "Stopped:"
+    return "\n".join([heading, *(f"  {line}" for line in str(error).splitlines())])

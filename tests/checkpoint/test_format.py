@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and say what is wrong with them."""
+"""Checkpoints are complete or absent, and errors name what is wrong with them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from txl_dist.checkpoint.format import (
     steps,
     write_manifest,
 )
-from txl_dist.checkpoint.writer import Retention
+from txl_dist.checkpoint.retention import Retention
 from txl_dist.cli import CONF
 from txl_dist.config.schema import CheckpointConfig, LengthsConfig, ModelConfig
 from txl_dist.errors import UserError, describe_os_error
@@ -57,34 +57,34 @@ def test_all_ranks_tensors_come_back_by_name(tmp_path):
     write(tmp_path, 7)
     checkpoint = latest(tmp_path)
     assert checkpoint.step == 7 and checkpoint.validate() == []
-    found = checkpoint.tensors("weights")
-    assert {name: value.tolist() for name, value in found.items()} == {"weight0": [7.0] * 3, "weight1": [8.0] * 3}
+    tensors = checkpoint.tensors("weights")
+    assert {name: value.tolist() for name, value in tensors.items()} == {"weight0": [7.0] * 3, "weight1": [8.0] * 3}
     assert list(checkpoint.tensors("weights", ["weight1"])) == ["weight1"]
     with pytest.raises(UserError, match="weight9"):
         checkpoint.tensors("weights", ["weight9"])
 
 
 def keep(run_dir, start, *written, last=2, every=None, keep_best=False):
-    """What is there after a start that has written these steps, (step, valid_loss) or step each."""
+    """Return the steps that are kept after a start has written some, each given as (step, valid_loss) or step."""
     retention = Retention(str(run_dir), CheckpointConfig(1, last, every, keep_best), start)
-    for each in written:
-        step, loss = each if isinstance(each, tuple) else (each, None)
+    for entry in written:
+        step, loss = entry if isinstance(entry, tuple) else (entry, None)
         write(run_dir, step, loss)
         retention.apply(step)
     return steps(run_dir)
 
 
-def test_the_newest_stay(tmp_path):
+def test_the_latest_are_kept(tmp_path):
     assert keep(tmp_path, 0, 5, 10, 15, 20) == [15, 20]
     assert keep(tmp_path, 20, 25, last=1) == [25]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000025"]
 
 
-def test_multiples_of_keep_every_stay_too(tmp_path):
+def test_multiples_of_keep_every_are_kept_too(tmp_path):
     assert keep(tmp_path, 0, 5, 10, 15, 20, 25, 30, last=1, every=10) == [10, 20, 30]
 
 
-def test_the_best_stays_too(tmp_path):
+def test_the_best_is_kept_too(tmp_path):
     losses = [(5, float("nan")), (10, 2.0), (15, 2.5), 20, (25, 3.0), (30, 2.0)]
     assert keep(tmp_path, 0, *losses, last=1, keep_best=True) == [10, 30]
     assert best(tmp_path).step == find_checkpoint(tmp_path, "best").step == 10
@@ -92,8 +92,8 @@ def test_the_best_stays_too(tmp_path):
 
 
 @pytest.mark.parametrize("harm", [flip, lambda path: path.unlink(), lambda path: flip(path.parent / "checkpoint.json")])
-def test_a_damaged_one_is_none_to_keep(tmp_path, harm):
-    """A start goes on from 10, past a damaged 20: that never counts, and 10 stays until two others are whole."""
+def test_a_damaged_one_does_not_count_as_kept(tmp_path, harm):
+    """A start resumes from 10, before a damaged 20: that never counts, and 10 is kept until two others are valid."""
     keep(tmp_path, 0, 5, 10, 20, last=9)
     harm(weights(tmp_path, 20))
     assert latest(tmp_path, contents=True).step == 10
@@ -101,7 +101,7 @@ def test_a_damaged_one_is_none_to_keep(tmp_path, harm):
     assert keep(tmp_path, 10, 15, 25) == [15, 25]
 
 
-def test_an_old_one_that_has_rotted_displaces_none(tmp_path):
+def test_an_old_one_that_was_damaged_later_displaces_none(tmp_path):
     keep(tmp_path, 0, (5, 2.0), (10, 1.0), (15, 3.0), last=9)
     flip(weights(tmp_path, 10))
     assert keep(tmp_path, 15, (20, 4.0), last=3, keep_best=True) == [5, 15, 20]
@@ -117,16 +117,16 @@ def test_a_damaged_one_is_replaced_when_the_run_comes_again_to_its_step(tmp_path
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000000005", "step-000000010"]
 
 
-def test_an_interrupted_write_is_no_checkpoint(tmp_path):
+def test_an_interrupted_write_is_not_a_checkpoint(tmp_path):
     write(tmp_path, 5)
     CheckpointWriter(str(tmp_path), 10, 0).add("weights", {"other": torch.zeros(3)})
-    assert latest(tmp_path).step == 5  # the one being written has no name yet
-    Retention(str(tmp_path), CheckpointConfig(1, 2, None, False), 5).sweep()
+    assert latest(tmp_path).step == 5  # the one being written does not have its name yet
+    Retention(str(tmp_path), CheckpointConfig(1, 2, None, False), 5).remove_leftovers()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
 
 
-@pytest.mark.parametrize("harm, told", [("cut", "bytes"), ("flip", "content"), ("remove", "missing")])
-def test_damage_is_named(tmp_path, harm, told):
+@pytest.mark.parametrize("harm, words", [("cut", "bytes"), ("flip", "SHA-256 differs"), ("remove", "missing")])
+def test_damage_is_named(tmp_path, harm, words):
     write(tmp_path, 5)
     path = weights(tmp_path, 5, rank=1)
     if harm == "cut":
@@ -135,8 +135,8 @@ def test_damage_is_named(tmp_path, harm, told):
         flip(path)
     else:
         path.unlink()
-    (damage,) = open_checkpoint(directory(tmp_path, 5)).validate()
-    assert str(path) in damage and told in damage
+    (error,) = open_checkpoint(directory(tmp_path, 5)).validate()
+    assert str(path) in error and words in error
 
 
 def test_swapped_ranks_are_found(tmp_path):
@@ -148,46 +148,48 @@ def test_swapped_ranks_are_found(tmp_path):
     assert len(open_checkpoint(directory(tmp_path, 5)).validate()) == 2
 
 
-def test_the_newest_whole_one_is_chosen_and_every_damage_told(tmp_path):
+def test_the_latest_valid_one_is_chosen_and_every_error_reported(tmp_path):
     for step in (5, 10, 15, 20):
         write(tmp_path, step)
     flip(weights(tmp_path, 10))
     flip(weights(tmp_path, 15))
     weights(tmp_path, 15, rank=1).unlink()
     (directory(tmp_path, 20) / "checkpoint.json").unlink()
-    told = []
-    assert latest(tmp_path, contents=True, tell=told.append).step == 5
-    assert [each.split(" passed over: ")[0] for each in told] == ["step 20", "step 15", "step 15", "step 10"]
-    assert latest(tmp_path).step == 10  # as far as sizes tell
+    lines = []
+    assert latest(tmp_path, contents=True, report=lines.append).step == 5
+    skipped = [line.removeprefix("checkpoint of step ").split(" skipped: ")[0] for line in lines]
+    assert skipped == ["20", "15", "15", "10"]
+    assert latest(tmp_path).step == 10  # as far as sizes show
 
 
-def test_with_none_whole_nothing_is_begun_anew(tmp_path):
+def test_with_none_valid_no_run_starts_from_the_beginning(tmp_path):
     for step in (5, 10):
         write(tmp_path, step)
         flip(weights(tmp_path, step))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         latest(tmp_path, contents=True)
-    assert all(str(weights(tmp_path, step)) in str(told.value) for step in (5, 10)) and "remove" in str(told.value)
+    assert all(str(weights(tmp_path, step)) in str(caught.value) for step in (5, 10)) and "remove" in str(caught.value)
 
 
 def test_every_flipped_bit_of_a_manifest_is_found(tmp_path):
     write(tmp_path, 5, valid_loss=2.5)
     path = directory(tmp_path, 5) / "checkpoint.json"
-    content, meant = path.read_bytes(), open_checkpoint(path.parent)
+    content = path.read_bytes()
+    intended = open_checkpoint(path.parent)
     for at in range(len(content)):
         for bit in range(8):
             harmed = bytearray(content)
             harmed[at] ^= 1 << bit
             path.write_bytes(harmed)
             try:
-                assert open_checkpoint(path.parent) == meant  # one kind of white space for another
+                assert open_checkpoint(path.parent) == intended  # one kind of white space for another
             except UserError as error:
                 assert str(path) in str(error)
                 continue
             assert chr(content[at]).isspace() and chr(harmed[at]).isspace(), (at, bit)
 
 
-def test_a_manifest_of_before_it_was_hashed_can_be_read(tmp_path):
+def test_a_manifest_of_version_1_without_a_hash_can_be_read(tmp_path):
     write(tmp_path, 5)
     path = directory(tmp_path, 5) / "checkpoint.json"
     manifest = json.loads(path.read_text())
@@ -199,7 +201,7 @@ def test_a_manifest_of_before_it_was_hashed_can_be_read(tmp_path):
     assert latest(tmp_path).step == 5
 
 
-def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
+def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path):
     directory(tmp_path, 5).mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoint\.json"):
         open_checkpoint(directory(tmp_path, 5))
@@ -213,8 +215,8 @@ def test_a_manifest_that_cannot_be_written_is_named(full_disk):
             ballast.write(bytes(4096))
     with pytest.raises(OSError) as caught:
         writer.commit(writer.files, {"step": 5}, {}, {})
-    place = f"{full_disk}/checkpoints/.step-000000005.partial/checkpoint.json"
-    assert describe_os_error(caught.value) == f"{place}: No space left on device"
+    manifest = f"{full_disk}/checkpoints/.step-000000005.partial/checkpoint.json"
+    assert describe_os_error(caught.value) == f"{manifest}: No space left on device"
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
@@ -224,8 +226,8 @@ def test_all_files_have_the_mode_of_any_new_file(tmp_path, umask, mode):
         write(tmp_path, 5)
     finally:
         os.umask(before)
-    found = {path.name: oct(path.stat().st_mode & 0o777) for path in directory(tmp_path, 5).iterdir()}
-    assert len(found) == 3 and set(found.values()) == {oct(mode)}, found
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in directory(tmp_path, 5).iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {oct(mode)}, modes
 
 
 def put(*keys, value):
@@ -265,7 +267,7 @@ MANIFESTS = {
     "a layer's number": put("config", "model", "n_layer", value="2"),
     "a number of layers below 1": put("config", "model", "n_layer", value=0),
     "the lanes' number": put("config", "data", "num_lanes", value=0.5),
-    "a fingerprint that is none": put("data", "fingerprint", value=None),
+    "a missing fingerprint": put("data", "fingerprint", value=None),
     "a vocabulary of a text": put("data", "vocab_size", value="9"),
     "a tokenizer elsewhere": put("data", "tokenizer", value={"../../x": "0" * 64}),
     "no hash": put("files", NAME, value={"bytes": 5}),
@@ -278,19 +280,20 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
-def test_a_sealed_manifest_of_other_types_and_places_is_refused_in_one_line(tmp_path, change):
+def test_a_hashed_manifest_of_other_types_and_paths_is_refused_in_one_line(tmp_path, change):
     write(tmp_path, 5)
     path = directory(tmp_path, 5) / "checkpoint.json"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     change(manifest)
     write_manifest(path.parent, manifest)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         open_checkpoint(path.parent)
-    assert str(path) in str(told.value) and len(str(told.value).splitlines()) == 1 and len(str(told.value)) < 800
+    message = str(caught.value)
+    assert str(path) in message and len(message.splitlines()) == 1 and len(message) < 800
 
 
-def test_sealed_tensors_that_do_not_fit_are_told(tmp_path):
+def test_tensors_that_do_not_fit_are_named(tmp_path):
     write(tmp_path, 5)
     checkpoint = open_checkpoint(directory(tmp_path, 5))
     with pytest.raises(UserError, match=r"its weights of weight0 are \[3\], not \[4\]"):

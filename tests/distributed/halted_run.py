@@ -24,16 +24,16 @@ from txl_dist.distributed.watchdog import Watchdog
 from txl_dist.train import main
 
 file = Path(os.environ.get("HALT_FILE", os.devnull))
-meet = Watchdog.meet
+start = Watchdog.start
 
 
-def meet_and_keep_awake(watchdog, world):
+def start_and_keep_awake(watchdog, group):
     def keep_awake():
         while not file.is_file():
             watchdog.idle = 0.0
             time.sleep(0.05)
 
-    meet(watchdog, world)
+    start(watchdog, group)
     threading.Thread(target=keep_awake, daemon=True).start()
 
 
@@ -53,7 +53,7 @@ def halt(where, number):
     setattr(owner, name, halting)
 
 
-Watchdog.meet = meet_and_keep_awake
+Watchdog.start = start_and_keep_awake
 if os.environ.get("HALT_RANK") == os.environ["RANK"]:
     halt(os.environ["HALT"], int(os.environ["HALT_CALL"]))
 main()

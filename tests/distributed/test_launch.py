@@ -308,7 +308,7 @@ def test_a_run_goes_on_where_its_log_takes_no_more(small, metrics, tmp_path):
         command = [sys.executable, "-m", "txl_dist.train", *small, f"run.dir={tmp_path}", "train.max_steps=3"]
         done = subprocess.run(command, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("No space left on device; the run goes on without it") == 1
+    assert done.stderr.count("No space left on device; the run continues without it") == 1
     assert len(metrics(tmp_path)) == 4
 
 

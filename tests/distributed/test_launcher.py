@@ -1,4 +1,4 @@
-"""Who a process is, as launchers tell it, and what is said where they tell nonsense."""
+"""The rank of a process from its launcher's variables, and the errors for variables that make no sense."""
 
 import pytest
 
@@ -13,21 +13,21 @@ STEP |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """The placement of a process in which these variables are set."""
+def rank_info(monkeypatch):
+    """Return the RankInfo of a process in which these variables are set."""
     for name in (*TORCHRUN, *SRUN, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
-    def told(variables):
+    def rank_info(variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         return launcher_env()
 
-    return told
+    return rank_info
 
 
 @pytest.mark.parametrize(
-    "variables, found",
+    "variables, expected",
     [
         ({}, RankInfo()),
         (BATCH, RankInfo()),
@@ -38,8 +38,8 @@ def told(monkeypatch):
         (STEP | {"MASTER_ADDR": "ib0", "MASTER_PORT": "5"}, RankInfo(5, 8, 1, "ib0", 5, by_srun=True)),
     ],
 )
-def test_launchers_are_understood(told, variables, found):
-    assert told(variables) == found
+def test_launchers_are_understood(rank_info, variables, expected):
+    assert rank_info(variables) == expected
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_launchers_are_understood(told, variables, found):
         (TORCHRUN_2 | {"RANK": "2"}, ["RANK=2: must be less than WORLD_SIZE=2"]),
         (TORCHRUN_2 | {"RANK": "-1"}, ["RANK=-1: must be a whole number"]),
         (TORCHRUN_2 | {"RANK": "one", "WORLD_SIZE": ""}, ["RANK=one: must", "WORLD_SIZE=: must"]),
-        (TORCHRUN_2 | {"MASTER_ADDR": ""}, ["MASTER_ADDR: not set, and the processes must meet"]),
+        (TORCHRUN_2 | {"MASTER_ADDR": ""}, ["MASTER_ADDR: not set, but the processes must find each other"]),
         (TORCHRUN_2 | {"MASTER_PORT": "http"}, ["MASTER_PORT=http: must be the number of a port"]),
         (STEP | {"SLURM_PROCID": "8"}, ["SLURM_PROCID=8: must be less than SLURM_STEP_NUM_TASKS=8"]),
         (
@@ -59,9 +59,9 @@ def test_launchers_are_understood(told, variables, found):
         ),
     ],
 )
-def test_nonsense_is_told_with_the_names_of_the_variables(told, variables, problems):
+def test_variables_that_make_no_sense_are_named(rank_info, variables, problems):
     with pytest.raises(UserError) as error:
-        told(variables)
+        rank_info(variables)
     lines = str(error.value).splitlines()
     assert len(lines) == len(problems) and all(map(str.startswith, lines, problems))
 

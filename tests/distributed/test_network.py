@@ -16,9 +16,9 @@ MOMENTS = {
     "step": ("txl_dist.engine.zero:ZeroEngine.forward_backward_step", 14),
     "save": ("txl_dist.checkpoint.format:CheckpointWriter.add", 4),  # kinds of tensors, three in each checkpoint
     "evaluation": ("txl_dist.distributed.watchdog:Watchdog.beat", 16),  # 12 steps, a checkpoint, the third segment
-    "before they meet": ("txl_dist.distributed.process_group:find_first", 1),
-    "while they greet": ("txl_dist.distributed.process_group:greet", 1),
-    "while they connect": ("txl_dist.distributed.process_group:choose_interface", 1),
+    "before they meet": ("txl_dist.distributed.process_group:wait_for_rank_zero", 1),
+    "while they exchange addresses": ("txl_dist.distributed.process_group:exchange_peers", 1),
+    "while they connect": ("txl_dist.distributed.process_group:set_gloo_interface", 1),
     "while they end": ("txl_dist.cli:end_together", 1),
 }
 
@@ -179,7 +179,7 @@ def test_a_signal_in_a_cut_network_that_does_not_come_back_is_named(hosts, job, 
     assert "SIGTERM came, but the ranks could not agree to stop" in second and "SIGTERM" not in first
 
 
-@pytest.mark.parametrize("moment", ["before they meet", "while they greet", "while they connect"])
+@pytest.mark.parametrize("moment", ["before they meet", "while they exchange addresses", "while they connect"])
 def test_a_network_that_is_cut_while_the_ranks_meet_ends_both(moment, hosts, job, tmp_path):
     starts = hosts.start(tmp_path, *job, TXL_DIST_PATIENCE=10, **halted(tmp_path, moment))
     cut_then(hosts, "silent", starts, tmp_path)

@@ -80,7 +80,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_the_run_goes_on_with_more
     done = run("txl_dist.train", *job, processes=processes, expect=1)
     assert done.stderr.count("Stopped:") == 1 and "/txl_dist/" not in done.stderr  # no stack of ours
     assert f"{small_disk}/.step-000000010.partial" in done.stderr and "No space left" in done.stderr
-    assert "goes on from step 5" in done.stderr
+    assert "the same command resumes from step 5" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["step-000000005"]
     assert metrics(small_disk.parent)[-1]["step"] in range(
         10, 16

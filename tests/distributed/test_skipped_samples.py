@@ -142,6 +142,9 @@ def test_by_default_a_damaged_sample_ends_training_and_is_named(run, small, harm
     done = run("txl_dist.train", *small, f"data.dir={folder}", f"run.dir={tmp_path}", processes=2, expect=1)
     (line,) = [line for line in done.stderr.splitlines() if "the tokens are not those that were written" in line]
     assert line.startswith(f"  {folder}/train/000000.tar: sample 0: ") and "[rank" not in done.stderr  # no traceback
+    for rank in range(2):
+        log = (tmp_path / f"logs/rank-{rank}.log").read_text()
+        assert f" rank {rank} ERROR txl_dist: Stopped:\n{line}\n" in log
 
 
 def test_evaluation_of_a_damaged_split_fails_whatever_training_does(run, small, runs, sound, damage, tmp_path):

@@ -30,10 +30,15 @@ def hold(tmp_path):
     """Start a process that holds the lock `tmp_path/a.lock` until its standard input ends."""
     started = []
 
-    def hold(prelude="", before=(), wait=True):
+    def hold(prelude="", before=(), wait=True, stderr=None):
         code = prelude + HOLD.format(path=f"__import__('pathlib').Path({str(tmp_path / 'a.lock')!r})")
         process = subprocess.Popen(
-            [*before, sys.executable, "-c", code], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*before, sys.executable, "-c", code],
+            cwd=REPO,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
         started.append(process)
         assert not wait or process.stdout.readline() == "held\n"
@@ -64,16 +69,19 @@ def refuse_to_wait(folder):
     return locked(folder / "a.lock", "testing", refuse)
 
 
-def test_waiting_processes_take_the_lock_one_after_the_other(hold, tmp_path, capfd):
+def test_waiting_processes_take_the_lock_one_after_the_other(hold, tmp_path):
     first = hold()
-    others = [hold(wait=False) for _ in range(3)]
-    time.sleep(1)
+    others = [hold(wait=False, stderr=subprocess.PIPE) for _ in range(3)]
+    for other in others:
+        assert f"waiting for process {first.pid} on" in other.stderr.readline()
     assert all(other.poll() is None for other in others)
     first.communicate("")
     for other in others:
         other.stdin.close()
     assert [other.wait(60) for other in others] == [0, 0, 0]
-    assert capfd.readouterr().err.count(f"waiting for process {first.pid} on") == 3
+    for other in others:
+        assert other.stdout.read() == "held\n"
+        other.stderr.close()
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Texts of others on the screen: paths, tokens, names."""
+"""Foreign texts on the screen: paths, tokens, names."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from txl_dist import evaluate, inspect, recl, score
+from txl_dist.distributed.logs import RunLog
 from txl_dist.evaluation.scoring import TokenScore
 from txl_dist.tracking.console import ConsoleReporter, PlainConsole
 
@@ -30,22 +31,26 @@ def test_no_command_reads_a_name_as_markup(monkeypatch, capsys, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_screen_of_a_run_says_what_it_is_given(capsys, name):
-    reporter = ConsoleReporter(0, 10, shown=True)
-    reporter.say(f"{name}: starting")
-    reporter.close()
+def test_the_console_of_a_run_says_what_it_is_given(capsys, tmp_path, name):
+    with RunLog(str(tmp_path)):
+        reporter = ConsoleReporter(0, 10, shown=True)
+        reporter.say(f"{name}: starting")
+        reporter.close()
     assert capsys.readouterr().out == f"{name}: starting\n"
 
 
-def test_a_run_goes_on_where_its_log_takes_no_more():
-    """All of Python's own shutdown, too, which writes what waits in buffers."""
+def test_a_run_continues_if_its_standard_output_fails():
+    """Including Python's own shutdown, which writes what is still in buffers."""
     code = (
-        "from txl_dist.tracking.console import Screen\n"
-        "screen = Screen(0, 10, shown=True)\n"
-        "screen.say('one'); screen.say('two'); screen.close(); print('three', flush=True)"
+        "from txl_dist.distributed.logs import RunLog\n"
+        "from txl_dist.tracking.console import ConsoleReporter\n"
+        "with RunLog('nowhere'):\n"
+        "    reporter = ConsoleReporter(0, 10, shown=True)\n"
+        "    reporter.say('one'); reporter.say('two'); reporter.show('three'); reporter.close()\n"
+        "    print('four', flush=True)"
     )
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 0
-        assert done.stderr == "standard output: No space left on device; the run goes on without it\n"
+        assert done.stderr == "standard output: No space left on device; the run continues without it\n"
         assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full).returncode == 0

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the curve and the table that a start ends with, whatever a run directory is called and holds."""
+"""metrics.jsonl, the curve and the table at the end of a start, whatever a run directory is called and contains."""
 
 import json
 import math
@@ -47,13 +47,13 @@ def test_metrics_are_json_for_every_reader(tmp_path):
     assert math.isnan(read_metrics(str(tmp_path))[1]["train/loss"])
 
 
-def test_metrics_of_earlier_versions_and_damaged_ones_are_read(tmp_path, capsys):
+def test_metrics_of_earlier_versions_and_damaged_ones_are_read(tmp_path, caplog):
     deep = "[" * 100_000
     old = ['{"step": 1, "tokens": 128, "train/loss": NaN, "train/grad_norm": -Infinity}', deep, "null", '{"step": 2}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(old) + "\n")
     (line,) = read_metrics(str(tmp_path))
     assert math.isnan(line["train/loss"]) and line["train/grad_norm"] == -INFINITY
-    assert capsys.readouterr().err.count("cannot be read") == 3
+    assert caplog.text.count("cannot be read") == 3
     assert last_line(str(tmp_path)) is None
     MetricsFile(str(tmp_path), 1)
     assert (tmp_path / "metrics.jsonl").read_text() == old[0] + "\n"
@@ -66,7 +66,7 @@ def test_any_name_is_printed_as_it_is_and_drawn(tmp_path, capsys, name):
     out = capsys.readouterr().out
     assert f"run directory         {tmp_path / name}\n" in out
     assert f"learning curve        {tmp_path / name}/curve.png\n" in out
-    assert "valid bits per byte   2.885  (loss 2.0000 nats a token, perplexity 7.39)" in out
+    assert "valid bits per byte   2.885  (loss 2.0000 nats per token, perplexity 7.39)" in out
     assert "steps                 3 of 4, 384 tokens" in out and "tokens per second     950" in out
     assert (tmp_path / name / "curve.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""The W&B run of a run directory, without training: its id, what it takes from where, and what is wrong with it."""
+"""The W&B run of a run directory, without training: its ID, where its settings come from, and what can be wrong."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from tests.tracking.wandb_files import told
+from tests.tracking.wandb_files import read_starts
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.tracking.weights_and_biases import WandbRun, default_mode, refused_settings
 
@@ -31,17 +31,18 @@ def tracking(mode="offline", project=None, name=None):
 
 
 @pytest.fixture
-def start():
-    """One start of a run that logs some steps; gives what it said and, of W&B's run, the id and the settings."""
+def start(caplog):
+    """Start a run that logs some steps; return its warnings and the settings of W&B's run."""
 
     def start(run_dir, steps=(1,), preempted=False, **options):
         run_dir.mkdir(exist_ok=True)
-        said = []
-        run = WandbRun(str(run_dir), {}, tracking(**options), said.append)
+        caplog.clear()
+        run = WandbRun(str(run_dir), {}, tracking(**options))
         facts = None if run.broken else run.run.settings.model_copy()
         for step in steps:
             run.log({"step": step, "tokens": 128 * step, "train/loss": 1 / step})
         run.finish({}, preempted=preempted)
+        said = [record.getMessage() for record in caplog.records if record.name.startswith("txl_dist.")]
         return said, facts
 
     return start
@@ -119,15 +120,15 @@ def test_variables_are_taken_where_the_config_has_its_default(start, monkeypatch
 def test_the_mode_of_the_environment_is_taken(start, monkeypatch, tmp_path, mode, parts):
     monkeypatch.setenv("WANDB_MODE", mode)
     said, _ = start(tmp_path / "run", mode="auto", steps=(5, 6))
-    assert said == [] and len(told(tmp_path / "run")) == parts
-    assert [int(row["_step"]) for part in told(tmp_path / "run") for row in part["history"]] == [5, 6] * parts
+    assert said == [] and len(read_starts(tmp_path / "run")) == parts
+    assert [int(row["_step"]) for part in read_starts(tmp_path / "run") for row in part["history"]] == [5, 6] * parts
 
 
 def test_a_key_that_is_none_keeps_the_run_offline(start, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     said, _ = start(tmp_path / "run", mode="auto")
     assert len(said) == 1 and "this run is kept offline" in said[0] and "short" not in said[0]
-    assert len(told(tmp_path / "run")) == 1
+    assert len(read_starts(tmp_path / "run")) == 1
 
 
 def test_what_the_config_or_the_run_has_is_kept_and_said(start, monkeypatch, tmp_path):
@@ -142,7 +143,7 @@ def test_what_the_config_or_the_run_has_is_kept_and_said(start, monkeypatch, tmp
         assert words in line
     assert f"WANDB_RUN_ID (RUN_DIR/wandb_id has {first.run_id})" in line
     assert f"WANDB_DIR (run.dir has {tmp_path}/run)" in line
-    assert len(told(tmp_path / "run")) == 2
+    assert len(read_starts(tmp_path / "run")) == 2
 
 
 @pytest.fixture
@@ -245,13 +246,13 @@ def test_a_damaged_id_is_restored_from_wandbs_own_files(start, tmp_path):
         (tmp_path / "run/wandb_id").write_bytes(damage)
         said, facts = start(tmp_path / "run")
         assert facts.run_id == wandb_id(tmp_path / "run") == first.run_id
-        assert said == [f"{tmp_path}/run/wandb_id: holds no W&B id; W&B's own files have {first.run_id}"]
+        assert said == [f"{tmp_path}/run/wandb_id: does not hold a W&B ID; W&B's own files have {first.run_id}"]
     shutil.rmtree(tmp_path / "run/wandb")
     (tmp_path / "run/wandb_id").write_bytes(b"")
     (tmp_path / "run/wandb_path").write_bytes(b"\xff\x00")
     said, facts = start(tmp_path / "run")
     assert facts.run_id == wandb_id(tmp_path / "run") != first.run_id
-    assert said == [f"{tmp_path}/run/wandb_id: holds no W&B id; a new one is made"]
+    assert said == [f"{tmp_path}/run/wandb_id: does not hold a W&B ID; a new one is made"]
     assert start(tmp_path / "run")[0] == []
 
 
@@ -260,12 +261,12 @@ def test_a_damaged_id_is_restored_from_wandbs_own_files(start, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb_id", "wandb_path", "wandb"])
 def test_something_else_in_a_files_place_leaves_wandb_out(start, tmp_path, name):
-    place = tmp_path / "run" / name
-    place.parent.mkdir()
-    place.write_text("") if name == "wandb" else place.mkdir()
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.write_text("") if name == "wandb" else path.mkdir()
     said, facts = start(tmp_path / "run", preempted=True)
     assert facts is None and len(said) == 1
-    assert said[0].startswith("W&B is left out (") and str(place) in said[0] and "training goes on" in said[0]
+    assert said[0].startswith("W&B is left out (") and str(path) in said[0] and "training continues" in said[0]
 
 
 @pytest.mark.parametrize("content", ["mode = offline", "[default]\nmode = foo", "[default]\nproject = a/b"])
@@ -302,7 +303,7 @@ def test_a_full_disk_stops_wandb_only(start, tmp_path, capfd):
         (tmp_path / "run/wandb").symlink_to(tmp_path / "disk")
         for _ in range(2):
             said, _ = start(tmp_path / "run", steps=range(1, 500))
-        assert len(said) == 1 and "No space left on device); training goes on" in said[0], said
+        assert len(said) == 1 and "No space left on device); training continues" in said[0], said
         assert wandb_id(tmp_path / "run")
         assert "Traceback" not in capfd.readouterr().err
     finally:
@@ -315,7 +316,7 @@ def test_a_broken_package_is_left_out_and_not_imported_where_it_is_disabled(run,
     for mode in ("disabled", "offline"):
         overrides = [*small, f"run.dir={tmp_path}/{mode}", f"tracking.mode={mode}", "train.stop_at=2"]
         done = run("txl_dist.train", *overrides, PYTHONPATH=f"{tmp_path}{os.pathsep}{REPO}", WANDB_TAGS="one")
-        left_out = "W&B is left out (broken); training goes on, and metrics.jsonl has everything"
+        left_out = "W&B is left out (broken); training continues, and metrics.jsonl has everything"
         assert done.stdout.count(left_out) == (mode == "offline")
         assert ("imported" in done.stdout) == (mode == "offline") and "Traceback" not in done.stderr
         assert len(metrics(tmp_path / mode)) == 2
@@ -325,11 +326,11 @@ def test_a_broken_package_is_left_out_and_not_imported_where_it_is_disabled(run,
 
 
 def test_parts_of_an_offline_run_do_not_overlap_and_lose_nothing(start, tmp_path):
-    """The second part goes on from a step before the first one's last, as after a kill; step 7 is logged twice, as the
+    """The second part resumes from a step before the first one's last, as after a kill; step 7 is logged twice, as the
     last step of training and for its test."""
     start(tmp_path / "run", steps=(1, 2, 3, 4, 5))
     start(tmp_path / "run", steps=(4, 5, 6, 7, 7))
-    first, second = told(tmp_path / "run")
+    first, second = read_starts(tmp_path / "run")
     assert [[int(row["_step"]) for row in part["history"]] for part in (first, second)] == [
         [1, 2, 3, 4, 5],
         [4, 5, 6, 7],

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tracking.wandb_files import records, told
+from tests.tracking.wandb_files import read_starts, records
 from txl_dist.distributed.preemption import REQUEUE
 
 REPO = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_pat
     command = [*small, f"run.dir={tmp_path}", "tracking.mode=auto", "engine.peak_tflops=1"]
     run("txl_dist.train", *command, "train.stop_at=10", WANDB_API_KEY="", NETRC="/nowhere")
     run("txl_dist.train", *command, WANDB_API_KEY="", NETRC="/nowhere")
-    first, second = told(tmp_path)
+    first, second = read_starts(tmp_path)
     assert first["id"] == second["id"] == (tmp_path / "wandb_id").read_text().strip()
     assert '"d_model":32' in first["config"]["model"].replace(" ", "")
     lines = metrics(tmp_path)
@@ -48,7 +48,7 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_training(run, small, metri
     )
     assert "kept offline" in done.stdout
     assert len([line for line in metrics(tmp_path) if "train/loss" in line]) == 20
-    shown = [int(row["step"]) for row in told(tmp_path)[-1]["history"]]
+    shown = [int(row["step"]) for row in read_starts(tmp_path)[-1]["history"]]
     assert shown == sorted({line["step"] for line in metrics(tmp_path)})
 
 
@@ -74,7 +74,7 @@ def test_a_url_with_a_secret_is_refused_before_anything_is_written(run, small, t
         assert list(tmp_path.iterdir()) == []
 
 
-def test_training_goes_on_where_the_service_is_killed(small, metrics, tmp_path):
+def test_training_continues_if_the_service_is_killed(small, metrics, tmp_path):
     keys = ["tracking.mode=offline", "train.max_steps=300", "train.eval_every=1000", "checkpoint.every=1000"]
     command = [sys.executable, "-m", "txl_dist.train", *small, f"run.dir={tmp_path}", *keys]
     with (tmp_path / "said").open("w") as said:
@@ -91,11 +91,11 @@ def test_training_goes_on_where_the_service_is_killed(small, metrics, tmp_path):
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 301))
     assert "test/loss" in lines[-1]
-    assert len(told(tmp_path)[0]["history"]) < len(lines)  # it was killed while there was something to tell
+    assert len(read_starts(tmp_path)[0]["history"]) < len(lines)  # it was killed while there was something to log
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_stopped_run_is_finished_well_and_goes_on(small, metrics, tmp_path, number):
+def test_a_stopped_run_is_finished_well_and_resumes(small, metrics, tmp_path, number):
     """Signalled as Slurm does it: all processes, also W&B's, which SIGTERM ends with what it has not written yet."""
     command = [sys.executable, "-m", "txl_dist.train", *small, f"run.dir={tmp_path}", "tracking.mode=offline"]
     command += ["train.max_steps=3000", "train.eval_every=3000"]
@@ -115,12 +115,12 @@ def test_a_stopped_run_is_finished_well_and_goes_on(small, metrics, tmp_path, nu
     subprocess.run([*command, f"train.stop_at={step + 2}"], cwd=REPO, env=environment, check=True)
 
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, step + 3))
-    first, second = told(tmp_path)
-    assert [float(each["step"]) for each in second["history"]] == [step + 1, step + 2]
+    first, second = read_starts(tmp_path)
+    assert [float(row["step"]) for row in second["history"]] == [step + 1, step + 2]
     if number == signal.SIGUSR1:
         assert first["id"] == second["id"]
-        assert [float(each["step"]) for each in first["history"]] == list(range(1, step + 1))
-        one, two = (list(records(each)) for each in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
-        assert [each.exit.exit_code for each in one if each.WhichOneof("record_type") == "exit"] == [REQUEUE]
-        preempting = [[each.WhichOneof("record_type") for each in start].count("preempting") for start in (one, two)]
-        assert preempting == [1, 0]
+        assert [float(row["step"]) for row in first["history"]] == list(range(1, step + 1))
+        one, two = (list(records(path)) for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+        assert [record.exit.exit_code for record in one if record.WhichOneof("record_type") == "exit"] == [REQUEUE]
+        kinds = [[record.WhichOneof("record_type") for record in start] for start in (one, two)]
+        assert [start.count("preempting") for start in kinds] == [1, 0]

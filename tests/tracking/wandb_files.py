@@ -7,7 +7,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def records(path):
-    """The records of a .wandb file: after 7 bytes, log blocks of 32 KiB as LevelDB writes them."""
+    """Yield the records of a .wandb file: after 7 bytes, log blocks of 32 KiB as LevelDB writes them."""
     data, at, record = path.read_bytes(), 7, b""
     while at < len(data):
         if 32768 - at % 32768 < 7:  # no header fits any more: padding
@@ -16,7 +16,7 @@ def records(path):
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # the whole of a record, or its last piece
+        if kind in (1, 4):  # a complete record, or its last piece
             yield Record.FromString(record)
             record = b""
 
@@ -25,8 +25,8 @@ def values(items):
     return {item.key or item.nested_key[0]: item.value_json for item in items}
 
 
-def told(run_dir):
-    """Of each start of a run: its id, config, history and summary as W&B has them."""
+def read_starts(run_dir):
+    """Return the ID, config, history and summary of each start of a run as W&B has them."""
     starts = []
     for path in sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb")):
         start = {"id": None, "config": {}, "history": [], "summary": {}}

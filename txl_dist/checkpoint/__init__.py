@@ -1,1 +1,1 @@
-"""Checkpoints: their format, how they are written in the background, and which are kept."""
+"""Checkpoints: their format, writing them in the background, and which of them are kept."""

@@ -1,4 +1,4 @@
-"""The schema of checkpoint.json: what opens can be asked for all of it, whoever has written it."""
+"""The schema of checkpoint.json: a manifest that passes it has every key that is read later, whoever wrote it."""
 
 from typing import Annotated, Literal
 
@@ -42,18 +42,19 @@ class WrittenBy(Versions):
 
 
 class State(BaseModel):
-    """Of a run that was trained here."""
+    """The state of a run that was trained by txl_dist."""
 
     step: Size
     tokens: Size
     origin: OriginEntry = OriginEntry()
     optimizer: OptimizerNumbers
     losses: list[Number] = []
-    written_by: WrittenBy | None = None  # earlier versions did not record it
+    written_by: WrittenBy | None = None  # not recorded by earlier versions
     valid_loss: Number | None = None
 
     @model_validator(mode="after")
-    def lanes_began_before(self) -> "State":
+    def lanes_begin_before_step(self) -> "State":
+        """Refuse lanes that begin after the step of the checkpoint."""
         if self.origin.step > self.step:
             raise ValueError(f"the lanes began at step {self.origin.step}, after step {self.step}")
         return self
@@ -96,6 +97,8 @@ class Config(BaseModel):
 
 
 class Data(BaseModel):
+    """The data that a run was trained on; `unlogged` has the metrics of a step whose evaluation was interrupted."""
+
     fingerprint: Sha256
     vocab_size: PositiveInt
     tokenizer: dict[FileName, Sha256] = {}
@@ -104,13 +107,15 @@ class Data(BaseModel):
 
 
 class Manifest(BaseModel):
+    """The manifest of a checkpoint that was trained by txl_dist."""
+
     files: dict[TensorFile, FileEntry]
     state: State
     config: Config
     data: Data
 
 
-# ----------------------------------------------------------------------------------------- of an imported model
+# ----------------------------------------------------------------------------------------- imported models
 
 
 class ImportedFrom(BaseModel):
@@ -143,6 +148,8 @@ class ImportedData(BaseModel):
 
 
 class ImportedManifest(BaseModel):
+    """The manifest of a model that txl_dist.convert has imported."""
+
     files: dict[TensorFile, FileEntry]
     state: ImportedState
     config: ImportedConfig

@@ -1,44 +1,44 @@
-"""Saving in the background: training waits for a copy of the tensors in the CPU's memory, a thread writes the copy.
+"""Saving in the background: training waits for a copy of the tensors in CPU memory, a thread writes the copy.
 
     training   step 500 | copy |  step 501   step 502   step 503 ...
-    thread                     write, hash, flush | all ranks' files are there | manifest, rename, retention | told
+    thread                     write, hash, flush | wait for all ranks' files | manifest, rename, retention | outcome
 
-The ranks' threads agree through a process group of their own: training's collectives are never theirs.
+The ranks' threads agree through a process group of their own, so they never mix with the collectives of training.
 """
 
 import contextlib
-import os
-import shutil
-import sys
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from txl_dist.checkpoint.format import Checkpoint, CheckpointWriter, Files, directory, steps, whole
+from txl_dist.checkpoint.format import CheckpointWriter, FileEntries, steps, valid_checkpoints
+from txl_dist.checkpoint.retention import Retention
 from txl_dist.config.schema import CheckpointConfig
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import RunError, describe_os_error
-from txl_dist.files.atomic import remove
+
+log = logging.getLogger(__name__)
 
 
 class AsyncCheckpointer:
-    """Writes the checkpoints of one start of a run, one at a time, within its context; all ranks enter it together.
+    """Writes the checkpoints of one start of a run in the background, one at a time.
 
-    The context ends with `wait`: what was begun is written before a process leaves.
+    It is a context manager that all ranks enter together; leaving it waits for what is still being written.
 
     Args:
-        start: the step of the checkpoint that this start goes on from, 0 where there is none.
+        start: the step from which this start of the run resumes, 0 at the beginning.
     """
 
     def __init__(self, run_dir: str, config: CheckpointConfig, start: int, group: ProcessGroup):
-        self.run_dir, self.group = run_dir, group
+        self.run_dir = run_dir
+        self.group = group
         self.retention = Retention(run_dir, config, start)
-        self.thread = ThreadPoolExecutor(1, "checkpoint")  # no daemon: Python's end waits for it
+        self.thread = ThreadPoolExecutor(1, "checkpoint")  # not a daemon: Python's shutdown waits for it
         self.pending: Future[list[str]] | None = None
 
     def save(
@@ -49,13 +49,13 @@ class AsyncCheckpointer:
         config: dict[str, Any],
         data: dict[str, Any],
     ) -> None:
-        """Begin to write a checkpoint. Every rank must call it, each with its share.
+        """Begin to write a checkpoint. Every rank must call it with its share of the tensors.
 
         Args:
-            tensors: kind -> name -> tensor; nobody may change them any more.
+            tensors: kind -> name -> tensor; they must not be changed any more.
 
         Raises:
-            RunError: as `wait`.
+            RunError: on every rank, if the save before this one has failed on any rank.
         """
         self.wait()
         writer = CheckpointWriter(self.run_dir, step, self.group.rank)
@@ -63,14 +63,14 @@ class AsyncCheckpointer:
 
     @property
     def problems(self) -> list[str]:
-        """What has gone wrong with the last save, as far as this rank knows by now."""
+        """Return what went wrong with the last save, as far as it is known by now."""
         return self.pending.result() if self.pending and self.pending.done() else []
 
     def wait(self) -> None:
-        """Wait until what was begun bears its name. Every rank must call it.
+        """Wait until the last checkpoint has its final name. Every rank must call it.
 
         Raises:
-            RunError: where any rank could not do its part; on all ranks.
+            RunError: on every rank, if the save has failed on any rank.
         """
         if self.pending:
             problems = self.pending.result()
@@ -80,7 +80,7 @@ class AsyncCheckpointer:
 
     def __enter__(self) -> "AsyncCheckpointer":
         if self.group.is_rank_zero:
-            self.retention.sweep()
+            self.retention.remove_leftovers()
         self.write_group = dist.new_group(backend="gloo")
         return self
 
@@ -90,8 +90,8 @@ class AsyncCheckpointer:
         except RunError as failure:
             if kind is None:
                 raise
-            if kind is not RunError and self.group.is_rank_zero:
-                print(failure, file=sys.stderr)
+            if kind is not RunError and self.group.is_rank_zero:  # a RunError says it already
+                log.error(str(failure))
         finally:
             self.thread.shutdown()
             dist.destroy_process_group(self.write_group)
@@ -105,89 +105,49 @@ class AsyncCheckpointer:
         config: dict[str, Any],
         data: dict[str, Any],
     ) -> list[str]:
-        """What the thread does; returns what has gone wrong on any rank."""
+        """Write this rank's files, have rank zero commit all of them, and return the problems of all ranks.
+
+        It runs in the background thread of every rank.
+        """
         problems: list[str] = []
-        with noted(problems, step):
-            for kind, each in tensors.items():
-                writer.add(kind, each)
-        written: list[tuple[Files, list[str]]] = [({}, [])] * self.group.size
+        with failure_noted(problems, step):
+            for kind, named in tensors.items():
+                writer.add(kind, named)
+        written: list[tuple[FileEntries, list[str]]] = [({}, [])] * self.group.size
         dist.all_gather_object(written, (writer.files, problems), group=self.write_group)
-        problems = list(dict.fromkeys(chain.from_iterable(each for _, each in written)))
+        files: FileEntries = {}
+        problems = []
+        for rank_files, rank_problems in written:
+            files |= rank_files
+            problems += [problem for problem in rank_problems if problem not in problems]
         if self.group.is_rank_zero:
             if not problems:
-                with noted(problems, step):
-                    writer.commit(
-                        {name: told for files, _ in written for name, told in files.items()}, state, config, data
-                    )
+                with failure_noted(problems, step):
+                    writer.commit(files, state, config, data)
                     self.retention.apply(step)
             if problems:
-                writer.give_up()
+                writer.discard()
                 problems.append(self._remedy())
-        told = [problems]
-        dist.broadcast_object_list(told, src=0, group=self.write_group)
-        return told[0]
+        outcome = [problems]
+        dist.broadcast_object_list(outcome, src=0, group=self.write_group)
+        return outcome[0]
 
     def _remedy(self) -> str:
-        last = next(whole(self.run_dir, reversed(steps(self.run_dir))), None)
-        since = (
-            f"from step {last.step:,}, its last whole checkpoint"
-            if last
-            else "from its beginning: it has no checkpoint"
-        )
-        return f"{self.run_dir}: with that mended, the same command goes on {since}"
+        existing = reversed(steps(self.run_dir))
+        last = next(valid_checkpoints(self.run_dir, existing), None)
+        if last:
+            origin = f"from step {last.step:,}, its latest valid checkpoint"
+        else:
+            origin = "from the beginning, because it has no checkpoint"
+        return f"{self.run_dir}: once that is mended, the same command resumes {origin}"
 
 
 @contextlib.contextmanager
-def noted(problems: list[str], step: int) -> Iterator[None]:
-    """Turn a failure into words. Of any kind: the other ranks wait to hear of it."""
+def failure_noted(problems: list[str], step: int) -> Iterator[None]:
+    """Add the failure of a save to `problems`. Any exception: the other ranks wait to hear of it."""
     try:
         yield
     except OSError as error:
         problems.append(f"the checkpoint of step {step:,} could not be saved: {describe_os_error(error)}")
     except Exception as error:
         problems.append(f"the checkpoint of step {step:,} could not be saved: {type(error).__name__}: {error}")
-
-
-class Retention:
-    """Which checkpoints of a run stay. Damaged ones never count; those after the last step written are left alone.
-
-    Args:
-        start: the step that this start goes on from.
-    """
-
-    def __init__(self, run_dir: str, config: CheckpointConfig, start: int):
-        self.run_dir, self.config = run_dir, config
-        self.whole = {start: True}  # of steps whose contents have been read, or written here
-
-    def sweep(self) -> None:
-        """Remove what an interrupted start has left half-written or half-removed."""
-        for left in directory(self.run_dir, 0).parent.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    def apply(self, step: int) -> None:
-        """Remove what shall not stay, now that the checkpoint of `step` is there."""
-        self.whole[step] = True
-        found = [each for each in steps(self.run_dir) if each <= step]
-        for each in set(found) - self.kept(found):
-            path = directory(self.run_dir, each)
-            aside = path.with_name(f".{path.name}.removed")
-            os.replace(path, aside)  # it is whole or it is gone
-            remove(aside)
-
-    def kept(self, found: list[int]) -> set[int]:
-        config = self.config
-        checkpoints = list(whole(self.run_dir, found))  # as far as manifests and sizes tell
-        kept = {each.step for each in islice(filter(self.is_whole, reversed(checkpoints)), config.keep_last)}
-        if config.keep_every:
-            kept |= {each.step for each in checkpoints if each.step % config.keep_every == 0}
-        if config.keep_best:
-            evaluated = [each for each in checkpoints if each.valid_loss is not None]
-            ordered = sorted(evaluated, key=lambda each: (each.valid_loss, each.step))
-            kept |= {each.step for each in islice(filter(self.is_whole, ordered), 1)}
-        return kept
-
-    def is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Its contents are read once in a start, and only where it matters."""
-        if checkpoint.step not in self.whole:
-            self.whole[checkpoint.step] = not checkpoint.validate()
-        return self.whole[checkpoint.step]

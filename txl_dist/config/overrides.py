@@ -33,8 +33,8 @@ LISTS = {"prompt", "run", "corpus.path", "corpus.train", "corpus.valid", "corpus
 OURS = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
-    "hydra/job_logging=disabled",
-    "hydra/hydra_logging=disabled",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
     "hydra/help=txl_dist",
 ]
 

@@ -1,1 +1,1 @@
-"""Processes: which rank this one is, how they meet, and how they stop together."""
+"""Processes: the rank of each, the process group they form, what they log, and how they stop together."""

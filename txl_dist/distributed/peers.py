@@ -1,8 +1,8 @@
-"""The processes of a run: who they are, on which hosts, and whether they still answer.
+"""The processes of a run as peers: on which hosts they are, and whether they still answer.
 
-Each process listens at a port where nobody accepts: the kernel does. A connection shows that host, network and process
-are there, even where the process hangs; a refused one, that the process has ended; no answer, that the host or the way
-to it is gone. Nothing is sent while all is well.
+Each process listens at a port, where the kernel accepts connections for it. A connection shows that host, network and
+process are there, even if the process hangs; a refused one, that the process has ended; no answer, that the host or the
+route to it is gone. Nothing is sent while all is well.
 """
 
 import contextlib
@@ -23,20 +23,25 @@ from txl_dist.distributed.preemption import END
 from txl_dist.errors import first_line
 from txl_dist.files.owner import kernel, process_namespace
 
-PROBING = 5.0  # seconds that a process has to answer: two packets may be lost
-PRINTING = 0.5  # seconds that a process has for its stacks
-ENDING = 2.0  # seconds that the ranks of this host have to end by themselves
-BACKLOG = 4096  # connections that nobody accepts
+PROBING = 5.0  # seconds in which a process must answer: two packets may be lost
+PRINTING = 0.5  # seconds in which a process prints the stacks of its threads
+ENDING = 2.0  # seconds in which the ranks of this host may end by themselves
+BACKLOG = 4096  # connections that may wait at the port, because nothing ever accepts them
 CONTINUES = "The same command continues from the last checkpoint."
-SHOWN = 8  # hosts that a message names
-# What gloo says in a message of its own, but for one that begins with "[enforce fail at"; and NCCL.
+MAX_HOSTS = 8  # that a message names
+# Messages of broken connections by gloo and NCCL. A message of gloo that begins with "[enforce fail at" is a fault.
 REPORT = re.compile(r"\[\S*gloo/\S+:\d+\] (?P<gloo>.*)|(?P<nccl>ncclRemoteError.*)")
 ADDRESS = re.compile(r"\[([0-9a-fA-F.:]+)(?:%\w+)?\]:\d+")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One process. machine: tells its host from others of the same name; address, port: where it can be reached."""
+    """One process of a run.
+
+    Attributes:
+        machine: identifies its host, also among hosts of the same name.
+        address, port: where it can be reached.
+    """
 
     rank: int
     pid: int
@@ -48,54 +53,61 @@ class Peer:
 
 @dataclass(frozen=True)
 class Peers:
-    """All processes of a run, by rank, as `rank` sees them."""
+    """All processes of a run in the order of their ranks, as process `rank` sees them."""
 
     rank: int
     all: list[Peer]
 
     @property
-    def mates(self) -> dict[int, int]:
-        """Return rank -> pid of the processes on this host, this one included."""
+    def others(self) -> list[Peer]:
+        """Return all processes but this one."""
+        return [peer for peer in self.all if peer.rank != self.rank]
+
+    @property
+    def local_pids(self) -> dict[int, int]:
+        """Return rank -> process ID of the processes on this host, this one included."""
         machine = self.all[self.rank].machine
         return {peer.rank: peer.pid for peer in self.all if peer.machine == machine}
 
     @property
     def turn(self) -> float:
-        """Return how many seconds this process has to wait until one before it on this host has spoken for all."""
-        mates = list(self.mates)
-        return mates.index(self.rank) * (PROBING + PRINTING * (len(mates) + 2) + ENDING)
+        """Return the seconds to wait before this process speaks for its host: those of lower rank come first."""
+        local_ranks = list(self.local_pids)
+        seconds_per_turn = PROBING + PRINTING * (len(local_ranks) + 2) + ENDING
+        return local_ranks.index(self.rank) * seconds_per_turn
 
-    def missing(self, peers: Iterable[Peer] | None = None) -> list[str]:
-        """Ask processes, all by default, whether they are there; describe those that are not, a line per host."""
+    def unreachable(self, peers: Iterable[Peer] | None = None) -> list[str]:
+        """Probe processes, by default all others, and describe those that do not answer, one line per host."""
         answers = probe([peer for peer in peers or self.all if peer.rank != self.rank])
         return describe({peer: answer for peer, answer in answers.items() if answer})
 
-    def broken(self, error: RuntimeError) -> list[str]:
-        """Describe the broken connection that gloo, NCCL or torch's store reports; empty where an error is a fault."""
-        others = [peer for peer in self.all if peer.rank != self.rank]
+    def broken_connection(self, error: RuntimeError) -> list[str]:
+        """Describe the broken connection that gloo, NCCL or torch's store reports; empty if the error is another."""
+        report = REPORT.search(str(error))
         if isinstance(error, DistNetworkError):
-            suspects, reason = others[:1], first_line(error)  # the store is the first one's
-        elif report := REPORT.search(str(error)):
+            suspects = self.others[:1]  # rank zero holds the store
+            reason = first_line(error)
+        elif report:
             reason = (report["gloo"] or report["nccl"]).partition(" This is typically")[0]
             addresses = set(ADDRESS.findall(reason))
-            suspects = [peer for peer in others if peer.address in addresses] or others
+            suspects = [peer for peer in self.others if peer.address in addresses] or self.others
         else:
             return []
-        gone = self.missing(suspects) or describe(dict.fromkeys(suspects, "the connection broke"))
+        gone = self.unreachable(suspects) or describe(dict.fromkeys(suspects, "the connection broke"))
         return [*gone, f"rank {self.rank} on {self.all[self.rank].host} stopped: {reason}", CONTINUES]
 
-    def end_mates(self) -> None:
-        """End the other processes on this host: they can do nothing but wait for this one."""
-        others = [pid for rank, pid in self.mates.items() if rank != self.rank]
-        for how in (END, signal.SIGKILL) if others else ():
+    def end_local(self) -> None:
+        """End the other processes on this host, which can only wait for this one: by a signal, then by force."""
+        others = [pid for rank, pid in self.local_pids.items() if rank != self.rank]
+        for number in (END, signal.SIGKILL) if others else ():
             for pid in others:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, how)
-            time.sleep(ENDING if how == END else 0)
+                    os.kill(pid, number)
+            time.sleep(ENDING if number == END else 0)
 
 
-def introduce(rank: int, address: str) -> Peer:
-    """Make this process one that the others can reach until it ends."""
+def listen(rank: int, address: str) -> Peer:
+    """Open a port at which the others can probe this process until it ends, and return this process as a peer."""
     if socket.has_dualstack_ipv6():
         listener = socket.create_server(("", 0), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
     else:
@@ -108,24 +120,29 @@ def introduce(rank: int, address: str) -> Peer:
 
 
 def describe(answers: dict[Peer, str]) -> list[str]:
-    """Put what was found out about processes into words, a line per host."""
+    """Describe the state of processes, one line per host and state."""
     hosts: dict[tuple[str, str, str], list[int]] = {}
     for peer, answer in answers.items():
         hosts.setdefault((peer.host, peer.address, answer), []).append(peer.rank)
-    lines = [f"{ranks(numbers)} on {host} ({address}): {answer}" for (host, address, answer), numbers in hosts.items()]
-    return lines[:SHOWN] + [f"and {len(lines) - SHOWN} more hosts"] * (len(lines) > SHOWN)
+    lines = [
+        f"{format_ranks(ranks)} on {host} ({address}): {answer}" for (host, address, answer), ranks in hosts.items()
+    ]
+    if len(lines) > MAX_HOSTS:
+        return [*lines[:MAX_HOSTS], f"and {len(lines) - MAX_HOSTS} more hosts"]
+    return lines
 
 
-def ranks(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"ranks {numbers[0]} to {numbers[-1]}"
-    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+def format_ranks(ranks: list[int]) -> str:
+    """Write ascending ranks as text: `rank 1`, `ranks 1 to 3`, `ranks 1, 3 and 4`."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 def probe(peers: list[Peer]) -> dict[Peer, str]:
-    """Connect to processes, all at once, and return what is wrong with each; nothing with one that is there."""
+    """Connect to processes, all at once, and return the state of each; "" for one that is there."""
     answers = dict.fromkeys(peers, f"does not answer (in {PROBING:.0f} seconds)")
     waiting: dict[int, tuple[Peer, socket.socket]] = {}
     poll = select.poll()
@@ -144,18 +161,20 @@ def probe(peers: list[Peer]) -> dict[Peer, str]:
         for number, _ in poll.poll(max(0.0, until - time.monotonic()) * 1000):
             peer, attempt = waiting.pop(number)
             poll.unregister(number)
-            answers[peer] = meaning(attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            answers[peer] = state(attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
             attempt.close()
     for _, attempt in waiting.values():
         attempt.close()
     return answers
 
 
-def meaning(result: int) -> str:
+def state(result: int) -> str:
+    """Describe a process by the error number of a connection to it, 0 for none."""
     if result == errno.ECONNREFUSED:
         return "the process has ended"
     return f"does not answer ({os.strerror(result)})" if result else ""
 
 
 def is_loopback(address: str) -> bool:
+    """Return whether an IP address leads to this host itself."""
     return ipaddress.ip_address(address).is_loopback

@@ -1,13 +1,13 @@
-"""Being stopped from outside: all ranks stop after the same step, save, and exit with REQUEUE.
+"""Stopping from outside: after a signal all ranks stop after the same step, save, and exit with code REQUEUE.
 
 Slurm, torchrun and people stop a run with a signal. It may reach one rank or all, sooner or later, at any moment. So
 signals are *held back* (blocked) from the first line on: the kernel keeps them pending, they interrupt nothing, and a
 second one changes nothing. Threads and child processes inherit that: Slurm signals all processes of a job step, and
-W&B's and compilers shall not die of it either. At every step, and at every segment of an evaluation, the ranks ask each
-other whether any has a signal pending. The answer is read at the next one, when it has long arrived, and is the same on
-all ranks.
+those of W&B and of compilers must not die either. At every step, and at every segment of an evaluation, the ranks ask
+each other whether any has a signal pending. The answer is read at the next one, when it has long arrived, and is the
+same on all ranks.
 
-This module needs no torch, so that signals are held back while that is being imported.
+This module does not need torch, so that signals are held back while torch is being imported.
 """
 
 import signal
@@ -16,20 +16,25 @@ from collections.abc import Callable
 from typing import Protocol
 
 SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-END = signal.SIGVTALRM  # by which a rank ends the others on its host: held back, too, until the watchdog looks
-REQUEUE = 75  # the exit code that says: start the same command again (EX_TEMPFAIL of sysexits.h)
+# A rank ends the others on its host with this one: held back, too, until the watchdog finds it pending.
+END = signal.SIGVTALRM
+REQUEUE = 75  # the exit code that asks for the same command to be started again (EX_TEMPFAIL of sysexits.h)
 
 
 class Preempted(Exception):
-    """All ranks have agreed to stop, and what is to be saved is saved. Says where they were."""
+    """Raised on all ranks when they have agreed to stop and have saved; says where in the run they are."""
 
 
 def hold_signals() -> None:
+    """Block the signals that stop a run; the kernel keeps them pending."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {END})
 
 
 def signal_within(seconds: float) -> bool:
-    """Wait for a signal from the launcher or from a rank of this host; one that came before asks for something else."""
+    """Wait for a new signal from the launcher or from a rank of this host; return whether one came.
+
+    Signals that are pending already do not count: they have asked for something else.
+    """
     before = signal.sigpending()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -39,33 +44,37 @@ def signal_within(seconds: float) -> bool:
     return False
 
 
-def is_to_end() -> bool:
-    """Whether another rank of this host has ended the run, and said why."""
+def is_ended() -> bool:
+    """Return whether another rank of this host has ended the run, and said why."""
     return END in signal.sigpending()
 
 
 def pending() -> list[str]:
-    """The names of the signals that this process has got."""
-    return sorted(each.name for each in SIGNALS & signal.sigpending())
+    """Return the names of the stopping signals that this process has received."""
+    return sorted(number.name for number in SIGNALS & signal.sigpending())
 
 
 class Ranks(Protocol):
-    def any(self, mine: bool) -> Callable[[], bool]: ...
+    """The part of a ProcessGroup that a Preemption needs."""
+
+    def any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask whether the flag is set on any rank; the function returned waits for the answer."""
 
 
 class Preemption:
-    """The ranks' agreement to stop. Every rank must make each call.
+    """The agreement of all ranks to stop. Every rank must make each call.
 
     Attributes:
-        agreed: whether they have.
+        agreed: whether they have agreed to stop.
     """
 
     def __init__(self, group: Ranks):
-        self.group, self.agreed = group, False
+        self.group = group
+        self.agreed = False
         self._answer = group.any(bool(pending()))
 
     def poll(self) -> bool:
-        """Whether any rank had a signal pending at the last poll; costs next to nothing."""
+        """Return whether any rank had a signal pending at the last poll; takes hardly any time."""
         if not self.agreed:
             self.agreed = self._answer()
             if not self.agreed:
@@ -73,12 +82,16 @@ class Preemption:
         return self.agreed
 
     def ask(self, where: str) -> None:
-        """Raise Preempted if any rank has a signal pending now; waits for all of them."""
+        """Raise Preempted if any rank has a signal pending now; waits for all ranks.
+
+        Args:
+            where: in the run the ranks are, for the message.
+        """
         self.poll()
         if self.poll():
             raise Preempted(where)
 
     def finish(self) -> None:
-        """Read the answer that is still on its way: no rank may end before the others have it."""
+        """Wait for the answer that is still on its way: no rank may end before the others have it."""
         if not self.agreed:
             self._answer()

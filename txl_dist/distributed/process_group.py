@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, on which device, and what do we all agree on."""
+"""The process group: which rank this process is, on which device, and how all ranks agree."""
 
 import atexit
 import contextlib
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from typing import NoReturn, TypeVar
 from uuid import uuid4
 
@@ -20,12 +21,13 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from txl_dist.distributed.launcher import RankInfo, launcher_env, patience
-from txl_dist.distributed.peers import Peer, Peers, introduce, is_loopback, ranks
+from txl_dist.distributed.logs import log_exit
+from txl_dist.distributed.peers import Peer, Peers, format_ranks, is_loopback, listen
 from txl_dist.errors import RunError, UserError, first_line, format_error
 
 Value = TypeVar("Value")
 
-GRACE = 5  # seconds beyond its patience after which a process that still meets the others is ended
+GRACE = 5  # seconds beyond its patience after which a process that still waits for the others is ended
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,29 @@ class ProcessGroup:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the rank that speaks and writes for all."""
+        """Return whether this is the rank that speaks and writes for all."""
         return self.rank == 0
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
-        """The sums of numbers over all ranks, in float64; every rank must call it."""
+        """Add up each number over all ranks, in float64. Every rank must call it."""
         total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, problems: list[str]) -> list[str]:
-        """The different problems that any rank has found, the same list on each; every rank must call it."""
+        """Return the different problems of all ranks, the same list on each. Every rank must call it."""
         gathered: list[list[str]] = [[] for _ in range(self.size)]
         dist.all_gather_object(gathered, problems)
-        return list(dict.fromkeys(problem for each in gathered for problem in each))
+        return list(dict.fromkeys(chain.from_iterable(gathered)))
 
     def broadcast(self, value: Value) -> Value:
-        """The first rank's value, on every rank; every rank must call it."""
-        format_error = [value]
-        dist.broadcast_object_list(format_error, src=0)
-        return format_error[0]
+        """Return rank zero's value on every rank. Every rank must call it."""
+        buffer = [value]
+        dist.broadcast_object_list(buffer, src=0)
+        return buffer[0]
 
     def raise_if_any_failed(self, problems: list[str]) -> None:
-        """Go on only where no rank has problems; every rank must call it.
+        """Return only if no rank has problems. Every rank must call it.
 
         Raises:
             RunError: on every rank, with the problems of all.
@@ -69,102 +71,117 @@ class ProcessGroup:
         if any(self.sum(len(problems))):
             raise RunError(self.gather(problems))
 
-    def any(self, mine: bool) -> Callable[[], bool]:
-        """Begin to ask whether this holds on any rank; the function returned waits for the answer.
+    def any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask whether the flag is set on any rank; the function returned waits for the answer.
 
-        Every rank must call both. It is asked on the CPU and waits for nothing that a GPU has still to do.
+        Every rank must call both. The question is asked on the CPU and does not wait for the GPU.
         """
-        flag = torch.tensor(int(mine))
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        buffer = torch.tensor(int(flag))
+        work = dist.all_reduce(buffer, dist.ReduceOp.MAX, async_op=True)
 
         def answer() -> bool:
             work.wait()
-            return bool(flag)
+            return bool(buffer)
 
         return answer
 
 
-joined: list[ProcessGroup] = []  # the one process group of this process, once it is formed
+formed: list[ProcessGroup] = []  # the one process group of this process, once it is formed
 
 
-def process_group(patience: float | None = None) -> ProcessGroup:
-    """Join the other processes that a launcher has started, or form a group of one; once in the life of a process.
+def process_group(timeout: float | None = None) -> ProcessGroup:
+    """Form the process group with the other processes of the launcher, or a group of one; return the same one later.
 
     Args:
-        patience: seconds for which a rank waits for others once they have met, at the least; None: as torch does, 10
-            minutes with NCCL.
+        timeout: seconds after which a collective fails; None: torch's default, 10 minutes with NCCL.
 
     Raises:
-        UserError: where the launcher's variables are wrong, or the others do not come.
+        UserError: if the launcher's variables are wrong, or the others do not come.
     """
-    if not joined:
-        here = launcher_env()
-        device = device_of(here) if torch.cuda.is_available() else torch.device("cpu")
+    if not formed:
+        info = launcher_env()
+        device = device_for(info) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if patience is not None:  # of the groups that DeepSpeed will make, too
+        if timeout is not None:  # for the groups that DeepSpeed will make, too
             for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-                setattr(distributed_c10d, name, timedelta(seconds=patience))
-        peers = meet(here, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+                setattr(distributed_c10d, name, timedelta(seconds=timeout))
+        peers = init_process_group(info, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-        joined.append(ProcessGroup(here.rank, here.size, device, peers))
-    return joined[0]
+        formed.append(ProcessGroup(info.rank, info.size, device, peers))
+    return formed[0]
 
 
-def device_of(here: RankInfo) -> torch.device:
-    """Each process of a machine has a GPU of its own."""
-    number, gpus = here.local_rank, torch.cuda.device_count()
-    if here.by_srun and gpus == 1:
-        return torch.device("cuda", 0)  # srun --gpus-per-task shows each task its own GPU only, under the number 0
-    if number >= gpus:
+def device_for(info: RankInfo) -> torch.device:
+    """Return the GPU of a process: each process of a machine has its own.
+
+    Raises:
+        UserError: if the machine has fewer GPUs than processes.
+    """
+    gpus = torch.cuda.device_count()
+    if info.by_srun and gpus == 1:
+        return torch.device("cuda", 0)  # srun --gpus-per-task shows each task its own GPU only, as number 0
+    if info.local_rank >= gpus:
         raise UserError(
-            f"{'SLURM_LOCALID' if here.by_srun else 'LOCAL_RANK'}={number}: this machine shows {gpus} GPUs, and every "
-            "process needs one of its own; start as many processes as there are GPUs, or hide all GPUs with "
+            f"{'SLURM_LOCALID' if info.by_srun else 'LOCAL_RANK'}={info.local_rank}: this machine shows {gpus} GPUs, "
+            "and every process needs one of its own; start as many processes as there are GPUs, or hide all GPUs with "
             "CUDA_VISIBLE_DEVICES= to train on CPUs"
         )
-    return torch.device("cuda", number)
+    return torch.device("cuda", info.local_rank)
 
 
-def meet(here: RankInfo, backend: str) -> Peers:
-    """Form the process group, and learn who the others are."""
+def init_process_group(info: RankInfo, backend: str) -> Peers:
+    """Find the other processes and initialize torch's process group with them; return all processes.
+
+    Raises:
+        UserError: if they do not all come in time.
+    """
     seconds = patience()
-    until = time.monotonic() + seconds
-    where = {"MASTER_ADDR": here.address, "MASTER_PORT": here.port or free_port()}
-    who = {"RANK": here.rank, "WORLD_SIZE": here.size, "LOCAL_RANK": here.local_rank}
-    os.environ.update({name: str(value) for name, value in (where | who).items()})  # DeepSpeed reads them, too
-    peers = Peers(here.rank, [])
-
-    def apart(why: str) -> UserError:
-        return UserError(
-            f"RANK={here.rank}: the WORLD_SIZE={here.size} processes did not all come to MASTER_ADDR={here.address}, "
-            f"MASTER_PORT={here.port} within {seconds:.0f} seconds (TXL_DIST_PATIENCE): {why}\n"
-            "See whether all of them were started and reach that machine, and whether its port is free"
-        )
+    deadline = time.monotonic() + seconds
+    # DeepSpeed reads these variables, too.
+    os.environ["MASTER_ADDR"] = info.address
+    os.environ["MASTER_PORT"] = str(info.port or free_port())
+    os.environ["RANK"] = str(info.rank)
+    os.environ["WORLD_SIZE"] = str(info.size)
+    os.environ["LOCAL_RANK"] = str(info.local_rank)
+    peers = Peers(info.rank, [])
 
     def give_up() -> None:
-        """End a process that waits for an answer which will not come: torch's store waits for ever."""
-        gone = peers.missing() or ["the first one does not answer" if here.rank else "the others do not answer"]
-        print(format_error(apart("; ".join(gone))), file=sys.stderr, flush=True)
+        """End a process that waits for an answer which will not come, because torch's store waits for ever."""
+        silent = "rank zero does not answer" if info.rank else "the others do not answer"
+        reasons = peers.unreachable() or [silent]
+        message = format_error(not_all_came(info, seconds, reasons))
+        print(message, file=sys.stderr, flush=True)
+        log_exit(message)
         exit_process(2)
 
     try:
         with time_limit(seconds + GRACE, give_up):
-            mine, first = find_first(here, until)
-            store = open_store(here, seconds)
-            me = introduce(here.rank, mine)
-            start, everyone = greet(store, me, first, here.size, until)
+            own_address, rank_zero_address = wait_for_rank_zero(info, deadline)
+            store = open_store(info, seconds)
+            this = listen(info.rank, own_address)
+            start, everyone = exchange_peers(store, this, rank_zero_address, info.size, deadline)
             peers.all.extend(everyone)
-            choose_interface(peers.all[here.rank].address)
+            set_gloo_interface(peers.all[info.rank].address)
             store = dist.PrefixStore(start, store)
-            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size)
+            dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.size)
     except (OSError, RuntimeError) as error:
-        raise apart("; ".join([*peers.missing(), first_line(error)])) from error
+        raise not_all_came(info, seconds, [*peers.unreachable(), first_line(error)]) from error
     return peers
+
+
+def not_all_came(info: RankInfo, seconds: float, reasons: list[str]) -> UserError:
+    """Make the error of processes that do not find each other."""
+    return UserError(
+        f"RANK={info.rank}: the WORLD_SIZE={info.size} processes did not all come to MASTER_ADDR={info.address}, "
+        f"MASTER_PORT={info.port} within {seconds:.0f} seconds (TXL_DIST_PATIENCE): {'; '.join(reasons)}\n"
+        "Check that all of them were started and reach that machine, and that its port is free"
+    )
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """Act, in a thread, if what is done in this context takes longer."""
+    """Call `act` in a thread if this context takes longer than so many seconds."""
     timer = threading.Timer(seconds, act)
     timer.daemon = True
     timer.start()
@@ -175,116 +192,150 @@ def time_limit(seconds: float, act: Callable[[], None]) -> Iterator[None]:
 
 
 def exit_process(code: int = 0) -> NoReturn:
-    """End a process that has done, written and said everything, without Python's own shutdown.
+    """End this process at once, without Python's shutdown: everything must have been done, written and said.
 
     DeepSpeed keeps gloo's threads alive. Once in some fifty runs a finished rank was aborted while Python shut down,
-    probably by one of them, and torchrun called the run failed.
+    probably by one of them, and torchrun reported the run as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def find_first(here: RankInfo, until: float) -> tuple[str, str]:
-    """Wait until the first process is there. torch would wait as well, and print a C++ trace at each try.
+def wait_for_rank_zero(info: RankInfo, deadline: float) -> tuple[str, str]:
+    """Wait until rank zero can be reached. torch would wait as well, but print a C++ trace at each attempt.
 
     Returns:
-        The addresses of this process and of the first, as they see each other.
+        The addresses of this process and of rank zero, as they see each other.
+
+    Raises:
+        OSError: if it cannot be reached before the deadline.
     """
     while True:
         try:
-            if here.rank == 0:
-                address = str(socket.getaddrinfo(here.address, None)[0][4][0])
+            if info.rank == 0:
+                address = str(socket.getaddrinfo(info.address, None)[0][4][0])
                 return address, address
-            with socket.create_connection((here.address, here.port), timeout=10) as connection:
+            with socket.create_connection((info.address, info.port), timeout=10) as connection:
                 return connection.getsockname()[0], connection.getpeername()[0]
         except OSError as error:
-            wait(until, first_line(error))
+            pause(deadline, first_line(error))
 
 
-def open_store(here: RankInfo, patience: float) -> dist.Store:
-    """Open the store in which the processes meet: the first one's or, under torchrun, its own."""
-    theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def open_store(info: RankInfo, timeout: float) -> dist.Store:
+    """Open the store through which the processes find each other: rank zero's or, under torchrun, its agent's."""
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
-        here.address,
+        info.address,
         int(os.environ["MASTER_PORT"]),
-        here.size,
-        is_master=here.rank == 0 and not theirs,
-        timeout=timedelta(seconds=patience),
-        wait_for_workers=False,  # they greet each other, and know then who is missing
+        info.size,
+        is_master=info.rank == 0 and not by_torchrun,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,  # `exchange_peers` waits for them, and knows then who is missing
         multi_tenant=True,
     )
 
 
-def greet(store: dist.Store, me: Peer, first: str, size: int, until: float) -> tuple[str, list[Peer]]:
-    """Agree on a name for this start of all processes, which none before has had, and learn who they are.
+def exchange_peers(
+    store: dist.Store, this: Peer, rank_zero_address: str, size: int, deadline: float
+) -> tuple[str, list[Peer]]:
+    """Agree on a name for this start of all processes, which no earlier start has had, and learn who they are.
 
-    torchrun's store outlives a restart, with the addresses of processes that have died, and on several machines it does
-    not tell all the same number of restarts. So each process says hello under a name of its own, and the first one
-    answers every hello that it finds until all have come; it may answer the dead, too, of whom nobody reads it.
+    torchrun's store outlives a restart, with the addresses of processes that have died, and its agents on several
+    machines may count restarts differently. So each process says hello under a name of its own, and rank zero answers
+    every hello that it finds until all have come. It may answer dead processes, too: they do not read it.
 
     Args:
-        first: the first one's address as this process sees it.
+        rank_zero_address: as this process sees it.
+
+    Returns:
+        The name of this start, and all processes in the order of their ranks.
+
+    Raises:
+        OSError: if not all have come before the deadline.
     """
-    if me.rank:
-        mine = uuid4().hex
-        store.set(f"hello {me.rank}", json.dumps([mine, first, asdict(me)]))
-        wait_for(store, f"answer {mine}", until)
-        start = store.get(f"answer {mine}").decode()
-        store.add(f"came {start}", 1)
-        wait_for(store, f"all {start}", until)
-        return start, [Peer(**each) for each in json.loads(store.get(f"all {start}"))]
+    if this.rank == 0:
+        return welcome_all(store, this, size, deadline)
+    name = uuid4().hex
+    store.set(f"hello {this.rank}", json.dumps([name, rank_zero_address, asdict(this)]))
+    wait_for_key(store, f"answer {name}", deadline)
+    start = store.get(f"answer {name}").decode()
+    store.add(f"came {start}", 1)
+    wait_for_key(store, f"all {start}", deadline)
+    return start, [Peer(**fields) for fields in json.loads(store.get(f"all {start}"))]
+
+
+def welcome_all(store: dist.Store, this: Peer, size: int, deadline: float) -> tuple[str, list[Peer]]:
+    """Do rank zero's part of `exchange_peers`: answer each hello until all have come, and publish who they are."""
     start = uuid4().hex
-    while (came := store.add(f"came {start}", 0)) < size - 1:
+    while True:
+        came = store.add(f"came {start}", 0)
+        if came >= size - 1:
+            break
         silent = []
         for rank in range(1, size):
             if store.check([f"hello {rank}"]):
-                store.set(f"answer {json.loads(store.get(f'hello {rank}'))[0]}", start)
+                name = json.loads(store.get(f"hello {rank}"))[0]
+                store.set(f"answer {name}", start)
             else:
                 silent.append(rank)
-        wait(until, f"{ranks(silent)} did not come" if silent else f"{came + 1} came")
-    hellos = [json.loads(store.get(f"hello {rank}")) for rank in range(1, size)]
-    everyone = addressed([me, *(Peer(**hello[2]) for hello in hellos)], [hello[1] for hello in hellos])
+        pause(deadline, f"{format_ranks(silent)} did not come" if silent else f"{came + 1} came")
+    everyone = [this]
+    rank_zero_addresses = []
+    for rank in range(1, size):
+        _, address, fields = json.loads(store.get(f"hello {rank}"))
+        everyone.append(Peer(**fields))
+        rank_zero_addresses.append(address)
+    everyone = with_public_addresses(everyone, rank_zero_addresses)
     store.set(f"all {start}", json.dumps([asdict(peer) for peer in everyone]))
     return start, everyone
 
 
-def addressed(peers: list[Peer], first: list[str]) -> list[Peer]:
-    """Give each process an address that all can reach.
+def with_public_addresses(peers: list[Peer], rank_zero_addresses: list[str]) -> list[Peer]:
+    """Replace loopback addresses, so that every process has an address that all can reach.
 
-    On its own host the first one may be known by a loopback address only, as 127.0.1.1 on Debian, to itself and its
-    neighbours; the other hosts have reached it by another.
+    On its own host rank zero may be known by a loopback address only, such as 127.0.1.1 on Debian, to itself and its
+    neighbours; the other hosts have reached it by another address.
 
     Args:
-        first: its addresses as the others see it.
+        rank_zero_addresses: as the other processes see it.
     """
-    outer = [address for address in [peers[0].address, *first] if not is_loopback(address)]
-    return [replace(peer, address=outer[0]) if outer and is_loopback(peer.address) else peer for peer in peers]
+    public = [address for address in [peers[0].address, *rank_zero_addresses] if not is_loopback(address)]
+    return [replace(peer, address=public[0]) if public and is_loopback(peer.address) else peer for peer in peers]
 
 
-def choose_interface(address: str) -> None:
-    """Have gloo use the network on which the processes have met, unless the user has chosen one.
+def set_gloo_interface(address: str) -> None:
+    """Have gloo use the network of this process's own address, unless the user has chosen one.
 
-    By itself it takes the one that the host's name stands for: on many hosts the loopback, where no other host comes.
+    By default gloo takes the one that the host's name resolves to: on many hosts the loopback, which no other host can
+    reach.
     """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == address for each in addresses) and not os.environ.get("GLOO_SOCKET_IFNAME"):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            return
 
 
-def wait_for(store: dist.Store, key: str, until: float) -> None:
+def wait_for_key(store: dist.Store, key: str, deadline: float) -> None:
+    """Wait until a key is in the store; raise OSError at the deadline."""
     while not store.check([key]):
-        wait(until, "the first one does not answer")
+        pause(deadline, "rank zero does not answer")
 
 
-def wait(until: float, why: str) -> None:
-    """Wait a little for the others, whatever signals come: they would wait in vain for a rank that has left."""
-    if time.monotonic() > until:
-        raise OSError(why)
+def pause(deadline: float, reason: str) -> None:
+    """Sleep briefly between attempts; raise OSError with the reason for waiting at the deadline.
+
+    Signals do not end the wait: the others would wait in vain for a rank that has left.
+    """
+    if time.monotonic() > deadline:
+        raise OSError(reason)
     time.sleep(0.05)
 
 
 def free_port() -> int:
+    """Return a port of this host that nothing listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

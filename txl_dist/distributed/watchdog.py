@@ -1,9 +1,9 @@
-"""A run that stands still: what keeps it from going on is described, and the run ends.
+"""The watchdog ends a run that makes no progress, and describes what holds it up.
 
-A host or the network is gone: those that do not answer are named. Or a process hangs, or is stopped, and all others
-wait for it without a word. On each host one process that is still awake
-speaks for all: it has each of them print the stacks of its threads, one after the other, and then ends them. A process
-does so by faulthandler, at SIGQUIT, even while something in C holds Python's lock; one that is stopped is woken before.
+If a host or the network is gone, the hosts that do not answer are named. Otherwise a process hangs, or is stopped, and
+all others wait for it silently. On each host one process that still runs speaks for all: it has each of them print the
+stacks of its threads, one after the other, and then ends them. A process prints them by faulthandler, at SIGQUIT, even
+while C code holds Python's lock; one that is stopped is woken up first.
 """
 
 import contextlib
@@ -15,39 +15,43 @@ import threading
 import time
 from types import TracebackType
 
+from txl_dist.distributed.logs import log_exit
 from txl_dist.distributed.peers import CONTINUES, PRINTING
-from txl_dist.distributed.preemption import is_to_end, pending
+from txl_dist.distributed.preemption import is_ended, pending
 from txl_dist.distributed.process_group import ProcessGroup
 
-STDERR = 2  # the file itself, whatever sys.stderr has become
+STDERR = 2  # the file descriptor, whatever sys.stderr has become
 
 
 class Watchdog:
-    """Watches over one start of a run, from `meet` to the end of its context.
+    """Watches over one start of a run, from `start` to the end of its context.
 
     Args:
         timeout: seconds without a `beat` after which the run ends; None: never. Seconds in which the process itself is
-            stopped do not count: a job may be suspended as a whole, and goes on.
+            stopped do not count: a job may be suspended as a whole and continued later.
     """
 
     def __init__(self, timeout: float | None):
-        self.timeout, self.idle, self.last = timeout, 0.0, "the start"
+        self.timeout = timeout
+        self.idle = 0.0  # seconds since the last beat
+        self.last = "the start"  # what was done then
         self.ended = threading.Event()
 
     @property
     def patience(self) -> float | None:
-        """Seconds for which process groups are to wait: longer, for the watchdog has more to say."""
+        """Return the seconds for which process groups wait: longer, because the watchdog says more about the cause."""
         return None if self.timeout is None else 2 * self.timeout + 60
 
-    def meet(self, group: ProcessGroup) -> None:
-        """Begin to watch, now that this process has met the others: that has a time limit of its own."""
+    def start(self, group: ProcessGroup) -> None:
+        """Begin to watch, once the process group is formed: forming it has a time limit of its own."""
         self.peers = group.peers
         if self.timeout is not None:
             threading.Thread(target=self._watch, args=(self.timeout,), name="watchdog", daemon=True).start()
 
     def beat(self, done: str) -> None:
-        """Something is done."""
-        self.idle, self.last = 0.0, done
+        """Restart the timeout, because something was done: `done` says what, for the message."""
+        self.idle = 0.0
+        self.last = done
 
     def __enter__(self) -> "Watchdog":
         faulthandler.register(signal.SIGQUIT, STDERR, all_threads=True)
@@ -60,36 +64,48 @@ class Watchdog:
     def _watch(self, timeout: float) -> None:
         tick = min(1.0, timeout / 10)
         while not self.ended.wait(tick):
-            if is_to_end():
+            if is_ended():
                 os._exit(1)
             self.idle += tick
-            # For the case that something in C holds Python's lock in all processes, and this thread stands still too.
+            # In case C code holds Python's lock in all processes, and this thread cannot run either.
             faulthandler.dump_traceback_later(2 * timeout + 30, file=STDERR, exit=True)
-            # One speaks; the next one does if that has not ended all others in its time.
+            # The first one speaks; the next one does if that has not ended all others in its time.
             if self.idle >= timeout + self.peers.turn:
                 self._end()
 
     def _end(self) -> None:
+        lines: list[str] = []
         try:
-            self._describe()
+            unreachable = self.peers.unreachable()
+            lines += self._describe(unreachable)
+            say("\n" + "\n".join(lines))
+            if not unreachable:
+                self._print_stacks()
         finally:
-            self.peers.end_mates()
+            self.peers.end_local()
+            log_exit("\n".join(lines))  # last, because writing to a disk that does not answer never returns
             os._exit(1)
 
-    def _describe(self) -> None:
-        missing = self.peers.missing()
-        say(f"\nNothing was done for {self.idle:.0f} seconds after {self.last} (guard.stall_timeout): the run ends.")
-        if signals := pending():
-            say(f"  {' and '.join(signals)} came, but the ranks could not agree to stop: nothing was saved.")
-        for line in [*missing, CONTINUES] if missing else ():
-            say(f"  {line}")
-        for rank, pid in self.peers.mates.items() if not missing else ():
+    def _describe(self, unreachable: list[str]) -> list[str]:
+        """Describe, in lines, why the run ends."""
+        lines = [f"Nothing was done for {self.idle:.0f} seconds after {self.last} (guard.stall_timeout): the run ends."]
+        signals = pending()
+        if signals:
+            lines.append(f"  {' and '.join(signals)} came, but the ranks could not agree to stop: nothing was saved.")
+        if unreachable:
+            lines += [f"  {line}" for line in [*unreachable, CONTINUES]]
+        return lines
+
+    def _print_stacks(self) -> None:
+        """Have each process of this host print the stacks of its threads."""
+        for rank, pid in self.peers.local_pids.items():
             say(f"--- rank {rank} (process {pid} on {socket.gethostname()}) stands here:")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGQUIT)  # first: one that is stopped shall not move on before it prints
+                os.kill(pid, signal.SIGQUIT)  # first: one that is stopped must not continue before it prints
                 os.kill(pid, signal.SIGCONT)
             time.sleep(PRINTING)
 
 
-def say(words: str) -> None:
-    os.write(STDERR, f"{words}\n".encode())
+def say(text: str) -> None:
+    """Write a line or several to standard error without Python's buffers and locks."""
+    os.write(STDERR, f"{text}\n".encode())

@@ -1,1 +1,1 @@
-"""Run directories: where a run resumes, and how a trained model is loaded."""
+"""Run directories: where a run resumes, whether it is finished, and how a trained model is loaded."""

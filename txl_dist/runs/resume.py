@@ -1,5 +1,6 @@
-"""Where a run stands when it is started: at its newest whole checkpoint, if any; and what else its directory holds."""
+"""Where a run resumes: its lock, its latest valid checkpoint, and what else its directory holds."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,43 +17,43 @@ from txl_dist.data.index import Index
 from txl_dist.distributed.launcher import patience
 from txl_dist.distributed.preemption import Preemption, pending
 from txl_dist.distributed.process_group import ProcessGroup
-from txl_dist.errors import ConfigError, UserError, describe_os_error
+from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import atomic_file, make_folder
 from txl_dist.files.lock import InUse, Lock, acquire
 from txl_dist.files.owner import Owner
-from txl_dist.tracking.result import is_tested
+from txl_dist.runs.finished import finished_step, unmark_finished, writing_to
+
+log = logging.getLogger(__name__)
 
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")  # above 0: another process may have run this before
 
 
 @contextmanager
 def run_locked(job: TrainJob, group: ProcessGroup, preemption: Preemption) -> Iterator[Lock | None]:
-    """Hold the lock of the run directory, on the first rank; every rank must enter.
+    """Hold the lock of the run directory, on rank zero. Every rank must enter.
 
-    A start that was requeued, or that a launcher has made anew, waits for the one before it, which may still be saving;
-    so does any start where that one has got a signal to stop.
+    A start that was requeued, or restarted by its launcher, waits for the one before it, which may still be saving. So
+    does any start if that one has received a signal to stop.
 
     Raises:
-        ConfigError: on every rank, where another start is training the run.
-        RunError: on every rank, where the run directory cannot be written.
-        Preempted: on every rank, where a signal came in the meantime.
+        ConfigError: on every rank, if another start is training the run.
+        RunError: on every rank, if the run directory cannot be written.
+        Preempted: on every rank, if a signal came in the meantime.
     """
     preemption.ask("before the model was built")
     lock: Lock | None = None
-    problems: list[str] = []
     rival = ""
-    if group.is_rank_zero:
-        try:
-            make_folder(Path(job.run.dir))
-            lock = acquire(Path(job.run.dir) / ".lock", "training", patiently(job))
-        except InUse as error:
-            rival = f"run.dir={job.run.dir}: {error}; wait until it has ended, or give another run.dir"
-        except OSError as error:
-            problems.append(f"run.dir={job.run.dir}: cannot be written: {describe_os_error(error, job.run.dir)}")
     try:
-        group.raise_if_any_failed(problems)
+        with writing_to(job.run.dir, group):
+            if group.is_rank_zero:
+                try:
+                    make_folder(Path(job.run.dir))
+                    lock = acquire(Path(job.run.dir) / ".lock", "training", patiently(job))
+                except InUse as error:
+                    rival = f"run.dir={job.run.dir}: {error}; wait until it has ended, or give another run.dir"
         preemption.ask("before the model was built")
-        if rival := group.broadcast(rival):
+        rival = group.broadcast(rival)
+        if rival:
             raise ConfigError([rival])
         yield lock
     finally:
@@ -61,61 +62,73 @@ def run_locked(job: TrainJob, group: ProcessGroup, preemption: Preemption) -> It
 
 
 def patiently(job: TrainJob) -> Callable[[Owner | None], bool]:
-    """Return whether to wait for the owner of a run's lock, as `acquire` asks again and again."""
+    """Return the function that `acquire` asks, again and again, whether to wait for the owner of the run's lock."""
     restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
     stall = job.guard.stall_timeout
-    until = time.monotonic() + (patience() if stall is None else min(patience(), stall / 2))
+    deadline = time.monotonic() + (patience() if stall is None else min(patience(), stall / 2))
 
     def wait(owner: Owner | None) -> bool:
-        ending = restarted or (owner is not None and owner.is_stopping())
-        return ending and time.monotonic() < until and not pending()
+        is_ending = restarted or (owner is not None and owner.is_stopping())
+        return is_ending and time.monotonic() < deadline and not pending()
 
     return wait
 
 
 def find_resume_point(job: TrainJob, index: Index, group: ProcessGroup) -> tuple[Checkpoint | None, bool]:
-    """The run's newest whole checkpoint, and whether the run is over. The first rank reads all of its files, tells
-    which newer checkpoints are damaged, and decides for all ranks.
+    """Return the run's latest valid checkpoint, None at the beginning, and whether the run is finished.
+
+    Rank zero reads all files of the checkpoint, logs which later ones are damaged, and decides for all ranks.
 
     Raises:
-        ConfigError: on every rank, where none of its checkpoints is whole, or it is of other data or another run.
+        ConfigError: on every rank, if the run has checkpoints but none is valid, or the checkpoint belongs to other
+            data or to a run with another config.
     """
-    checkpoint, over, problems = None, False, []
+    checkpoint = None
+    last_step = None
+    is_finished = False
+    problems: list[str] = []
     if group.is_rank_zero:
         try:
-            over = is_tested(job)
-            checkpoint = latest(job.run.dir, contents=True, tell=lambda damage: print(damage, flush=True))
+            last_step = finished_step(job.run.dir)
+            checkpoint = latest(job.run.dir, contents=True, report=log.warning)
         except UserError as error:
             problems = str(error).splitlines()
         if checkpoint:
-            over = over and checkpoint.step >= job.train.max_steps  # else its last one is lost
-            if checkpoint.data["fingerprint"] != index.fingerprint:
-                problems.append(
-                    f"data.dir={job.data.dir}: is not what the run in {job.run.dir} was started with "
-                    f"(fingerprint {index.fingerprint[:12]}, not {checkpoint.data['fingerprint'][:12]}); "
-                    "give that data, or another run.dir for another run"
-                )
-            # Checked before, but of what sizes alone took for whole.
-            problems += continues(checkpoint.config, job.run, job.data, job.model, job.optimizer)
-    checkpoint, over, problems = group.broadcast((checkpoint, over, problems))
+            is_finished = checkpoint.step == job.train.max_steps == last_step
+            problems = resume_problems(job, index, checkpoint)
+    checkpoint, is_finished, problems = group.broadcast((checkpoint, is_finished, problems))
     if problems:
         raise ConfigError(problems)
-    return checkpoint, over
+    return checkpoint, is_finished
+
+
+def resume_problems(job: TrainJob, index: Index, checkpoint: Checkpoint) -> list[str]:
+    """Say why a run cannot resume from a checkpoint; empty if it can.
+
+    The config was compared with a checkpoint before, but with one that was valid as far as sizes show.
+    """
+    problems: list[str] = []
+    if checkpoint.data["fingerprint"] != index.fingerprint:
+        problems.append(
+            f"data.dir={job.data.dir}: is not what the run in {job.run.dir} was started with "
+            f"(fingerprint {index.fingerprint[:12]}, not {checkpoint.data['fingerprint'][:12]}); "
+            "give that data, or another run.dir for another run"
+        )
+    problems += continues(checkpoint.config, job.run, job.data, job.model, job.optimizer)
+    return problems
 
 
 def write_run(job: TrainJob, index: Index, group: ProcessGroup) -> None:
-    """Put beside the checkpoints what a run directory needs to stand alone: its config and its tokenizer.
+    """Write the run's config and tokenizer to its directory, so that it stands alone; it is no longer finished.
 
     Raises:
-        RunError: on every rank, where the first one, which writes, cannot.
+        RunError: on every rank, if rank zero cannot write them.
     """
-    run_dir, problems = Path(job.run.dir), []
-    if group.is_rank_zero:
-        try:
+    run_dir = Path(job.run.dir)
+    with writing_to(job.run.dir, group):
+        if group.is_rank_zero:
             run_dir.mkdir(parents=True, exist_ok=True)
+            unmark_finished(job.run.dir)
             with atomic_file(run_dir / "config.yaml") as temporary:
                 OmegaConf.save(OmegaConf.create(asdict(job)), temporary)
             index.tokenizer().save(run_dir / "tokenizer")
-        except OSError as error:
-            problems.append(f"run.dir={job.run.dir}: cannot be written: {describe_os_error(error, run_dir)}")
-    group.raise_if_any_failed(problems)

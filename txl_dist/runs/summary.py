@@ -15,7 +15,7 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     data = {"dir": config["data"]["dir"]} | checkpoint.data
     kinds = ["weights"] if "imported" in state else ["weights", "optimizer", "memory"]
-    holds = {kind: checkpoint.contents(kind)._asdict() for kind in kinds}
+    holds = {kind: checkpoint.inventory(kind)._asdict() for kind in kinds}
     if "imported" in state:
         return {
             "path": str(checkpoint.path),

@@ -1,1 +1,1 @@
-"""What a run tells of itself: metrics.jsonl is the truth; the console, the curve and W&B show it."""
+"""The records of a run: metrics.jsonl is the truth; the console, the curve and W&B show it."""

@@ -7,10 +7,12 @@ from txl_dist.files.atomic import atomic_file
 
 
 def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
-    """Draw training and validation loss of a run's metrics over tokens into RUN_DIR/curve.png and return its path.
+    """Draw the training and validation loss of a run over its tokens into RUN_DIR/curve.png, and return its path.
 
-    A loss that is not finite leaves a gap. matplotlib has files and settings of its own, and may raise any
-    exception.
+    A loss that is not finite leaves a gap.
+
+    Raises:
+        Exception: whatever matplotlib raises, which has files and settings of its own.
     """
     import matplotlib
 
@@ -26,9 +28,9 @@ def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:
         points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats a token)")
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
     name = Path(run_dir).name.encode(errors="backslashreplace").decode()  # a font has no lone surrogates
-    axes.set_title(name, parse_math=False)  # nor is a dollar sign TeX
+    axes.set_title(name, parse_math=False)  # a dollar sign is not TeX
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:

@@ -84,7 +84,7 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
         if self.group.is_rank_zero:
             self.reporter.say(f"{steps}: {files}; the costliest operators are")
-            self.reporter.say(costliest_operators(self.profiler, self.gpu))
+            self.reporter.show(costliest_operators(self.profiler, self.gpu))
 
     def _write_files(self, profiler: torch.profiler.profile, name: str) -> None:
         self.folder.mkdir(exist_ok=True)

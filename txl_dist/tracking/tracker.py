@@ -1,4 +1,4 @@
-"""The tracker: what is logged goes to metrics.jsonl, the console and W&B."""
+"""The tracker sends the metrics of a run to metrics.jsonl, the console and W&B."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,37 +14,41 @@ from txl_dist.tracking.weights_and_biases import WandbRun
 
 
 class Tracker:
-    """Tells one start of a run, from step `start` to `stop`. Only the first rank's tracker tells anything.
+    """Records the metrics of one start of a run, from step `start` to `stop`.
+
+    Args:
+        records: whether this is the rank that records, rank zero; the tracker of any other rank does nothing.
 
     Attributes:
-        problems: why metrics could not be kept; the run is to end where there are some.
+        problems: why metrics could not be written; the run must end if there are any.
     """
 
-    def __init__(self, job: TrainJob, start: int, stop: int, speaks: bool):
+    def __init__(self, job: TrainJob, start: int, stop: int, records: bool):
         self.problems: list[str] = []
         self.path = f"{job.run.dir}/metrics.jsonl"
-        self.reporter = ConsoleReporter(start, stop, speaks)
+        self.reporter = ConsoleReporter(start, stop, records)
         self.file: MetricsFile | None = None
-        if speaks:
-            with self.noted():
+        if records:
+            with self.failure_noted():
                 self.file = MetricsFile(job.run.dir, start)
         self.wandb: WandbRun | None = None
-        if speaks and job.tracking.mode != "disabled":
-            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking, self.reporter.say)
+        if records and job.tracking.mode != "disabled":
+            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking)
         self.last: dict[str, Any] = {}
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Tell the metrics of a step: `step`, `tokens`, and any of train/*, valid/*, test/*."""
+        """Record the metrics of a step: `step`, `tokens`, and any of train/*, valid/*, test/*."""
         self.last |= metrics
         if self.file:
-            with self.noted():
+            with self.failure_noted():
                 self.file.append(metrics)
         if self.wandb:
             self.wandb.log(metrics)
         self.reporter.log(metrics)
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
+    def failure_noted(self) -> Iterator[None]:
+        """Add an OSError in this context to `problems`."""
         try:
             yield
         except OSError as error:

@@ -21,6 +21,7 @@ from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
 from txl_dist.files.lock import Lock
 from txl_dist.models.flops import training_flops
+from txl_dist.runs.finished import mark_finished
 from txl_dist.runs.resume import write_run
 from txl_dist.tracking.dropped_samples import DroppedSamples
 from txl_dist.tracking.gpu_peak import total_peak_flops
@@ -94,8 +95,8 @@ class Training:
                     raise RunError(message.splitlines()) from anomaly
                 self.tracker.reporter.say(message)
             else:
-                if self.engine.step == self.job.train.max_steps and "test" in self.index.splits:
-                    self.log(self.evaluate("test"))
+                if self.engine.step == self.job.train.max_steps:
+                    self.finish()
                 return True
         self.engine.close()
         return False
@@ -120,6 +121,13 @@ class Training:
             self.tracker.reporter.advance(engine.step)
             if self.preemption.agreed and engine.step < self.stop:
                 raise Preempted(f"after step {engine.step}")
+
+    def finish(self) -> None:
+        """Score the test split, if there is one, and mark the run as finished."""
+        scores = self.evaluate("test") if "test" in self.index.splits else {}
+        if scores:
+            self.log(scores)
+        mark_finished(self.job.run.dir, self.engine.step, scores, self.group)
 
     def is_due(self, every: int, last: int) -> bool:
         """Return whether something is due that is done every so many steps, and at the last one."""

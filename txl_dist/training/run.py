@@ -7,6 +7,7 @@ from typing import NoReturn
 from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
+from txl_dist.distributed.logs import RunLog
 from txl_dist.distributed.preemption import REQUEUE, Preempted, Preemption, pending
 from txl_dist.distributed.process_group import ProcessGroup, exit_process, process_group
 from txl_dist.distributed.watchdog import Watchdog
@@ -27,13 +28,13 @@ def train_run(job: TrainJob) -> None:
         ConfigError: on every rank, where the config has a problem on any rank, or the run cannot be resumed with it.
         RunError: on every rank, where training cannot continue, as on a full disk or after a bad step.
     """
-    with Watchdog(job.guard.stall_timeout) as watchdog:
+    with Watchdog(job.guard.stall_timeout) as watchdog, RunLog(job.run.dir):
         group = process_group(watchdog.patience)
         # Ranks whose config is right wait here for those whose config is not, as where data are not on their host.
         problems = group.gather([])
         if problems:
             raise ConfigError(problems)
-        watchdog.meet(group)
+        watchdog.start(group)
         index = Index.open(job.data.dir)
         preemption = Preemption(group)
         try:

@@ -50,7 +50,7 @@ class NpyWriter:
         self.length += len(array)
 
     def close(self) -> None:
-        """Write the header again, with the length that the table has now."""
+        """Write the header again, with the final length, and close the file."""
         self.stream.seek(0)
         self._write_header()
         self.stream.close()
