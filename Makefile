@@ -8,8 +8,10 @@ export OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(PROCESSES)
 # DeepSpeed shall build nothing at installation, so that no compiler is needed.
 export DS_BUILD_OPS ?= 0
 
-# A file of tests stays in one process, which then makes its runs once; the longest files come first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# A file of tests stays in one process, which makes its runs once; files that take long come first. There is a process
+# more than cores, as some tests wait.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 .PHONY: train test quick check
 
@@ -21,7 +23,7 @@ train: .venv/installed
 test: check
 	$(PYTEST)
 
-# What takes minutes is left out.
+# Without the tests that take long or start several processes.
 quick: .venv/installed
 	$(PYTEST) -m "not slow and not distributed and not slurm"
 

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 # Evaluated token by token: that takes long enough to be met.
-LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20", "evaluation.tgt_len=2"]
+LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20", "evaluation.tgt_len=1"]
 
 
 @pytest.fixture(scope="module")
