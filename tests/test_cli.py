@@ -1,4 +1,4 @@
-"""Commands as a shell starts them: their output, their input, their errors, and what they print to be pasted."""
+"""Commands as a shell starts them: flags, completion, output, input, errors, and the commands that they print."""
 
 import os
 import re
@@ -19,7 +19,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def trained(run, small, tmp_path_factory):
-    """A run whose directory has a name of all that shells and grammars stumble over, and what its training printed."""
+    """Train a run in a directory whose name is hard for shells and grammars; return it and what training printed."""
     run_dir = tmp_path_factory.mktemp("cli") / "it's my $x$ книга =1, [2] (3)"
     return run_dir, run("txl_dist.train", *small, f"run.dir={run_dir}", "train.max_steps=1").stdout
 
@@ -29,7 +29,7 @@ def start(module, *arguments, **options):
     return subprocess.run(command, cwd=REPO, env=ENVIRONMENT, timeout=300, **options)
 
 
-def test_what_training_prints_can_be_pasted(trained):
+def test_the_commands_that_training_prints_can_be_pasted(trained):
     commands = [line[line.index("python -m") :] for line in trained[1].splitlines() if "python -m" in line]
     assert len(commands) == 2
     for command in commands:
@@ -38,7 +38,7 @@ def test_what_training_prints_can_be_pasted(trained):
         assert done.returncode == 0 and done.stdout, done.stderr
 
 
-def test_a_run_without_a_valid_split_is_not_sent_to_it(capsys, tmp_path):
+def test_a_run_without_a_valid_split_is_shown_another(capsys, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "train/loss": 2.0}\n')
     job = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), train=SimpleNamespace(max_steps=1))
     for splits, split in ((["train", "valid", "test"], "valid"), (["train", "test"], "test"), (["train"], "train")):
@@ -58,7 +58,7 @@ def test_the_command_that_makes_data_can_be_pasted():
         ("evaluate", ["format=json", "max_tokens=5"]),
     ],
 )
-def test_a_reader_that_leaves_is_no_trace(trained, module, arguments):
+def test_a_reader_that_leaves_causes_no_trace(trained, module, arguments):
     reader, writer = os.pipe()
     os.close(reader)
     given = arguments if module == "prepare" else [f"run={trained[0]}", *arguments]
@@ -67,13 +67,13 @@ def test_a_reader_that_leaves_is_no_trace(trained, module, arguments):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_output_that_cannot_be_written_is_told(trained):
+def test_output_that_cannot_be_written_is_reported(trained):
     with open("/dev/full", "w") as full:
         done = start("inspect", f"run={trained[0]}", stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "Stopped:\n  standard output: No space left on device\n")
 
 
-def test_any_encoding_of_the_output_will_do(run, trained):
+def test_the_output_may_have_any_encoding(run, trained):
     options = [f"run={trained[0]}", "prompt=é", "max_tokens=0"]
     assert run("txl_dist.generate", *options, PYTHONIOENCODING="ascii").stdout == "\\xe9\n"
     refused = run("txl_dist.inspect", "run=caf\udce9", expect=2, PYTHONIOENCODING="ascii")
@@ -115,15 +115,33 @@ def heavy_modules(module, *arguments, **environment):
     return done.stderr.splitlines()[-1].split()
 
 
-@pytest.mark.parametrize("module", ["evaluate", "generate", "score", "recl", "inspect"])
+@pytest.mark.parametrize("module", ENTRY_POINTS)
 def test_help_imports_nothing_heavy(module):
     assert heavy_modules(module, "--help") == []
 
 
 def test_showing_the_config_and_completion_import_nothing_heavy():
-    assert heavy_modules("evaluate", "run=runs/quickstart", "--cfg", "job") == []
-    line = "txl-evaluate format="
-    assert heavy_modules("evaluate", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))) == []
+    assert heavy_modules("train", "+experiment=quickstart", "--cfg", "job") == []
+    line = "txl-train optimizer="
+    assert heavy_modules("train", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))) == []
+
+
+def test_training_holds_signals_back_before_its_imports():
+    """Also as a console script, which imports the module and calls `main`."""
+    code = (
+        "import signal, sys\n"
+        "from txl_dist.train import main\n"
+        "assert not {'hydra', 'pydantic', 'torch'} & set(sys.modules)\n"
+        "assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []), name\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "sys.argv[1:] = ['--help']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and "torchrun" in done.stdout, done.stderr
 
 
 def test_hydras_flags_work_wherever_they_stand(run):
@@ -188,8 +206,8 @@ def test_torchrun_repeats_a_refused_config_below_its_trace(run, tmp_path):
     assert after.index("Root Cause") < after.index(message)
 
 
-def test_what_the_operating_system_refuses_is_no_trace(capsys):
-    """Whichever file it was, also where nothing else has answered for it."""
+def test_what_the_operating_system_refuses_causes_no_trace(capsys):
+    """Also where no code has expected it."""
     with pytest.raises(SystemExit) as end, errors_reported():
         Path("/proc/none/such").write_text("")
     assert end.value.code == 1 and "/proc/none/such: No such file or directory" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Evaluation: every token once, the same number as a long forward gives, and JSON for scripts."""
+"""Evaluation: every token is scored once, as one long forward scores it, and printed as JSON for scripts."""
 
 import json
 import re
@@ -32,20 +32,20 @@ def evaluated(run, run_dir, *overrides):
 
 
 def test_json_is_all_there_is_on_standard_output(run, trained, metrics, dataset):
-    told = evaluated(run, trained, "split=test", "num_lanes=8")
+    result = evaluated(run, trained, "split=test", "num_lanes=8")
     split = json.loads((dataset / "index.json").read_text())["splits"]["test"]
-    assert told["split"] == "test" and told["tokens"] == split["tokens"] and told["tokens_per_second"] > 0
-    for key in ("loss", "perplexity", "bits_per_byte"):  # what training told of the same split and lanes
-        assert told[key] == pytest.approx(metrics(trained)[-1][f"test/{key}"], rel=1e-6)
+    assert result["split"] == "test" and result["tokens"] == split["tokens"] and result["tokens_per_second"] > 0
+    for key in ("loss", "perplexity", "bits_per_byte"):  # as training has logged for the same split and lanes
+        assert result[key] == pytest.approx(metrics(trained)[-1][f"test/{key}"], rel=1e-6)
 
 
 def test_a_table_for_people(run, trained):
-    told = run("txl_dist.evaluate", f"run={trained}", "split=valid").stdout
-    assert "bits per byte" in told and re.search(r"mem_len +24", told)
+    result = run("txl_dist.evaluate", f"run={trained}", "split=valid").stdout
+    assert "bits per byte" in result and re.search(r"mem_len +24", result)
 
 
 def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
-    """One lane, a memory longer than the split: each token sees all before it, however long the segments are."""
+    """One lane and a memory longer than the split: each token sees all before it, for any length of segments."""
     index = Index.open(str(dataset))
     total = index.splits["valid"].tokens
     tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
@@ -55,17 +55,17 @@ def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
     with torch.no_grad():
         nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
     for tgt_len in (16, 50):
-        told = evaluated(
+        result = evaluated(
             run, trained, "split=valid", "num_lanes=1", f"model.mem_len={total}", f"model.tgt_len={tgt_len}"
         )
-        assert told["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
-        assert told["tokens"] == total
+        assert result["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+        assert result["tokens"] == total
 
 
 def test_every_number_of_lanes_scores_every_token(run, trained):
-    told = [evaluated(run, trained, "split=valid", f"num_lanes={lanes}") for lanes in (1, 7)]
-    assert told[0]["tokens"] == told[1]["tokens"]
-    assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=0.02) and told[0]["loss"] != told[1]["loss"]
+    one, seven = (evaluated(run, trained, "split=valid", f"num_lanes={lanes}") for lanes in (1, 7))
+    assert one["tokens"] == seven["tokens"]
+    assert one["loss"] == pytest.approx(seven["loss"], rel=0.02) and one["loss"] != seven["loss"]
 
 
 def test_lengths_that_do_not_fit_together_are_refused(run, trained):
@@ -80,35 +80,35 @@ def test_other_data_are_refused(run, trained, corpus, tmp_path):
 
 
 def test_sizes_are_those_of_the_text(run, trained, corpus, dataset):
-    """The test split's own text, counted by hand: its documents are those that no other split has."""
+    """Count the text of the test split by hand."""
     index = Index.open(str(dataset))
     split = index.splits["test"]
     text = index.tokenizer().decode(SampleReader(index, "test").tokens(0, split.tokens).tolist())
-    told = evaluated(run, trained, "split=test")
-    assert told["bytes"] == split.bytes == len(text.encode()) and told["characters"] == len(text)
-    assert told["words"] == sum(len(line.split()) + 1 for line in text.splitlines())
-    nats = told["loss"] * told["tokens"]
-    assert told["word_perplexity"] == pytest.approx(np.exp(nats / told["words"]))
-    assert told["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
+    result = evaluated(run, trained, "split=test")
+    assert result["bytes"] == split.bytes == len(text.encode()) and result["characters"] == len(text)
+    assert result["words"] == sum(len(line.split()) + 1 for line in text.splitlines())
+    nats = result["loss"] * result["tokens"]
+    assert result["word_perplexity"] == pytest.approx(np.exp(nats / result["words"]))
+    assert result["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
 
 
 def test_where_words_are_unknown_sizes_are_still_those_of_the_text(run, small, tmp_path):
-    """Of a split whose words are mostly `<unk>`, with indentation and a last line without end; or null for a part."""
+    """A split of mostly unknown words, with indentation and a last line without end; a part of it has no sizes."""
     lines = [f"    {name}  was here,\t{n} times\r\n" for n in range(60) for name in ("Ann", "Bob")]
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "book.txt").write_bytes("".join(lines).encode())
     (tmp_path / "test.txt").write_bytes("".join([*lines, "and so on"]).encode())
     data, run_dir = tmp_path / "data", tmp_path / "run"
-    some = ["corpus=text", f"corpus.train={tmp_path}/text", f"corpus.test={tmp_path}/test.txt", f"data.dir={data}"]
-    run("txl_dist.prepare", *some, "tokenizer=word", "tokenizer.vocab_size=6", "data.sample_tokens=64", "workers=1")
+    options = ["corpus=text", f"corpus.train={tmp_path}/text", f"corpus.test={tmp_path}/test.txt", f"data.dir={data}"]
+    run("txl_dist.prepare", *options, "tokenizer=word", "tokenizer.vocab_size=6", "data.sample_tokens=64", "workers=1")
     run("txl_dist.train", *small, f"data.dir={data}", f"run.dir={run_dir}", "train.max_steps=2", "train.eval_every=2")
-    told = evaluated(run, run_dir, "split=test")
+    result = evaluated(run, run_dir, "split=test")
     text = "".join([*lines, "and so on"])
-    assert (told["bytes"], told["characters"]) == (len(text.encode()), len(text))
-    assert told["words"] == len(text.split()) + text.count("\n") == told["tokens"] - 1
-    nats = told["loss"] * told["tokens"]
-    assert told["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
-    assert told["word_perplexity"] == pytest.approx(np.exp(nats / told["words"]))
+    assert (result["bytes"], result["characters"]) == (len(text.encode()), len(text))
+    assert result["words"] == len(text.split()) + text.count("\n") == result["tokens"] - 1
+    nats = result["loss"] * result["tokens"]
+    assert result["bits_per_character"] == pytest.approx(nats / np.log(2) / len(text))
+    assert result["word_perplexity"] == pytest.approx(np.exp(nats / result["words"]))
     part = evaluated(run, run_dir, "split=test", "max_tokens=50")
     unknown = ["bytes", "characters", "bits_per_byte", "bits_per_character"]
     assert [part[key] for key in unknown] == [None] * 4
@@ -121,8 +121,8 @@ def test_where_words_are_unknown_sizes_are_still_those_of_the_text(run, small, t
 
 def test_several_runs_are_one_table(run, trained, tmp_path):
     runs = [str(trained), str(trained / "../run")]
-    told = evaluated(run, f"[{','.join(runs)}]", "split=valid")
-    assert [each["run"] for each in told] == runs and told[0]["loss"] == told[1]["loss"]
+    results = evaluated(run, f"[{','.join(runs)}]", "split=valid")
+    assert [result["run"] for result in results] == runs and results[0]["loss"] == results[1]["loss"]
     table = run("txl_dist.evaluate", f"run={trained.parent}/*", "split=valid").stdout
     assert table.count(str(trained)) == 1 and "perplexity" in table
     assert "matches no run" in run("txl_dist.evaluate", f"run={tmp_path}/*", expect=2).stderr
@@ -137,27 +137,28 @@ def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_rows(run, traine
         weights.unlink()
     runs = f"run=[{','.join(str(tmp_path / name) for name in 'bcda')}]"
     done = run("txl_dist.evaluate", runs, "split=valid", "max_tokens=20", "format=json", expect=2)
-    *broken, sound = json.loads(done.stdout)
-    assert [Path(each["run"]).name for each in broken] == ["b", "c", "d"]
-    for each, why in zip(broken, ("holds no checkpoint", "is missing", "there is no such run directory"), strict=True):
-        assert why in each["error"]
-    assert sound["run"] == f"{tmp_path}/a" and sound["loss"] > 0
+    *broken, valid = json.loads(done.stdout)
+    assert [Path(result["run"]).name for result in broken] == ["b", "c", "d"]
+    reasons = ("holds no checkpoint", "is missing", "there is no such run directory")
+    for result, reason in zip(broken, reasons, strict=True):
+        assert reason in result["error"]
+    assert valid["run"] == f"{tmp_path}/a" and valid["loss"] > 0
     done = run("txl_dist.evaluate", f"run={tmp_path}/[ac]", "split=valid", "max_tokens=20", expect=2)
     assert re.search(r" 40 +16 +24 ", done.stdout) and "is missing" in done.stdout
-    assert not [line for line in done.stderr.splitlines() if not line]  # no bar where no one looks
+    assert not [line for line in done.stderr.splitlines() if not line]  # no progress bar where there is no terminal
 
 
 def test_the_data_are_found_from_any_folder(trained, dataset, tmp_path):
     checkpoint = latest(str(trained))
     assert checkpoint.data["place"] == str(dataset)
     moved = {"place": f"{tmp_path}/gone"}
-    here = replace(checkpoint, config={"data": {"dir": str(tmp_path)}})
-    assert find_data("r", here) == str(dataset)
-    assert find_data("r", replace(here, data=moved)) == str(tmp_path)
-    assert find_data("r", replace(here, data={})) == str(tmp_path)  # of an earlier version
-    assert find_data("r", replace(here, data={}, config={"data": {"dir": None}})) is None
+    local = replace(checkpoint, config={"data": {"dir": str(tmp_path)}})
+    assert find_data("r", local) == str(dataset)
+    assert find_data("r", replace(local, data=moved)) == str(tmp_path)
+    assert find_data("r", replace(local, data={})) == str(tmp_path)  # a checkpoint of an earlier version
+    assert find_data("r", replace(local, data={}, config={"data": {"dir": None}})) is None
     with pytest.raises(ConfigError, match="data_dir: is missing; the data of r are no longer at .*/gone"):
-        find_data("r", replace(here, data=moved, config={"data": {"dir": "d/word"}}))
+        find_data("r", replace(local, data=moved, config={"data": {"dir": "d/word"}}))
 
 
 @pytest.fixture(scope="module")
@@ -168,25 +169,25 @@ def one_layer(run, small, tmp_path_factory):
 
 
 def test_sliding_window_and_memory_agree_where_contexts_are_equal(run, one_layer):
-    """One layer sees what its memory holds and no more: a window of 3 tokens, or segments in which each sees 3."""
-    some = ["split=valid", "num_lanes=1", "max_tokens=300"]
-    window = evaluated(run, one_layer, *some, "sliding_window=true", "model.tgt_len=3")
-    memory = evaluated(run, one_layer, *some, "model.tgt_len=5", "model.mem_len=3", "model.same_length=true")
+    """One layer sees only what its memory holds: a window of 3 tokens, or segments in which each token sees 3."""
+    options = ["split=valid", "num_lanes=1", "max_tokens=300"]
+    window = evaluated(run, one_layer, *options, "sliding_window=true", "model.tgt_len=3")
+    memory = evaluated(run, one_layer, *options, "model.tgt_len=5", "model.mem_len=3", "model.same_length=true")
     assert window["tokens"] == memory["tokens"] == 300
     assert window["loss"] == pytest.approx(memory["loss"], rel=1e-6)
-    other = evaluated(run, one_layer, *some, "model.tgt_len=5", "model.mem_len=2", "model.same_length=true")
+    other = evaluated(run, one_layer, *options, "model.tgt_len=5", "model.mem_len=2", "model.same_length=true")
     assert window["loss"] != pytest.approx(other["loss"], rel=1e-6)
 
 
 def test_sliding_window_as_long_as_the_text_is_memory_of_all(run, trained):
-    some = ["split=valid", "max_tokens=60"]
-    window = evaluated(run, trained, *some, "sliding_window=true", "model.tgt_len=60")
-    memory = evaluated(run, trained, *some, "num_lanes=1", "model.mem_len=60")
+    options = ["split=valid", "max_tokens=60"]
+    window = evaluated(run, trained, *options, "sliding_window=true", "model.tgt_len=60")
+    memory = evaluated(run, trained, *options, "num_lanes=1", "model.mem_len=60")
     assert window["loss"] == pytest.approx(memory["loss"], rel=1e-6)
 
 
 def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_path):
-    """Of the steps 18 to 20, whose checkpoints are all here; and what was not kept is not evaluated."""
+    """Compare with the checkpoints of steps 18 to 20, over which the mean is taken."""
     every = ["checkpoint.every=1", "checkpoint.keep_last=20", "optimizer.average_from=18"]
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", *every)
     kept = [open_checkpoint(directory(tmp_path / "run", step)).tensors("weights") for step in (18, 19, 20)]
@@ -196,7 +197,8 @@ def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_pat
         mean = torch.stack([weights[name] for weights in kept]).mean(0)
         torch.testing.assert_close(parameters[name].detach(), mean, rtol=1e-5, atol=1e-6)
         assert not torch.equal(mean, value)
-    plain, averaged = (evaluated(run, tmp_path / "run", "split=valid", f"average={each}") for each in ("false", "true"))
+    plain = evaluated(run, tmp_path / "run", "split=valid")
+    averaged = evaluated(run, tmp_path / "run", "split=valid", "average=true")
     assert plain["loss"] != averaged["loss"]
 
 

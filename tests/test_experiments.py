@@ -11,11 +11,11 @@ from txl_dist.config.checks import model_fits_together
 from txl_dist.config.schema import TrainJob
 from txl_dist.models.transformer_xl import TransformerXL
 
-# Millions of parameters, of all and of the layers alone, as published; and the vocabulary.
-# The authors share u and v among layers and NVIDIA does, too: here each layer has its own, 2 x d_model numbers more.
+# Published millions of parameters, in total and of the layers alone; and the vocabulary.
+# The authors and NVIDIA share u and v among layers: here each layer has its own, 2 x d_model numbers more.
 PUBLISHED = {
     "wt103_base": (151.1, 41.1, 267_735),
-    "wt103_large": (285.2, None, 267_735),  # the paper tells 257M; with its table of clusters the shape has 285.2M
+    "wt103_large": (285.2, None, 267_735),  # the paper says 257M; with its table of clusters the shape has 285.2M
     "wt103_base_nvidia": (191.95, 54.6, 267_735),
     "wt103_large_nvidia": (285.2, None, 267_735),
     "enwik8_base": (41, None, 204),
@@ -24,8 +24,8 @@ PUBLISHED = {
     "text8_large": (277, None, 27),
     "lm1b_base": (460, None, 793_471),
     "lm1b_large": (800, None, 793_471),
-    "ptb": (24, None, 10_000),  # of a shape that the paper does not tell; the replica's has 26.3M
-    "wikitext2": (35, None, 33_278),  # not in the paper: that of ptb with more words
+    "ptb": (24, None, 10_000),  # the paper does not give the shape; the one of the replica has 26.3M
+    "wikitext2": (35, None, 33_278),  # not in the paper: the shape of ptb with more words
 }
 
 
@@ -35,27 +35,30 @@ def composed(name):
     return TypeAdapter(TrainJob).validate_python(values)
 
 
-def test_every_experiment_is_here():
-    found = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
-    assert found - {"quickstart", "ablation"} == PUBLISHED.keys()
+def test_every_experiment_is_tested():
+    names = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+    assert names - {"quickstart", "ablation"} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_has_the_published_number_of_parameters(name):
-    job, (total, in_layers, vocab_size) = composed(name), PUBLISHED[name]
+    job = composed(name)
+    total, in_layers, vocab_size = PUBLISHED[name]
     assert not list(model_fits_together(job.model)) and job.run.dir == f"runs/{name}"
     with torch.device("meta"):
         model = TransformerXL(job.model, vocab_size)
     own_u_and_v = (job.model.n_layer - 1) * 2 * job.model.n_head * job.model.d_head
-    found = [sum(p.numel() for p in part.parameters()) - own_u_and_v for part in (model, model.layers)]
+    parameters, layer_parameters = (
+        sum(parameter.numel() for parameter in part.parameters()) - own_u_and_v for part in (model, model.layers)
+    )
     within = {"ptb": 0.1, "lm1b_base": 0.06, "lm1b_large": 0.06}.get(name, 0.01 if total == int(total) else 0.0005)
-    assert found[0] / 1e6 == pytest.approx(total, rel=within)
+    assert parameters / 1e6 == pytest.approx(total, rel=within)
     if in_layers:
-        assert found[1] / 1e6 == pytest.approx(in_layers, abs=0.05)
+        assert layer_parameters / 1e6 == pytest.approx(in_layers, abs=0.05)
 
 
-def test_without_the_data_the_command_that_makes_them_is_told(run, tmp_path):
-    """From an empty folder: one screen, with every problem."""
-    told = run("txl_dist.train", "+experiment=wt103_large", cwd=tmp_path, expect=2).stderr
-    assert "python -m txl_dist.prepare corpus=wikitext103" in told and "Traceback" not in told
-    assert len(told.splitlines()) < 10
+def test_without_the_data_the_error_names_the_command_that_makes_them(run, tmp_path):
+    """Start from an empty folder: all problems fit on one screen."""
+    printed = run("txl_dist.train", "+experiment=wt103_large", cwd=tmp_path, expect=2).stderr
+    assert "python -m txl_dist.prepare corpus=wikitext103" in printed and "Traceback" not in printed
+    assert len(printed.splitlines()) < 10

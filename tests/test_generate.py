@@ -1,4 +1,4 @@
-"""Generation: greedy is the argmax of one long forward; lanes and seeds keep to themselves."""
+"""Generation: greedy tokens are the argmax of one long forward; a lane depends on its prompt and seed alone."""
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained):
     prompt = [256, *b"the and of the"]
     (generated,) = sampled(trained, [prompt])
     model, _ = load_model(str(trained), None, LENGTHS)
-    whole = torch.tensor([[*prompt, *generated]])
+    text = torch.tensor([[*prompt, *generated]])
     with torch.no_grad():
-        log_probs, _ = model(whole, None, torch.arange(whole.size(1))[None], model.empty_memory(1))
+        log_probs, _ = model(text, None, torch.arange(text.size(1))[None], model.empty_memory(1))
     expected = log_probs[0, len(prompt) - 1 : -1]
     assert torch.equal(expected.argmax(-1), torch.tensor(generated))
 
@@ -72,7 +72,7 @@ def test_a_temperature_next_to_zero_is_zero(temperature):
 
 def test_a_prompt_is_bytes_to_the_tokenizer_of_bytes():
     tokenizer = BytesTokenizer()
-    for prompt in (b"caf\xe9", "caf\udce9"):  # of standard input, and of an argument
+    for prompt in (b"caf\xe9", "caf\udce9"):  # from standard input, and from an argument
         completion = Completion(tokenizer, prompt)
         assert completion.prompt == [256, *b"caf\xe9"] and completion.text == "caf"
         assert completion.finish() == "\ufffd"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told by one command."""
+"""What a checkpoint holds, printed by one command."""
 
 import json
 
@@ -9,32 +9,34 @@ from txl_dist.checkpoint.format import latest
 
 @pytest.fixture(scope="module")
 def pipelined(run, small, tmp_path_factory):
-    """A run of two stages, with checkpoints of steps 10 and 20."""
+    """Train a run of two pipeline stages, with checkpoints of steps 10 and 20."""
     run_dir = tmp_path_factory.mktemp("inspect") / "run"
     split = ["engine.pipeline_stages=2", "engine.gradient_accumulation=4", "engine.stage_layers=[1,1]"]
     run("txl_dist.train", *small, f"run.dir={run_dir}", *split, processes=2)
     return run_dir
 
 
-def test_json_tells_what_is_in_the_files(pipelined, run):
-    told = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "verify=true").stdout)
+def test_json_agrees_with_the_files(pipelined, run):
+    summary = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "verify=true").stdout)
     checkpoint = latest(pipelined)
-    assert (told["step"], told["max_steps"], told["tokens"], told["other_steps"]) == (20, 20, 20 * 8 * 16, [10])
-    assert (told["num_lanes"], told["tgt_len"], told["lanes_since"]) == (8, 16, 0)
-    by = told["written_by"]
-    assert (by["ranks"], by["pipeline_stages"], by["gradient_accumulation"]) == (2, 2, 4)
-    assert (by["zero_stage"], by["precision"], by["stage_layers"]) == (1, "fp32", [1, 1])
+    assert (summary["step"], summary["max_steps"], summary["other_steps"]) == (20, 20, [10])
+    assert summary["tokens"] == 20 * 8 * 16
+    assert (summary["num_lanes"], summary["tgt_len"], summary["lanes_since"]) == (8, 16, 0)
+    split = summary["written_by"]
+    assert (split["ranks"], split["pipeline_stages"], split["gradient_accumulation"]) == (2, 2, 4)
+    assert (split["zero_stage"], split["precision"], split["stage_layers"]) == (1, "fp32", [1, 1])
     for kind in ("weights", "optimizer", "memory"):
         tensors = checkpoint.tensors(kind)
-        held = told["holds"][kind]
-        assert (held["tensors"], held["numbers"]) == (len(tensors), sum(each.numel() for each in tensors.values()))
-        assert held["files"] == 2
-        assert held["bytes"] == sum(path.stat().st_size for path in checkpoint.path.glob(f"{kind}-*"))
-    assert told["holds"]["memory"]["tensors"] == 2 * 8  # layers x lanes
+        inventory = summary["holds"][kind]
+        assert inventory["tensors"] == len(tensors)
+        assert inventory["numbers"] == sum(tensor.numel() for tensor in tensors.values())
+        assert inventory["files"] == 2
+        assert inventory["bytes"] == sum(path.stat().st_size for path in checkpoint.path.glob(f"{kind}-*"))
+    assert summary["holds"]["memory"]["tensors"] == 2 * 8  # layers x lanes
 
 
-def test_the_table_tells_step_lanes_and_split(pipelined, run):
-    told = run("txl_dist.inspect", f"run={pipelined}", "checkpoint=10").stdout
+def test_the_table_shows_step_lanes_and_split(pipelined, run):
+    printed = run("txl_dist.inspect", f"run={pipelined}", "checkpoint=10").stdout
     for words in (
         "10 of 20, 1,280 tokens",
         "8 of 16 tokens per step",
@@ -42,16 +44,16 @@ def test_the_table_tells_step_lanes_and_split(pipelined, run):
         "4 micro-batches",
         "step 20",
     ):
-        assert words in told, words
+        assert words in printed, words
 
 
-def test_the_best_is_that_of_the_least_loss_in_valid(pipelined, run, metrics):
-    told = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "checkpoint=best").stdout)
+def test_the_best_has_the_lowest_loss_on_valid(pipelined, run, metrics):
+    printed = json.loads(run("txl_dist.inspect", f"run={pipelined}", "format=json", "checkpoint=best").stdout)
     losses = {line["step"]: line["valid/loss"] for line in metrics(pipelined) if "valid/loss" in line}
-    assert (told["step"], told["valid_loss"]) == (min(losses, key=losses.get), min(losses.values()))
+    assert (printed["step"], printed["valid_loss"]) == (min(losses, key=losses.get), min(losses.values()))
 
 
-def test_damage_is_told(pipelined, run):
+def test_damage_is_reported(pipelined, run):
     path = next((latest(pipelined).path).glob("memory-*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

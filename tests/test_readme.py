@@ -166,3 +166,13 @@ def keys_of(kind, prefix=""):
             yield from keys_of(config_class, f"{key}.")
         if not classes and not (field.name == "name" and get_origin(hint) is Literal):  # the choice of a group
             yield key
+
+
+def test_the_layout_names_every_module_and_no_other():
+    text = (REPO / "docs" / "architecture.md").read_text()
+    layout = re.search(r"^```\n(txl_dist/\n.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
+    modules = [path for path in (REPO / "txl_dist").rglob("*.py") if path.parent.name != "hub"]
+    names = {path.parent.name if path.stem == "__init__" else path.stem for path in modules}
+    assert names <= set(re.findall(r"\w+", layout))
+    files = {path.name for folder in ("txl_dist", "docs") for path in (REPO / folder).rglob("*.py")}
+    assert set(re.findall(r"\w+\.py\b", layout)) <= files

@@ -1,4 +1,4 @@
-"""Relative effective context length: the definition on numbers made by hand, and the command on real runs."""
+"""Relative effective context length: the definition on made-up losses, and the command on real runs."""
 
 import json
 
@@ -8,22 +8,22 @@ from txl_dist.evaluation.context import effective_lengths
 
 
 def losses(lookback, contexts, positions=100, hard=20):
-    """A model whose loss of the hard tokens falls by 0.05 a context up to `reach`, and whose other losses are 1."""
-    found = np.ones((len(contexts), positions))
+    """Make the losses of a model: of hard tokens they fall by 0.05 per context up to `lookback`, all others are 1."""
+    values = np.ones((len(contexts), positions))
     for i, context in enumerate(contexts):
-        found[i, :hard] = 5 - 0.05 * (min(context, lookback) // contexts.step)
-    return found
+        values[i, :hard] = 5 - 0.05 * (min(context, lookback) // contexts.step)
+    return values
 
 
 def test_a_context_counts_as_far_as_it_helps():
     contexts = range(10, 101, 10)
-    group = np.array([losses(30, contexts), losses(70, contexts)])
-    # Of the hardest 10 % all gain, 5 % a step; of the hardest half two in five, 2 %; of all one in five, less than 1 %.
-    assert effective_lengths(group, contexts) == [[30, 30, 10], [70, 70, 10]]
+    models = np.array([losses(30, contexts), losses(70, contexts)])
+    # Of the hardest 10 % all tokens gain, 5 % per step; of the harder half two in five, 2 %; of all one in five, < 1 %.
+    assert effective_lengths(models, contexts) == [[30, 30, 10], [70, 70, 10]]
 
 
-def test_what_another_model_knows_from_less_is_no_gain():
-    """The weaker model gains with every context, but the stronger one knew it all from a shorter one."""
+def test_a_gain_over_a_worse_model_does_not_count():
+    """The weaker model gains with every context, but the stronger one is better already with the shortest."""
     contexts = range(10, 51, 10)
     weak = np.array([[5.0 - 0.1 * i] * 10 for i in range(5)])
     strong = np.full((5, 10), 3.0)
@@ -35,9 +35,9 @@ def test_runs_are_compared_in_one_table(run, small, tmp_path):
     for name, mem_len in (("with", 24), ("without", 0)):
         run("txl_dist.train", *small, f"run.dir={tmp_path / name}", f"model.mem_len={mem_len}")
     options = [f"run={tmp_path}/*", "step=4", "max_context=12", "positions=40"]
-    told = json.loads(run("txl_dist.recl", *options, "format=json").stdout)
-    assert list(told) == [str(tmp_path / "with"), str(tmp_path / "without")]
-    assert all(length in (4, 8, 12) for row in told.values() for length in row.values())
+    printed = json.loads(run("txl_dist.recl", *options, "format=json").stdout)
+    assert list(printed) == [str(tmp_path / "with"), str(tmp_path / "without")]
+    assert all(length in (4, 8, 12) for row in printed.values() for length in row.values())
     assert "r = 0.5" in run("txl_dist.recl", *options).stdout
     done = run("txl_dist.recl", f"run={tmp_path}/*", "split=test", "step=4", "max_context=99999999", expect=2)
     assert done.stderr.count("max_context=99999999: the split test") == 2

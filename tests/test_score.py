@@ -1,4 +1,4 @@
-"""Log-probabilities of texts: those of one forward over the whole, whatever the segments, the softmax or the tokens."""
+"""Log-probabilities of a text equal those of one forward over it, for any segments, softmax and tokens."""
 
 import json
 
@@ -21,34 +21,35 @@ def trained(request, run, small, tmp_path_factory):
 
 
 def test_scores_are_those_of_one_forward(trained):
-    """In segments of 5 with a memory of everything."""
-    scores, after = Scorer.open(str(trained), lengths=LengthsConfig(5, 30, None, None)).read(TEXT)
+    """Read segments of 5 tokens with a memory of all before them."""
+    scores, next_log_probs = Scorer.open(str(trained), lengths=LengthsConfig(5, 30, None, None)).read(TEXT)
     scorer = Scorer.open(str(trained), lengths=LengthsConfig(None, 0, None, None))
     inputs = torch.tensor([[scorer.tokenizer.eos, *TEXT.encode()]])
     with torch.no_grad():
-        whole, _ = scorer.model(inputs, None, torch.arange(inputs.size(1))[None], scorer.model.empty_memory(1))
-    assert [each.token for each in scores] == list(TEXT.encode()) and "".join(each.text for each in scores) == TEXT
-    expected = [whole[0, i, token].item() for i, token in enumerate(TEXT.encode())]
-    assert [each.log_prob for each in scores] == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(after, whole[0, -1], rtol=1e-5, atol=1e-5)
-    assert after.exp().sum().item() == pytest.approx(1, rel=1e-5)
+        log_probs, _ = scorer.model(inputs, None, torch.arange(inputs.size(1))[None], scorer.model.empty_memory(1))
+    assert [score.token for score in scores] == list(TEXT.encode()) and "".join(score.text for score in scores) == TEXT
+    expected = [log_probs[0, i, token].item() for i, token in enumerate(TEXT.encode())]
+    assert [score.log_prob for score in scores] == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(next_log_probs, log_probs[0, -1], rtol=1e-5, atol=1e-5)
+    assert next_log_probs.exp().sum().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_json_and_table_tell_the_same(trained, run):
-    told = json.loads(run("txl_dist.score", f"run={trained}", f"text={TEXT}", "format=json", "next=3").stdout)
-    scores, after = Scorer.open(str(trained)).read(TEXT)
-    assert [each["log_prob"] for each in told["tokens"]] == pytest.approx([each.log_prob for each in scores], rel=1e-5)
-    assert told["log_prob"] == pytest.approx(sum(each.log_prob for each in scores), rel=1e-5)
-    assert [each["token"] for each in told["next"]] == after.topk(3).indices.tolist()
+def test_json_and_table_show_the_same_scores(trained, run):
+    printed = json.loads(run("txl_dist.score", f"run={trained}", f"text={TEXT}", "format=json", "next=3").stdout)
+    scores, next_log_probs = Scorer.open(str(trained)).read(TEXT)
+    log_probs = [score.log_prob for score in scores]
+    assert [token["log_prob"] for token in printed["tokens"]] == pytest.approx(log_probs, rel=1e-5)
+    assert printed["log_prob"] == pytest.approx(sum(log_probs), rel=1e-5)
+    assert [token["token"] for token in printed["next"]] == next_log_probs.topk(3).indices.tolist()
     table = run("txl_dist.score", f"run={trained}", stdin=TEXT).stdout
     assert f"{np.exp(scores[0].log_prob):.4f}" in table and "next token" in table and f"{len(TEXT)} tokens" in table
 
 
 def test_an_empty_text_has_a_next_token(trained, run):
-    told = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=2").stdout)
+    printed = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=2").stdout)
     more = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=9999").stdout)
-    assert len(more["next"]) == 257  # all that there are
-    assert told["tokens"] == [] and told["log_prob"] == 0 and len(told["next"]) == 2
+    assert len(more["next"]) == 257  # the whole vocabulary
+    assert printed["tokens"] == [] and printed["log_prob"] == 0 and len(printed["next"]) == 2
 
 
 def test_the_scorer_can_be_imported_from_its_former_place():

@@ -185,7 +185,7 @@ def report(error: UserError) -> None:
 
 
 def is_one_of_several() -> bool:
-    """Whether this process belongs to a process group of several; does not import torch."""
+    """Return whether this process belongs to a process group of several; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
@@ -213,7 +213,7 @@ def end_if_cut_off(error: RuntimeError) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether numpy, Python or torch could not allocate; on a CPU torch has no exception of its own for that."""
+    """Return whether numpy, Python or torch could not allocate; on a CPU torch has no exception of its own for it."""
     messages = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
     return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from txl_dist.cli import command
 from txl_dist.config.schema import ConvertJob
-from txl_dist.conversion.exporting import export_checkpoint
-from txl_dist.conversion.importing import import_checkpoint
 from txl_dist.files.atomic import lock_of_new_folder
 
 
 def convert(job: ConvertJob) -> None:
     """Import or export a checkpoint; the new folder takes its name when it is complete."""
+    from txl_dist.conversion.exporting import export_checkpoint  # with torch: not for --help
+    from txl_dist.conversion.importing import import_checkpoint
+
     key = "run" if job.from_ is not None else "to"
     folder = Path(getattr(job, key))
     with lock_of_new_folder(key, folder, "converting a checkpoint") as lock:

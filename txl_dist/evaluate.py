@@ -58,10 +58,12 @@ def compare(scores: list[dict[str, Any]]) -> None:
 
 
 def title(key: str) -> str:
+    """Return the label of a number; lengths keep the names that they have as keys."""
     return key if key in LENGTHS else key.replace("_", " ")
 
 
 def number(value: Any) -> str:
+    """Format a number for a table; None is a size that is not known."""
     if value is None:
         return "unknown"
     if isinstance(value, float):

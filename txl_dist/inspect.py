@@ -31,10 +31,13 @@ def inspect(job: InspectJob) -> None:
 
 
 def show(summary: dict[str, Any], verified: bool) -> None:
+    """Print where a checkpoint comes from, and a table of what it holds."""
+    from txl_dist.runs.summary import describe
+
     console = PlainConsole(soft_wrap=True)
     rows = {
         "checkpoint": summary["path"],
-        **(describe_import(summary) if "imported" in summary else describe_training(summary)),
+        **describe(summary),
         "files": "sizes and SHA-256 are right" if verified else "sizes are right; verify=true compares SHA-256, too",
         "also there": ", ".join(f"step {step:,}" for step in summary["other_steps"]) or "no other checkpoint",
     }
@@ -48,47 +51,6 @@ def show(summary: dict[str, Any], verified: bool) -> None:
         counts = [f"{inventory[key]:,}" for key in ("tensors", "numbers", "files")]
         table.add_row(labels[kind], *counts, decimal(inventory["bytes"]))
     console.print(table)
-
-
-def describe_import(summary: dict[str, Any]) -> dict[str, str]:
-    source, data = summary["imported"], summary["data"]
-    return {
-        "imported": f"from {source['from']}: {source['title']}",
-        "data": f"{data['dir'] or 'none'}, vocabulary of {data['vocab_size']:,}",
-        "versions": describe_versions(summary["written_by"]),
-    }
-
-
-def describe_training(summary: dict[str, Any]) -> dict[str, str]:
-    data = summary["data"]
-    since = f", since step {summary['lanes_since']:,}" if summary["lanes_since"] else ""
-    valid = f", valid loss {summary['valid_loss']:.4f}" if summary["valid_loss"] is not None else ""
-    lanes = f"{summary['num_lanes']:,} of {summary['tgt_len']} tokens per step{since}"
-    return {
-        "step": f"{summary['step']:,} of {summary['max_steps']:,}, {summary['tokens']:,} tokens read{valid}",
-        "lanes": f"{lanes}, order {summary['order']}, seed {summary['seed']}",
-        "data": f"{data['dir']}, vocabulary of {data['vocab_size']:,}, fingerprint {data['fingerprint'][:12]}",
-        "written by": describe_split(summary["written_by"]),
-        "versions": describe_versions(summary["written_by"]),
-    }
-
-
-def describe_split(written_by: dict[str, Any]) -> str:
-    if "ranks" not in written_by:
-        return "an earlier version of txl_dist"
-    ranks, stages = written_by["ranks"], written_by["pipeline_stages"]
-    pipeline = "no pipeline" if stages == 1 else f"{stages} pipeline stages"
-    return (
-        f"{ranks} ranks: data parallel {ranks // stages}, {pipeline}, ZeRO {written_by['zero_stage']}, "
-        f"{written_by['gradient_accumulation']} micro-batches, {written_by['precision']}, "
-        f"offload {written_by['offload']}"
-    )
-
-
-def describe_versions(written_by: dict[str, Any]) -> str:
-    """Name the packages that wrote a checkpoint, with their versions."""
-    packages = [name for name in ("txl_dist", "torch", "deepspeed") if written_by.get(name)]
-    return ", ".join(f"{name} {written_by[name]}" for name in packages) or "not recorded"
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ from rich.table import Table
 
 from txl_dist.config.quoting import command_to_paste
 from txl_dist.config.schema import PrepareJob
-from txl_dist.data.index import Index
-from txl_dist.data.preparing.pipeline import make_dataset
 from txl_dist.tracking.console import PlainConsole
 
 
@@ -18,6 +16,8 @@ def prepare(job: PrepareJob) -> None:
         UserError: if the text cannot be read or split, or the folder holds something else.
         RunError: if the folder cannot be written, or a process that tokenizes was killed.
     """
+    from txl_dist.data.preparing.pipeline import make_dataset  # with numpy: not for --help
+
     if not make_dataset(job):
         print("Nothing to do: the dataset is there, made of the same text with the same settings.")
     show(Path(job.data.dir))
@@ -25,6 +25,8 @@ def prepare(job: PrepareJob) -> None:
 
 def show(folder: Path) -> None:
     """Print the size of each split, and the command that trains on the dataset."""
+    from txl_dist.data.index import Index
+
     index = Index.open(str(folder))
     table = Table("split")
     for column in ("documents", "bytes", "tokens", "shards"):

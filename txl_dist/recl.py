@@ -37,6 +37,7 @@ def recl(job: ReclJob) -> None:
 
 
 def show(table: dict[str, dict[float, int]]) -> None:
+    """Print one row per run, one column per share of the hardest tokens."""
     ratios = next(iter(table.values()))
     rows = Table("run", *(f"r = {ratio}" for ratio in ratios), box=None, padding=(0, 3, 0, 0))
     for run, lengths in table.items():

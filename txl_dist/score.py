@@ -39,6 +39,7 @@ def score(job: ScoreJob) -> None:
 
 
 def table(title: str, scores: "list[TokenScore]") -> Table:
+    """Make a table with one row per token."""
     rows = Table(title, "number", "log-probability", "probability", box=None, padding=(0, 3, 0, 0))
     for column in rows.columns[1:]:
         column.justify = "right"

@@ -1,4 +1,4 @@
-"""Every problem of a config at once, in plain words, with its key."""
+"""All problems of a config are reported at once, in plain words, each with its key."""
 
 import copy
 import os
@@ -29,14 +29,14 @@ JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "gene
 
 
 def compose_job(name, *overrides):
-    """Read a config as a user's command line gives it."""
+    """Compose and parse a config as a user's command line gives it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(name, [spell_out(override) for override in overrides])
     return parse_config(JOBS[name], OmegaConf.to_container(config, resolve=True))
 
 
 def problems(name, *overrides):
-    """What is wrong with a config, as a user's command line gives it."""
+    """List what is wrong with a config, as a user's command line gives it."""
     try:
         compose_job(name, *overrides)
     except ConfigError as error:
@@ -51,23 +51,23 @@ def one(name, *overrides):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Be the first of some processes, as torchrun would tell."""
+    """Set the variables of rank 0 of some processes, as torchrun does."""
 
     def be_one_of(size):
-        told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
-        for name, value in told.items():
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+        for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
 
     return be_one_of
 
 
-def test_a_sound_config_has_no_problems(small):
+def test_a_valid_config_has_no_problems(small):
     assert problems("train", *small) == []
     assert problems("prepare") == []
 
 
-def test_all_problems_are_told_at_once(small):
-    found = problems(
+def test_all_problems_are_reported_at_once(small):
+    reported = problems(
         "train",
         *small,
         "model.d_model=wide",
@@ -82,8 +82,8 @@ def test_all_problems_are_told_at_once(small):
     )
     keys = ["model.d_model", "model.zzz", "nonsense", "engine.zero_stage", "optimizer.lr", "data.num_lanes"]
     for key in [*keys, "model.same_length", "train.stop_at"]:
-        assert any(problem.startswith(key) for problem in found), (key, found)
-    assert len(found) == 8, found  # data.dir is looked at once the section can be read
+        assert any(problem.startswith(key) for problem in reported), (key, reported)
+    assert len(reported) == 8, reported  # data.dir is checked once its section can be parsed
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\rb", "a\u2028b"])
@@ -95,7 +95,7 @@ def test_a_run_dir_that_cannot_be_printed_is_refused(name):
     assert problem.startswith(f"run.dir={name!r}: holds a line break") and problem.isprintable()
 
 
-def test_an_unknown_key_is_told_with_the_nearest_known():
+def test_an_unknown_key_is_reported_with_the_most_similar_one():
     assert "model.tgt_len?" in one("train", "+model.tgt_length=1", "data.dir=${oc.env:DATASET}")
 
 
@@ -104,11 +104,11 @@ def dataset_in_environment(dataset, monkeypatch):
     monkeypatch.setenv("DATASET", str(dataset))
 
 
-@pytest.mark.parametrize("lanes, size, accumulation, works", [(7, 2, 1, "4, 6, 8, 10"), (8, 3, 2, "6, 12, 18")])
-def test_lanes_that_cannot_be_split_list_those_that_can(small, processes, lanes, size, accumulation, works):
+@pytest.mark.parametrize("lanes, size, accumulation, valid", [(7, 2, 1, "4, 6, 8, 10"), (8, 3, 2, "6, 12, 18")])
+def test_lanes_that_cannot_be_split_list_those_that_can(small, processes, lanes, size, accumulation, valid):
     processes(size)
-    told = one("train", *small, f"data.num_lanes={lanes}", f"engine.gradient_accumulation={accumulation}")
-    assert told.startswith(f"data.num_lanes={lanes}") and works in told
+    problem = one("train", *small, f"data.num_lanes={lanes}", f"engine.gradient_accumulation={accumulation}")
+    assert problem.startswith(f"data.num_lanes={lanes}") and valid in problem
 
 
 @pytest.mark.parametrize(
@@ -142,17 +142,17 @@ def test_lanes_that_cannot_be_split_list_those_that_can(small, processes, lanes,
         (["checkpoint.every=0"], "checkpoint.every"),
         (["checkpoint.keep_last=0"], "checkpoint.keep_last"),
         (["checkpoint.keep_every=15"], "checkpoint.keep_every=15: must be a multiple of checkpoint.every=10"),
-        (["checkpoint.keep_best=true", "checkpoint.every=7"], "checkpoint.keep_best=true"),  # first met at step 70
+        (["checkpoint.keep_best=true", "checkpoint.every=7"], "checkpoint.keep_best=true"),  # first both at step 70
     ],
 )
 def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, key):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = problems("train", *small, *overrides)
-    assert found and all(problem.startswith(key) for problem in found), found
+    reported = problems("train", *small, *overrides)
+    assert reported and all(problem.startswith(key) for problem in reported), reported
 
 
 @pytest.mark.parametrize(
-    "overrides, told",
+    "overrides, words",
     [
         (
             ["train.profile=[15,21]", "train.eval_every=40", "checkpoint.every=40"],
@@ -167,9 +167,9 @@ def test_what_does_not_fit_together_is_refused(small, monkeypatch, overrides, ke
         ),
     ],
 )
-def test_a_profile_is_of_training_alone(small, overrides, told):
+def test_a_profile_covers_training_alone(small, overrides, words):
     problem = one("train", *small, *overrides)
-    assert problem.startswith("train.profile=[") and told in problem
+    assert problem.startswith("train.profile=[") and words in problem
 
 
 def test_a_profile_may_touch_an_evaluation(small):
@@ -177,7 +177,7 @@ def test_a_profile_may_touch_an_evaluation(small):
 
 
 @pytest.mark.parametrize(
-    "overrides, told",
+    "overrides, words",
     [
         (["engine.pipeline_stages=3"], "engine.pipeline_stages=3: needs a multiple"),
         (["engine.pipeline_stages=2", "engine.zero_stage=2"], "engine.zero_stage=2"),
@@ -188,9 +188,9 @@ def test_a_profile_may_touch_an_evaluation(small):
         (["engine.pipeline_stages=2", "engine.gradient_accumulation=3"], "data.num_lanes=8"),
     ],
 )
-def test_stages_that_cannot_be_are_refused(small, processes, overrides, told):
+def test_stages_that_cannot_be_cut_are_refused(small, processes, overrides, words):
     processes(4)
-    assert one("train", *small, *overrides).startswith(told)
+    assert one("train", *small, *overrides).startswith(words)
 
 
 def test_lanes_are_split_among_pipelines_not_processes(small, processes):
@@ -202,7 +202,7 @@ def test_lanes_are_split_among_pipelines_not_processes(small, processes):
     "before, now, refused",
     [("adam", "adamw", False), ("adamw", "adam", False), ("adam", "lamb", True), ("lamb", "adamw", True)],
 )
-def test_another_optimizer_goes_on_where_its_states_are_of_the_same_kind(small, before, now, refused):
+def test_another_optimizer_continues_where_its_states_are_of_the_same_kind(small, before, now, refused):
     job = compose_job("train", *small)
     started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": before, "average_from": None}}
     given = job.run, job.data, job.model, replace(job.optimizer, name=now)
@@ -210,16 +210,16 @@ def test_another_optimizer_goes_on_where_its_states_are_of_the_same_kind(small, 
     assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
 
 
-def test_missing_data_tell_the_command_that_makes_them(small):
+def test_missing_data_are_reported_with_the_command_that_makes_them(small):
     assert "txl_dist.prepare" in one("train", *small, "data.dir=nowhere")
 
 
-def test_the_best_can_be_kept_where_steps_meet(small):
+def test_the_best_can_be_kept_where_evaluations_and_checkpoints_meet(small):
     for every in (5, 10, 20):
         assert not problems("train", *small, "checkpoint.keep_best=true", f"checkpoint.every={every}")
 
 
-def test_a_checkpoint_is_a_step_or_the_best_or_the_newest():
+def test_a_checkpoint_is_a_step_or_the_best_or_the_latest():
     for wrong in ("worst", "-1", "1.5", "true"):
         assert (
             f"checkpoint={wrong}: should be a step, best"
@@ -228,12 +228,12 @@ def test_a_checkpoint_is_a_step_or_the_best_or_the_newest():
 
 
 SCHEMAS = JOBS | {"score": ScoreJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
-# A number can be a name; and a step that is not there is refused by the run.
+# A number can be a name; and whether a step exists is checked with the run.
 NAMES = ("prompt", "text", "tracking.project", "tracking.name", "tokenizer.model", "checkpoint")
 
 
 def changes(name, values):
-    """Yield (key, value, problems) of each key of an entry point's default config with each of some values."""
+    """Yield (key, value, problems) for each key of an entry point's default config and each of some values."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(
             name, [f"data.dir={os.environ['DATASET']}"] if name == "train" else ["+run=x"] * (name != "prepare")
@@ -250,21 +250,19 @@ def changes(name, values):
                 changed[section][key] = value
             try:
                 parse_config(SCHEMAS[name], changed)
-                found = []
+                reported = []
             except ConfigError as error:
-                found = error.problems
-            yield ".".join(filter(None, (section, key))), value, found
+                reported = error.problems
+            yield ".".join(filter(None, (section, key))), value, reported
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_every_number_has_an_end(name):
-    """What is not finite or far too large is refused with its key, and nothing ends in a trace."""
-    paths = [key for key, value, found in changes(name, [""]) if any("is empty" in problem for problem in found)]
-    for key, value, found in changes(name, [inf, -inf, nan, 10**40, -(10**40)]):
-        assert found and any(problem.startswith(f"{key}=") for problem in found) or key in (*NAMES, *paths), (
-            key,
-            value,
-        )
+def test_every_number_is_limited(name):
+    """Values that are not finite or far too large are refused with their key, without a stack trace."""
+    paths = [key for key, _, reported in changes(name, [""]) if any("is empty" in problem for problem in reported)]
+    for key, value, reported in changes(name, [inf, -inf, nan, 10**40, -(10**40)]):
+        is_refused = any(problem.startswith(f"{key}=") for problem in reported)
+        assert is_refused or key in (*NAMES, *paths), (key, value)
 
 
 @pytest.mark.parametrize(
@@ -279,15 +277,15 @@ def test_every_number_has_an_end(name):
     ],
 )
 def test_an_empty_path_is_refused_with_its_key(name, keys):
-    told = {key: found for key, _, found in changes(name, [""])}
+    reported = {key: refused for key, _, refused in changes(name, [""])}
     for key in keys:
-        assert f"{key}=: is empty; give a path" in told[key]
+        assert f"{key}=: is empty; give a path" in reported[key]
 
 
 def test_a_list_of_paths_or_prompts_is_not_empty():
     for name, key in (("evaluate", "run"), ("recl", "run"), ("generate", "prompt")):
-        found = {each: problems for each, _, problems in changes(name, [[]])}
-        assert f"{key}=[]: should have 1 or more items" in found[key]
+        reported = {changed: refused for changed, _, refused in changes(name, [[]])}
+        assert f"{key}=[]: should have 1 or more items" in reported[key]
 
 
 def test_a_home_directory_is_found_in_every_path(monkeypatch, tmp_path):
@@ -302,7 +300,7 @@ def test_a_section_is_not_a_value():
     assert one("prepare", "corpus.name=nope").startswith("corpus.name=nope: should be 'stdlib'")
 
 
-def test_a_run_that_is_not_there(tmp_path):
+def test_a_missing_run_is_refused(tmp_path):
     assert one("evaluate", "run=nowhere").startswith("run=nowhere")
     assert one("generate").startswith("run")
     assert "no checkpoint" in one("generate", f"run={tmp_path}")

@@ -1,4 +1,4 @@
-"""What is typed on the command line arrives as it was meant, and what cannot be meant is refused in plain words."""
+"""Overrides arrive as they were meant, and those that cannot be read are refused in plain words."""
 
 import random
 import shlex
@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from txl_dist.config.overrides import CONF, OURS, CommandLine, spell_out, spell_path, spell_text
+from txl_dist.config.overrides import CONF, HYDRA_SETTINGS, CommandLine, spell_out, spell_path, spell_text
 from txl_dist.config.quoting import command_to_paste
 from txl_dist.errors import ConfigError, UserError
 
@@ -33,10 +33,10 @@ def composed(name, *overrides):
 
 
 def value(name, key, typed):
-    found = composed(name, spell_out(f"{key}={typed}"))
+    config = composed(name, spell_out(f"{key}={typed}"))
     for part in key.lstrip("+").split("."):
-        found = found[part]
-    return found
+        config = config[part]
+    return config
 
 
 def strings(seed, count):
@@ -46,12 +46,12 @@ def strings(seed, count):
 
 def arrived(spelled):
     """Compose all values at once, each under a key of its own."""
-    found = composed("generate", *(f"++t{i}={each}" for i, each in enumerate(spelled)))
-    return [found[f"t{i}"] for i in range(len(spelled))]
+    config = composed("generate", *(f"++t{i}={value}" for i, value in enumerate(spelled)))
+    return [config[f"t{i}"] for i in range(len(spelled))]
 
 
 def test_texts_arrive_to_the_letter_whatever_they_hold():
-    texts = [text for text in strings(1, 2000) if spell_text(text, many=True) != text]  # else quoted, in Hydra's way
+    texts = [text for text in strings(1, 2000) if spell_text(text, many=True) != text]  # the others are quoted already
     assert len(texts) > 1990
     assert arrived([spell_text(text, many=True) for text in texts]) == texts
 
@@ -105,7 +105,7 @@ def test_a_prompt_is_a_list_only_of_quoted_texts(typed, meant):
         ("null", None),
     ],
 )
-def test_a_path_is_what_was_typed_and_hydras_grammar_still_works(monkeypatch, typed, meant):
+def test_a_path_is_taken_literally_and_hydras_grammar_still_works(monkeypatch, typed, meant):
     monkeypatch.setenv("PLACE", "there")
     assert value("evaluate", "run", typed) == meant
 
@@ -120,12 +120,12 @@ def test_all_keys_of_paths_are_read_alike(name, key):
     assert value(name, key, "v=1 книга's") == value(name, f"+{key}", "v=1 книга's") == "v=1 книга's"
 
 
-def test_a_comma_parts_a_sweep_only_where_one_is_asked_for():
+def test_a_comma_separates_values_only_in_a_sweep():
     assert CommandLine(["run.dir=a,b"]).spelled == ["++run.dir='a,b'"]
     assert CommandLine(["run.dir=a,b", "-m"]).spelled == ["++run.dir=a,b"]
     assert CommandLine(["-m", "run.dir=é,b"]).spelled == ["++run.dir='é','b'"]
     sweep = OverridesParser.create().parse_override(CommandLine(["-m", "run.dir=v=1,'a,b'"]).spelled[0])
-    assert [str(each) for each in sweep.sweep_string_iterator()] == ["'v=1'", "'a,b'"]
+    assert list(map(str, sweep.sweep_string_iterator())) == ["'v=1'", "'a,b'"]
 
 
 @pytest.mark.parametrize(
@@ -136,15 +136,24 @@ def test_a_comma_parts_a_sweep_only_where_one_is_asked_for():
         (["a=1", "--config-dir=x", "b=2"], ["--config-dir=x"]),
         (["a=1", "b=2", "--config-dir", "c=3", "-cn", "name"], ["--config-dir", "c=3", "-cn", "name"]),
         (["--info", "defaults", "a=1", "b=2"], ["--info", "defaults"]),
+        (["--info", "a=1", "b=2"], ["--info=all"]),
+        (["a=1", "b=2", "-i"], ["-i"]),
         (["--local_rank=3", "a=1", "b=2", "-h"], ["-h"]),
     ],
 )
 def test_flags_may_stand_anywhere(typed, flags):
-    assert CommandLine(typed).for_hydra() == ["++a=1", "++b=2", *OURS, *flags]
+    assert CommandLine(typed).for_hydra() == ["++a=1", "++b=2", *HYDRA_SETTINGS, *flags]
 
 
 def test_shell_completion_leaves_the_arguments_alone():
     assert CommandLine(["--shell-completion", "install=bash"]).for_hydra() == ["install=bash", "--shell-completion"]
+
+
+@pytest.mark.parametrize("typed", [["--nope"], ["--cfg"], ["--cfg", "x"], ["a=1", "-x=5"]])
+def test_flags_that_hydra_does_not_know_are_refused_without_a_usage(typed, capsys):
+    with pytest.raises(UserError, match="--hydra-help lists all flags"):
+        CommandLine(typed)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("typed", [["--resolve"], ["--cfg", "job", "--multirun"], ["-m", "--info"]])
@@ -153,15 +162,15 @@ def test_flags_that_do_not_go_together_are_refused(typed):
         CommandLine(typed)
 
 
-def test_all_overrides_that_cannot_be_read_are_told_at_once():
+def test_all_overrides_that_cannot_be_read_are_reported_at_once():
     typed = ["model.n_layer=4=5", "my", "=3", "é=1", "model..x=1", "seed=f(1)", "optimizer=null", "a.b=" + "9" * 5000]
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as refused:
         CommandLine(typed).for_hydra()
-    assert len(told.value.problems) == len(typed)
-    for each, problem in zip(typed, told.value.problems, strict=True):
-        assert problem.startswith(f"{each[:200]}") and "++" not in problem, problem
-    assert told.value.problems[0].endswith("\"model.n_layer='4=5'\"")
-    assert "adam, adamw, lamb" in told.value.problems[6]
+    assert len(refused.value.problems) == len(typed)
+    for override, problem in zip(typed, refused.value.problems, strict=True):
+        assert problem.startswith(override[:200]) and "++" not in problem, problem
+    assert refused.value.problems[0].endswith("\"model.n_layer='4=5'\"")
+    assert "adam, adamw, lamb" in refused.value.problems[6]
 
 
 @pytest.mark.parametrize(
@@ -182,17 +191,17 @@ def test_all_overrides_that_cannot_be_read_are_told_at_once():
         ("experiment=ptb", "+experiment=ptb"),
     ],
 )
-def test_what_hydra_refuses_is_told_in_plain_words_with_what_was_typed(typed, words):
+def test_what_hydra_refuses_is_reported_in_plain_words_as_it_was_typed(typed, words):
     line = CommandLine([typed])
-    with pytest.raises(ConfigError) as told, line.errors_described():
+    with pytest.raises(ConfigError) as refused, line.errors_described():
         composed("train", *line.for_hydra()[:-5])
-    (problem,) = told.value.problems
+    (problem,) = refused.value.problems
     assert words in problem
     for raw in ("++", "object_type", "full_key", "hydra.cc", "Exception", "KeyError", "\n"):
         assert raw not in problem
 
 
-def test_a_plus_before_a_key_that_is_there_is_no_mistake():
+def test_a_plus_before_a_key_that_exists_is_accepted():
     assert value("train", "+model.n_layer", "3") == 3
 
 

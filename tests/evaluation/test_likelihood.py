@@ -1,5 +1,7 @@
 """Losses of single tokens, each in a context of its own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,15 +23,16 @@ def build(make_config, **options):
 
 
 def by_hand(model, stream, position, context, start=0):
-    """One forward over the tokens of the context; before the first token of the stream stands <eos>."""
+    """Compute one loss by one forward over its context; before the first token of the stream stands <eos>."""
     with_eos = [EOS, *stream]
     begin = max(start, position - context + 1)
     inputs = torch.tensor([with_eos[begin : position + 1]])
     memory = [torch.zeros(1, 0, model.config.d_model, dtype=torch.float64) for _ in model.layers]
-    trained, model.config = model.config, type(model.config)(**vars(model.config) | {"mem_len": 0})
+    config = model.config
+    model.config = replace(config, mem_len=0)
     with torch.no_grad():
         log_probs, _ = model(inputs, None, torch.arange(inputs.size(1))[None], memory)
-    model.config = trained
+    model.config = config
     return -log_probs[0, -1, stream[position]].item()
 
 
@@ -38,14 +41,14 @@ def by_hand(model, stream, position, context, start=0):
 def test_a_token_sees_its_context_and_no_more(make_config, stream, attention, mem_len, context):
     model = build(make_config, attention=attention, mem_len=mem_len)
     positions = np.array([0, 1, 4, 19, 20, 39])
-    found = losses_in_context(model, stream, positions, context, EOS)
+    losses = losses_in_context(model, stream, positions, context, EOS)
     expected = [by_hand(model, stream, position, context) for position in positions]
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert losses == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_context_ends_with_its_document(make_config, stream):
     starts, model = np.array([0, 10, 13, 40]), build(make_config)
-    found = losses_in_context(model, stream, np.array([9, 10, 12, 13, 30]), 6, EOS, starts)
+    losses = losses_in_context(model, stream, np.array([9, 10, 12, 13, 30]), 6, EOS, starts)
     begins = [0, 10, 10, 13, 13]
     expected = [by_hand(model, stream, p, 6, b) for p, b in zip([9, 10, 12, 13, 30], begins, strict=True)]
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert losses == pytest.approx(expected, rel=1e-12)

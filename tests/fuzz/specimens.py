@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import pickle
+import pkgutil
 import random
 import re
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+import txl_dist
 from txl_dist.checkpoint.format import CheckpointWriter, latest
 from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion.weights import hugging_face_shapes
@@ -27,15 +29,15 @@ WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
 TRAIN = ["data.num_lanes=2", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.d_head=8"]
 TRAIN += ["model.d_inner=16", "model.tgt_len=8", "model.mem_len=8", "train.max_steps=4", "train.stop_at=2"]
 TRAIN += ["checkpoint.every=2", "train.eval_every=2", "tracking.mode=disabled", "tracking.log_every=1"]
-COMMANDS = ("train", "prepare", "evaluate", "generate", "score", "recl", "inspect", "convert")
 TOKENIZERS = ("bytes", "word", "sentencepiece")
 
 
 def warm_up() -> None:
     """Import what all commands need, once; no thread is started, so that a fork holds all of the process."""
     torch.set_num_threads(1)
-    for name in COMMANDS:
-        importlib.import_module(f"txl_dist.{name}")
+    for module in pkgutil.walk_packages(txl_dist.__path__, "txl_dist."):
+        if "conversion.hub." not in module.name:  # those are copied, and import transformers
+            importlib.import_module(module.name)
 
 
 def make(folder: Path) -> None:

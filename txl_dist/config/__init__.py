@@ -1,1 +1,1 @@
-"""The schema of the config, how it is composed from a command line, and the checks across its sections."""
+"""The schema of the config, its composition from a command line, and the checks across its sections."""

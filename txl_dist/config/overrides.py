@@ -1,7 +1,7 @@
-"""The command line as its author meant it, spelled out for Hydra.
+"""Spell out the command line for Hydra so that it means what its author meant.
 
-Values are of three kinds. Those of most keys are Hydra's grammar. A text (`prompt=`) is what was typed, to the letter.
-So is a path (`run.dir=`), unless it is a list, a sweep or quoted; an interpolation `${...}` in it is resolved.
+There are three kinds of values. Most follow Hydra's grammar. A text (`prompt=`) is taken literally. So is a path
+(`run.dir=`), unless it is a list, a sweep or quoted; an interpolation `${...}` in it is resolved.
 """
 
 import argparse
@@ -24,13 +24,14 @@ from txl_dist.errors import ConfigError, UserError, first_line
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
-TEXTS = {"prompt", "text"}
-PATHS = {"run", "run.dir", "data.dir", "data_dir", "from", "to", "tokenizer_from", "tokenizer.vocab", "tokenizer.model"}
-PATHS |= {"corpus.path", "corpus.train", "corpus.valid", "corpus.test", "tracking.project", "tracking.name"}
-LISTS = {"prompt", "run", "corpus.path", "corpus.train", "corpus.valid", "corpus.test"}
+TEXT_KEYS = {"prompt", "text"}
+CORPUS_KEYS = {"corpus.path", "corpus.train", "corpus.valid", "corpus.test"}
+PATH_KEYS = {"run", "run.dir", "data.dir", "data_dir", "from", "to", "tokenizer_from"} | CORPUS_KEYS
+PATH_KEYS |= {"tokenizer.vocab", "tokenizer.model", "tracking.project", "tracking.name"}
+LIST_KEYS = {"prompt", "run"} | CORPUS_KEYS
 
-# What Hydra would do by itself and we do not want: a folder of its own for every start, and logging to a file.
-OURS = [
+# Turn off what Hydra does by default: a folder of its own for every start, and logging to a file.
+HYDRA_SETTINGS = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -39,9 +40,9 @@ OURS = [
 ]
 
 UNREADABLE = object()
-SHOWN = 200  # characters of an override in a message
+MAX_SHOWN = 200  # characters of an override in a message
 
-# An element of a list: quoted, or all up to the next comma.
+# An element of a list: a quoted string, or everything up to the next comma.
 ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*?)\s*(?:,|$)""", re.DOTALL)
 
 
@@ -70,17 +71,18 @@ class CommandLine:
             raise UserError("--resolve: is for --cfg job, hydra or all, or for --help; add one of them")
 
     def for_hydra(self) -> list[str]:
-        """Return the arguments, flags last: argparse takes overrides in one stretch only.
+        """Return the arguments with the flags last: Hydra's parser accepts overrides in one stretch only.
 
         Raises:
             ConfigError: with every override that cannot be read.
         """
         if self.completion:
-            return [*self.given, *self.flags]  # `install=bash` and the like are no overrides
-        problems = list(filter(None, map(override_problem, self.given, self.spelled)))
+            return [*self.given, *self.flags]  # `install=bash` and the like are not overrides
+        described = map(describe_unreadable, self.given, self.spelled)
+        problems = [problem for problem in described if problem is not None]
         if problems:
             raise ConfigError(problems)
-        return [*self.spelled, *OURS, *self.flags]
+        return [*self.spelled, *HYDRA_SETTINGS, *self.flags]
 
     @contextlib.contextmanager
     def errors_described(self, composing: Callable[[], bool] = lambda: True) -> Iterator[None]:
@@ -93,34 +95,39 @@ class CommandLine:
             raise ConfigError([self.describe(error)]) from error
 
     def describe(self, error: Exception) -> str:
-        """Put what Hydra or OmegaConf says of an override into words, with what was typed."""
+        """Describe an error of Hydra or OmegaConf in plain words, with the override as it was typed."""
         if isinstance(error, MissingConfigException) and error.options:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={name}: is not one of the choices: {', '.join(error.options)}"
         if isinstance(error, OmegaConfBaseException) and error.full_key:
-            typed = next((each for each in self.given if key_of(each) == error.full_key), error.full_key)
+            typed = next((given for given in self.given if key_of(given) == error.full_key), error.full_key)
             reason = re.sub(r'^\w+ raised while resolving interpolation: "?(.*?)"?$', r"\1", first_line(error))
             return f"{shortened(typed)}: {reason}"
-        words = str(error).partition("Config search path")[0].partition("See https://")[0]
-        guilty = self.guilty(words)
+        text = str(error).partition("Config search path")[0].partition("See https://")[0]
+        culprit = self.find_culprit(text)
         for given, spelled in zip(self.given, self.spelled, strict=True):
-            words = words.replace(spelled, given)
-        if "Ambiguous value" in words and guilty:
+            text = text.replace(spelled, given)
+        if "Ambiguous value" in text and culprit:
             return (
-                f"{shortened(guilty)}: is several values; give one, or a list in [brackets], or a text in quotes of "
+                f"{shortened(culprit)}: is several values; give one, or a list in [brackets], or a text in quotes of "
                 "its own, or add --multirun to try one after the other"
             )
-        told = "; ".join(line.strip().rstrip(".") for line in words.splitlines() if line.strip())
-        return told if guilty is None or guilty in told else f"{shortened(guilty)}: {told}"
+        reason = "; ".join(line.strip().rstrip(".") for line in text.splitlines() if line.strip())
+        return reason if culprit is None or culprit in reason else f"{shortened(culprit)}: {reason}"
 
-    def guilty(self, words: str) -> str | None:
-        """Find the override of which words are: they quote it, its key or the last part of its key."""
-        both = sorted(zip(self.given, self.spelled, strict=True), key=lambda pair: -len(pair[1]))
-        keys = [(given, rf"(?<![\w.]){re.escape(key_of(given))}(?![\w.])") for given in self.given]
-        ends = [(given, re.escape(f"'{key_of(given).rpartition('.')[2]}'")) for given in self.given]
-        found = [given for given, spelled in both if spelled in words]
-        found += [given for given, pattern in [*keys, *ends] if re.search(pattern, words)]
-        return next(iter(found), None)
+    def find_culprit(self, message: str) -> str | None:
+        """Find the override that a message is about: it quotes the override, its key or the last part of its key."""
+        longest_first = sorted(zip(self.given, self.spelled, strict=True), key=lambda pair: -len(pair[1]))
+        for given, spelled in longest_first:
+            if spelled in message:
+                return given
+        for given in self.given:
+            if re.search(rf"(?<![\w.]){re.escape(key_of(given))}(?![\w.])", message):
+                return given
+        for given in self.given:
+            if f"'{key_of(given).rpartition('.')[2]}'" in message:
+                return given
+        return None
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
@@ -149,13 +156,13 @@ def with_info_topic(arguments: Iterable[str]) -> list[str]:
 
 
 def remove_each(items: list[str], removed: list[str]) -> list[str]:
-    """Return the items without those of another list, which are among them in the same order."""
+    """Return `items` without `removed`, a subsequence of it."""
     rest = iter(removed)
-    wanted = next(rest, None)
+    following = next(rest, None)
     kept = []
     for item in items:
-        if item == wanted:
-            wanted = next(rest, None)
+        if item == following:
+            following = next(rest, None)
         else:
             kept.append(item)
     return kept
@@ -166,43 +173,48 @@ def is_group(key: str) -> bool:
 
 
 def choices(group: str) -> list[str]:
+    """List the configs of a group, such as the experiments."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def key_of(override: str) -> str:
+    """Return the key of an override, without its prefix."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 # -------------------------------------------------------------------------------------------------- spelling out
 
 
 def spell_out(argument: str, sweeping: bool = False) -> str:
-    """Make an override say what its author meant.
+    """Spell out an override for Hydra.
 
-    `a.b=1` becomes `++a.b=1`, so that an unknown key reaches our check and is reported with all other problems (Hydra
-    would stop at the first). sweeping: commas part the values of a sweep (--multirun).
+    `a.b=1` becomes `++a.b=1`, so that an unknown key reaches parse_config and is reported with all other problems
+    (Hydra would stop at the first).
+
+    Args:
+        sweeping: commas separate the values of a sweep (--multirun).
     """
     prefix, equals, value = argument.partition("=")
     key = key_of(argument)
     if not equals or prefix[:1] in ("~", "-") or "@" in key or key.startswith("hydra") or is_group(key):
         return argument
-    if key in TEXTS:
-        value = spell_text(value, many=key in LISTS)
-    elif key in PATHS:
-        value = spell_path(value, key in LISTS, sweeping)
+    if key in TEXT_KEYS:
+        value = spell_text(value, many=key in LIST_KEYS)
+    elif key in PATH_KEYS:
+        value = spell_path(value, key in LIST_KEYS, sweeping)
     return f"++{key}={value}"
 
 
 def spell_text(value: str, many: bool) -> str:
-    """Quote a text, but where it is one quoted string of Hydra's grammar, or a list of such."""
+    """Quote a text, unless it is a quoted string of Hydra's grammar or, with `many`, a list of such strings."""
     parsed = parse(value)
-    quoted = isinstance(parsed, QuotedString)
-    listed = many and isinstance(parsed, list) and all(isinstance(each, QuotedString) for each in parsed)
-    if (quoted or listed) and value == value.strip():
+    is_quoted = isinstance(parsed, QuotedString)
+    is_list = many and isinstance(parsed, list) and all(isinstance(element, QuotedString) for element in parsed)
+    if (is_quoted or is_list) and value == value.strip():
         return value
     return quote_for_hydra(escape_interpolations(value))
 
@@ -219,29 +231,30 @@ def spell_path(value: str, many: bool, sweeping: bool) -> str:
     if "${" in value and not interpolates(value):
         value = escape_interpolations(value)
     if many and value.startswith("[") and value.endswith("]"):
-        readable = isinstance(parsed, list) and all(isinstance(each, str | QuotedString) for each in parsed)
-        return value if readable else f"[{','.join(spell_elements(value[1:-1]))}]"
+        is_list = isinstance(parsed, list) and all(isinstance(element, str | QuotedString) for element in parsed)
+        return value if is_list else f"[{','.join(spell_elements(value[1:-1]))}]"
     if sweeping and parsed is UNREADABLE and "," in value:
         return ",".join(spell_elements(value))
     return quote_for_hydra(value)
 
 
 def spell_elements(value: str) -> Iterator[str]:
-    for found in ELEMENT.finditer(value):
-        if found[0]:
-            yield spell_path(found[1], many=False, sweeping=False)
+    """Spell out the paths of a list, without its brackets."""
+    for match in ELEMENT.finditer(value):
+        if match[0]:
+            yield spell_path(match[1], many=False, sweeping=False)
 
 
 def parse(value: str) -> Any:
-    """Read a value by Hydra's grammar; UNREADABLE where it is none of it."""
+    """Parse a value by Hydra's grammar; return UNREADABLE where that fails."""
     try:
-        return OverridesParser.create().parse_override(f"key={value}")._value  # value() would drop the quotes
+        return OverridesParser.create().parse_override(f"key={value}")._value  # value() drops the quotes
     except (HydraException, ValueError, RecursionError):
         return UNREADABLE
 
 
 def interpolates(value: str) -> bool:
-    """Whether OmegaConf can read the interpolations in a value."""
+    """Return whether OmegaConf can read the interpolations in a value."""
     try:
         grammar_parser.parse(value)
     except GrammarParseError:
@@ -249,21 +262,23 @@ def interpolates(value: str) -> bool:
     return True
 
 
-def override_problem(given: str, spelled: str) -> str | None:
-    """Say what is wrong with an override that Hydra cannot read."""
+def describe_unreadable(given: str, spelled: str) -> str | None:
+    """Describe why Hydra cannot read an override; None where it can."""
     key, equals, value = given.partition("=")
     if not equals and not given.startswith("~"):
         return f"{shortened(given)}: is not of the form KEY=VALUE; a value with spaces needs quotes in the shell"
-    if not key_of(given) or not readable(f"{key_of(given)}=0"):
+    if not key_of(given) or not is_readable(f"{key_of(given)}=0"):
         return f"{shortened(given)}: {key!r} is not a key"
-    if readable(spelled):
-        named = not (equals and is_group(key_of(given))) or isinstance(parse(value), str | list | Sweep)
-        return None if named else f"{shortened(given)}: is not one of the choices: {', '.join(choices(key_of(given)))}"
-    quoted = quote_for_shell(f"{key}={quote_for_hydra(value)}")
-    return f"{shortened(given)}: the value cannot be read; a text is put in quotes of its own, as {shortened(quoted)}"
+    if not is_readable(spelled):
+        quoted = quote_for_shell(f"{key}={quote_for_hydra(value)}")
+        return f"{shortened(given)}: the value cannot be read; put a text in quotes of its own, as {shortened(quoted)}"
+    if equals and is_group(key_of(given)) and not isinstance(parse(value), str | list | Sweep):
+        return f"{shortened(given)}: is not one of the choices: {', '.join(choices(key_of(given)))}"
+    return None
 
 
-def readable(override: str) -> bool:
+def is_readable(override: str) -> bool:
+    """Return whether Hydra can parse an override."""
     try:
         OverridesParser.create().parse_override(override)
     except (HydraException, ValueError, RecursionError):

@@ -1,4 +1,7 @@
-"""The checks of the jobs that read the checkpoints of runs: evaluate, generate, score, recl, inspect, convert."""
+"""The checks of the jobs that read the checkpoints of runs: evaluate, generate, score, recl, inspect, convert.
+
+checkpoint.format is imported by the functions that need it: with it comes torch.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -19,42 +22,41 @@ from txl_dist.errors import UserError
 
 
 def run_is_there(run: str, checkpoint: CheckpointChoice) -> Iterator[str]:
+    """Check that the chosen checkpoint of a run can be read."""
     yield from run_problems(run, checkpoint)
 
 
 def some_run_is_there(run: list[str], checkpoint: CheckpointChoice) -> Iterator[str]:
     """Refuse runs of which none can be evaluated; where some can, the rows of the others say why not."""
-    yield from globs_match(run)
+    yield from patterns_match(run)
     problems = [list(run_problems(path, checkpoint)) for path in run_dirs(run)]
     if all(problems):
         yield from chain(*problems)
 
 
 def all_runs_are_there(run: list[str]) -> Iterator[str]:
-    yield from globs_match(run)
+    """Check that all runs can be compared: each has a checkpoint."""
+    yield from patterns_match(run)
     for path in run_dirs(run):
         yield from run_problems(path, None)
 
 
-def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
-    if max_context < 2 * step:
-        yield f"max_context={max_context}: must be at least two steps of {step}, to compare a context with a longer one"
-
-
-def globs_match(patterns: list[str]) -> Iterator[str]:
+def patterns_match(patterns: list[str]) -> Iterator[str]:
+    """Check that each glob matches some run."""
     for pattern in patterns:
         if not run_dirs([pattern]):
             yield f"run={pattern}: matches no run directory with a checkpoint"
 
 
 def run_dirs(patterns: list[str]) -> list[str]:
-    from txl_dist.checkpoint import format as checkpoint  # torch: seconds to import, and `prepare` never needs it
+    """List the run directories that globs match."""
+    from txl_dist.checkpoint import format as checkpoint_format
 
-    return checkpoint.run_dirs(patterns)
+    return checkpoint_format.run_dirs(patterns)
 
 
 def run_problems(path: str, which: CheckpointChoice) -> Iterator[str]:
-    """Say why a run's checkpoint cannot be read."""
+    """Yield why the chosen checkpoint of a run cannot be read; nothing where it can."""
     from txl_dist.checkpoint.format import best, latest, steps
 
     if not Path(path).is_dir():
@@ -73,37 +75,50 @@ def run_problems(path: str, which: CheckpointChoice) -> Iterator[str]:
         else:
             if which == "best" and best(path) is None:
                 yield (
-                    f"checkpoint=best: no checkpoint of {path} was evaluated on valid at its very step; "
-                    "leave it out for the newest"
+                    f"checkpoint=best: no checkpoint of {path} was evaluated on valid at its own step; "
+                    "leave it out for the latest"
                 )
+
+
+def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
+    """Check that there is a longer context to compare the shortest one with."""
+    if max_context < 2 * step:
+        yield f"max_context={max_context}: must be at least two steps of {step}, to compare a context with a longer one"
+
+
+def window_has_no_memory(sliding_window: bool, model: LengthsConfig) -> Iterator[str]:
+    """Check that a sliding window is not given a memory, which it does not use."""
+    if sliding_window and model.mem_len is not None:
+        yield (
+            f"model.mem_len={model.mem_len}: a sliding window reads without memory; give its length as model.tgt_len"
+        )
 
 
 def conversion_has_one_direction(
     run: str, from_: str | None, to: str | None, tokenizer_from: str | None, model: ConvertedModelConfig
 ) -> Iterator[str]:
+    """Check that a model is either imported or exported, and that nothing is overwritten."""
     if (from_ is None) == (to is None):
         yield "from, to: give one of them: from=PATH imports a model as the run, to=FOLDER exports the run"
         return
-    key, target = ("run", run) if from_ else ("to", to)
-    if (place := Path(str(target))).exists() and not (place.is_dir() and not any(place.iterdir())):
+    key, target = ("to", to) if from_ is None else ("run", run)
+    folder = Path(str(target))
+    is_empty_folder = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty_folder:
         yield f"{key}={target}: is there already, and nothing is overwritten; give another folder"
     if from_ is not None and not Path(from_).exists():
         yield f"from={from_}: there is no such file or folder"
     if to is not None:
         given = {"tokenizer_from": tokenizer_from, "model.cutoffs": model.cutoffs, "model.pre_lnorm": model.pre_lnorm}
-        yield from (
-            f"{key}={value}: is for from=PATH; a run knows its own" for key, value in given.items() if value is not None
-        )
+        for key, value in given.items():
+            if value is not None:
+                yield f"{key}={value}: is for from=PATH, because a run has its own; leave it out"
 
 
 def exported_run_is_there(run: str, to: str | None, checkpoint: CheckpointChoice) -> Iterator[str]:
+    """Check that the chosen checkpoint of a run to be exported can be read."""
     if to is not None:
         yield from run_problems(run, checkpoint)
-
-
-def window_has_no_memory(sliding_window: bool, model: LengthsConfig) -> Iterator[str]:
-    if sliding_window and model.mem_len is not None:
-        yield f"model.mem_len={model.mem_len}: a sliding window reads without memory; its length is model.tgt_len"
 
 
 Check = Callable[..., Iterator[str]]

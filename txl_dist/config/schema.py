@@ -1,4 +1,7 @@
-"""The schema of conf/: its values' types and meanings. What else must hold of them stands in check.py."""
+"""The schema of conf/: the types and limits of its values. conf/*.yaml explains each key where it stands.
+
+What must hold of several values together is in checks.py and run_checks.py.
+"""
 
 import os
 from dataclasses import asdict, replace
@@ -16,11 +19,12 @@ FLOAT32_MAX = 3.4e38
 
 
 def listed(value: object) -> object:
+    """Let a single text stand for a list of it."""
     return [value] if isinstance(value, str) else value
 
 
 def checked_path(value: str) -> str:
-    """Expand `~`; one whose user is not known is the beginning of a name."""
+    """Expand `~`; where no such user is known, it is the beginning of a name."""
     if not value.strip():
         raise PydanticCustomError("path", "is empty; give a path")
     if "\0" in value:
@@ -30,6 +34,7 @@ def checked_path(value: str) -> str:
 
 
 def checked_run(path: str) -> str:
+    """Refuse names that safetensors cannot open."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -39,7 +44,7 @@ def checked_run(path: str) -> str:
     return path
 
 
-# Strict: "12" in quotes is no number, and 1 is no yes.
+# Strict: "12" is not accepted as a number, nor 1 as true.
 StrictBool = Annotated[bool, Strict()]
 PositiveInt = Annotated[int, Strict(), Field(ge=1, le=INT64_MAX)]
 NonNegativeInt = Annotated[int, Strict(), Field(ge=0, le=INT64_MAX)]
@@ -60,9 +65,10 @@ RunDirs = Annotated[list[RunDir], Field(min_length=1), BeforeValidator(listed)]
 
 
 def step_or_best(value: object) -> object:
+    """Accept a step, "best" or None."""
     if value is None or value == "best" or (type(value) is int and value >= 0):
         return value
-    raise PydanticCustomError("which", "should be a step, best (the least loss in valid), or null (the newest)")
+    raise PydanticCustomError("which", "should be a step, best (the lowest loss on valid), or null (the latest)")
 
 
 CheckpointChoice = Annotated[int | Literal["best"] | None, PlainValidator(step_or_best)]  # of a run's checkpoints
@@ -131,7 +137,7 @@ TokenizerConfig = Annotated[
 
 @dataclass(config=SCHEMA, frozen=True)
 class DatasetConfig:
-    """Where a dataset goes and how it is cut into samples (tokens) and shards (samples)."""
+    """Where a dataset is written, and how it is cut into samples (of tokens) and shards (of samples)."""
 
     dir: PathStr
     sample_tokens: Annotated[int, Strict(), Field(ge=16, le=INT32_MAX)]
@@ -140,6 +146,8 @@ class DatasetConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class PrepareJob:
+    """Make a dataset of text."""
+
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
     data: DatasetConfig
@@ -151,10 +159,10 @@ class PrepareJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class RunConfig:
-    """The run directory is the run's identity: starting with the same `dir` again continues it.
+    """The run directory is the run's identity: starting with the same `dir` again resumes the run.
 
-    on_lane_change: whether it may go on with other lanes (another value of LANE_KEYS), from the same share of the epoch
-    but with empty memories.
+    on_lane_change: whether it may be resumed with other lanes (another value of LANE_KEYS), at the same share of the
+    epoch but with empty memories.
     """
 
     dir: RunDir
@@ -166,15 +174,15 @@ class RunConfig:
 class DataConfig:
     """The lanes: how many, in which order they read the corpus, where their memory is reset.
 
-    on_error: whether a damaged sample ends training, or its tokens are passed over: they are not scored, and what comes
-    after them is read as if a document began there. Evaluation never skips: the score of a part is a wrong number.
+    on_error: whether a damaged sample ends training, or its tokens are dropped: they are not scored, and what follows
+    is read as if a document began there. Evaluation never drops tokens: the loss of a part would be a wrong number.
     """
 
     dir: PathStr
     num_lanes: Size
     order: Literal["corpus", "documents"]
     reset_memory: Literal["never", "document"]
-    workers: Workers  # background threads that read ahead; they change nothing in what comes out
+    workers: Workers  # background threads that read ahead; the batches do not depend on their number
     on_error: Literal["fail", "skip_sample"] = "fail"
 
 
@@ -182,10 +190,10 @@ class DataConfig:
 class ModelConfig:
     """Transformer-XL's hyper-parameters, by the paper's names (Dai et al. 2019, section 3 and the authors' code).
 
-    attention: how positions are told: relative (the paper's), shaw (Shaw et al. 2018), absolute (Vaswani et al. 2017),
-    al_rfou (Al-Rfou et al. 2018). A vanilla Transformer is one of the latter two with mem_len 0.
+    attention: how positions are encoded: relative (the paper's), shaw (Shaw et al. 2018), absolute (Vaswani et al.
+    2017), al_rfou (Al-Rfou et al. 2018). A vanilla Transformer is one of the latter two with mem_len 0.
 
-    A key that checkpoints of earlier versions lack has as default what they meant.
+    A key that checkpoints of earlier versions lack has a default: the value that they were trained with.
     """
 
     name: Literal["transformer_xl"]
@@ -195,18 +203,18 @@ class ModelConfig:
     d_head: Size
     d_inner: Size
     attention: Literal["relative", "shaw", "absolute", "al_rfou"] = "relative"
-    max_distance: Size = 1023  # shaw, al_rfou: the farthest distance that has an embedding of its own
+    max_distance: Size = 1023  # shaw, al_rfou: the largest distance with an embedding of its own
     tgt_len: Size  # tokens in a segment
-    mem_len: SizeOrZero  # hidden states remembered for each layer and lane
-    clamp_len: Clamp  # distances beyond are treated as this one; -1: none are
+    mem_len: SizeOrZero  # hidden states remembered per layer and lane
+    clamp_len: Clamp  # larger distances are treated as this one; -1: no clamping
     same_length: StrictBool  # every token attends to mem_len tokens, itself included
     dropout: Fraction
     dropatt: Fraction  # of the attention's probabilities
-    dropout_words: Fraction = 0.0  # of the vocabulary's words, each wherever it stands in a segment
-    dropout_input: Fraction | None = None  # of the embedded tokens; null: dropout
-    dropout_ff: Fraction | None = None  # within the feed-forward sublayers; null: dropout
-    dropout_output: Fraction | None = None  # before the softmax; null: dropout
-    variational: StrictBool = False  # dropout and its kin drop the same numbers at all positions of a segment
+    dropout_words: Fraction = 0.0  # of the words of the vocabulary, each at all its positions in a segment
+    dropout_input: Fraction | None = None  # of the embedded tokens; null: as dropout
+    dropout_ff: Fraction | None = None  # within the feed-forward sublayers; null: as dropout
+    dropout_output: Fraction | None = None  # before the softmax; null: as dropout
+    variational: StrictBool = False  # all dropouts use one mask for all positions of a segment
     div_val: Size  # each cluster's embedding is this much narrower than the one before
     cutoffs: list[PositiveInt]  # the adaptive clusters' first tokens; empty: one full softmax
     tie_weights: StrictBool  # the softmax uses the embedding's table
@@ -225,14 +233,16 @@ class LengthsConfig:
     same_length: StrictBool | None
 
     def of(self, model: ModelConfig) -> ModelConfig:
-        """The model with these lengths."""
+        """Return the model with these lengths."""
         return replace(model, **{key: value for key, value in asdict(self).items() if value is not None})
 
 
 @dataclass(config=SCHEMA, frozen=True)
 class OptimizerConfig:
-    """lr_scale: regular expression -> factor of the learning rate of the parameters whose name it finds; the first
-    that does counts. average_from: keep the mean of the weights after each step from this one on; null: keep none.
+    """The optimizer, the clipping of gradients and the averaging of weights.
+
+    lr_scale: regular expression -> factor of the learning rate, for the parameters whose name the expression finds; the
+    first that does counts. average_from: keep the mean of the weights after each step from this one on; null: none.
     """
 
     name: Literal["adam", "adamw", "lamb"]
@@ -240,14 +250,14 @@ class OptimizerConfig:
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     eps: Positive
     weight_decay: NonNegative
-    clip: NonNegative  # the largest norm of the whole gradient; 0: no clipping
+    clip: NonNegative  # largest norm of the gradient of all parameters; 0: no clipping
     lr_scale: dict[str, Positive]
     average_from: PositiveInt | None
 
 
 @dataclass(config=SCHEMA, frozen=True)
 class ScheduleConfig:
-    """The learning rate by step: linear warm-up from 0, then this shape down to `min_lr` at train.max_steps."""
+    """The learning rate: linear warm-up from 0, then a decay of this shape to `min_lr` at train.max_steps."""
 
     name: Literal["cosine", "inverse_sqrt", "linear", "constant"]
     warmup_steps: NonNegativeInt
@@ -258,8 +268,8 @@ class ScheduleConfig:
 class TrainConfig:
     """Lengths in optimizer steps. `stop_at` ends this start cleanly; the schedule still runs to `max_steps`.
 
-    loss: of all positions of a segment, or of its second half (Dai et al. 2019, table 6).
-    profile: the first and the last step to be profiled, as the log numbers them; null: none.
+    loss: of all positions of a segment, or of its second half only (Dai et al. 2019, table 6).
+    profile: the first and the last step to be profiled, numbered as in the log; null: none.
     """
 
     max_steps: PositiveInt
@@ -271,8 +281,10 @@ class TrainConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class CheckpointConfig:
-    """every: in optimizer steps; there is one after the last step, too. What stays of them: the newest `keep_last`,
-    those whose step is a multiple of `keep_every`, and with `keep_best` the one with the least valid/loss.
+    """How often checkpoints are written, in optimizer steps, and which of them are kept.
+
+    One is written after the last step, too. Kept are the latest `keep_last`, those whose step is a multiple of
+    `keep_every`, and with `keep_best` the one with the lowest valid/loss.
     """
 
     every: PositiveInt
@@ -283,13 +295,13 @@ class CheckpointConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class EngineConfig:
-    """The split: it may be another at every start of a run.
+    """How the work is split; every start of a run may split it differently.
 
-    stage_layers: how many layers each pipeline stage gets, the first stage with the embedding, the last with the
-    softmax; null: balanced by counted floating-point operations. attention: how it is computed, of models/attend.py.
-    compile: let torch compile the layers for training; dropout then draws other numbers.
-    peak_tflops: what one device can do at best in this precision, for train/mfu; null: what its data sheet tells where
-    the device is a known one (engine/peak.py), else there is no train/mfu.
+    stage_layers: layers per pipeline stage; the first stage also has the embedding, the last one the softmax; null:
+    balanced by counted floating-point operations. attention: the backend (models/layers/backends.py).
+    compile: torch.compile the layers for training; dropout then draws other numbers.
+    peak_tflops: peak TFLOP/s of one device in this precision, for train/mfu; null: from the data sheet where the device
+    is a known one (tracking/gpu_peak.py), else there is no train/mfu.
     """
 
     zero_stage: Literal[0, 1, 2, 3]
@@ -306,12 +318,12 @@ class EngineConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class GuardConfig:
-    """What training does when something goes wrong: engine/guard.py and engine/watchdog.py tell how.
+    """The reaction to bad steps and stalls (engine/anomaly_guard.py, distributed/watchdog.py).
 
-    on_bad_step: of a step whose loss or gradient is not finite, or whose loss is a spike: end the run, pass it without
-    its update, or go back to the last checkpoint and then past it. spike: how far above the median of the last `window`
-    steps' losses, in their scaled median absolute deviations; null: no loss is too high. max_bad_steps: more among the
-    last `window` steps end the run. stall_timeout: in seconds; null: none.
+    on_bad_step: end the run, skip the update of this step, or resume from the last checkpoint and skip the step then. A
+    step is bad whose loss or gradient is not finite, or whose loss is a spike. spike: how far a loss may be above the
+    median of the last `window` steps, in their scaled median absolute deviations; null: no loss is too high.
+    max_bad_steps: more among the last `window` steps end the run. stall_timeout: in seconds; null: wait forever.
     """
 
     on_bad_step: Literal["stop", "skip", "rollback"]
@@ -323,9 +335,9 @@ class GuardConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class TrackingConfig:
-    """metrics.jsonl and the console always; W&B by `mode` (auto: online where there is a key, else offline).
+    """Metrics go to metrics.jsonl and the console always, to W&B by `mode` (auto: online with a key, else offline).
 
-    Null: as W&B's variables and files have it, else the project txl_dist and the run directory's name.
+    project, name: null: as W&B's own variables and files say, else txl_dist and the name of the run directory.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
@@ -336,6 +348,8 @@ class TrackingConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class TrainJob:
+    """Train, or resume, a run."""
+
     run: RunConfig
     data: DataConfig
     model: ModelConfig
@@ -350,15 +364,16 @@ class TrainJob:
 
     @property
     def tokens_per_step(self) -> int:
+        """Return the tokens of one optimizer step, of all lanes."""
         return self.data.num_lanes * self.model.tgt_len
 
     @property
     def first_scored(self) -> int:
-        """The first position of a segment that counts in training's loss."""
+        """Return the first position of a segment that counts in the loss of training."""
         return self.model.tgt_len // 2 if self.train.loss == "second_half" else 0
 
 
-# What the lanes of a run are, as (section, key): with another value here what they remember has no meaning.
+# (section, key) of what defines the lanes of a run: with another value their memory has no meaning.
 LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 
 
@@ -367,7 +382,11 @@ LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 
 @dataclass(config=SCHEMA, frozen=True)
 class EvaluateJob:
-    """max_tokens: the first of the split. sliding_window: each token is read from the tgt_len tokens before it."""
+    """Evaluate runs on a split.
+
+    max_tokens: only the first ones of the split. sliding_window: predict each token from the tgt_len tokens before it,
+    without memory.
+    """
 
     run: RunDirs
     split: Literal["train", "valid", "test"]
@@ -383,6 +402,8 @@ class EvaluateJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class GenerateJob:
+    """Continue prompts; null: standard input is the prompt."""
+
     run: RunDir
     prompt: Prompts | None
     max_tokens: NonNegativeInt
@@ -397,6 +418,8 @@ class GenerateJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class InspectJob:
+    """Show what a checkpoint holds; verify: compare the SHA-256 of all its files."""
+
     run: RunDir
     checkpoint: CheckpointChoice
     verify: StrictBool
@@ -405,6 +428,8 @@ class InspectJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class ScoreJob:
+    """Score each token of a text (null: of standard input), and show the `next` likeliest ones after it."""
+
     run: RunDir
     text: str | None
     next: NonNegativeInt
@@ -416,7 +441,10 @@ class ScoreJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class ReclJob:
-    """positions: tokens that are looked at, evenly spread over the split. step, max_context: in tokens."""
+    """Measure the effective context of runs.
+
+    positions: tokens that are evaluated, evenly spread over the split. step, max_context: in tokens.
+    """
 
     run: RunDirs
     split: Literal["train", "valid", "test"]
@@ -430,7 +458,7 @@ class ReclJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class ConvertedModelConfig(LengthsConfig):
-    """Null: as the run was trained, or as the source of an import tells; what that does not tell is to be given."""
+    """Null: as the run was trained, or as the source of an import says; what that does not say must be given."""
 
     cutoffs: list[PositiveInt] | None
     pre_lnorm: StrictBool | None
@@ -438,7 +466,7 @@ class ConvertedModelConfig(LengthsConfig):
 
 @dataclass(config=SCHEMA, frozen=True)
 class ConvertJob:
-    """One of `from_` (the user's key is `from`) and `to` is given: a model comes in as a run, or a run goes out."""
+    """Import a model as a run (`from_`; the key is `from`) or export a run (`to`); exactly one of them is given."""
 
     run: RunDir
     from_: PathStr | None

@@ -1,1 +1,1 @@
-"""What a trained model is asked: likelihood, effective context, samples."""
+"""Questions to a trained model: likelihood, effective context, scores of texts, samples."""

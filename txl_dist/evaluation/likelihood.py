@@ -1,4 +1,4 @@
-"""The loss of a whole split."""
+"""Losses of a model: of segments read with memory, and of single tokens, each in a context of its own."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from txl_dist.models.transformer_xl import TransformerXL
 
 @dataclass(frozen=True)
 class Score:
-    """What a model needs to tell a text: `nats` for its `tokens`."""
+    """The negative log-likelihood of `tokens` tokens: `nats` in total."""
 
     nats: float
     tokens: int
@@ -25,10 +25,11 @@ class Score:
 
     @property
     def bits(self) -> float:
+        """Return the total in bits."""
         return self.nats / math.log(2)
 
     def metrics(self, num_bytes: int) -> dict[str, float]:
-        """Return loss, perplexity, and bits per byte of the text that has `num_bytes`."""
+        """Return loss (nats per token), perplexity, and bits per byte of a text of `num_bytes`."""
         return {
             "loss": self.loss,
             "perplexity": perplexity(self.loss),
@@ -37,7 +38,8 @@ class Score:
 
 
 def perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # a finite number, whatever a loss is
+    """Return exp(nats), limited to a finite number."""
+    return math.exp(min(nats, 700.0))
 
 
 @torch.no_grad()
@@ -62,31 +64,34 @@ def losses_in_context(
     eos: int,
     starts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """-log P(x_t | x_t-1, ..., x_t-context) in nats of the tokens at some positions, each read anew and alone.
+    """Compute -log P(x_t | x_t-1, ..., x_t-context) for the tokens at some positions, each from scratch.
 
-    A model with memory reads its context in segments of tgt_len tokens, one without in a single segment.
+    A model with memory reads the context in segments of tgt_len tokens, one without memory in a single segment.
 
     Args:
         stream: int64 [tokens].
-        positions: int64 [n], computed side by side.
-        starts: of documents, where the context ends with the token's document.
+        positions: int64 [n], computed as one batch.
+        context: in tokens.
+        eos: the token before the first one of the stream.
+        starts: of documents, int64 [documents]; then no context reaches back beyond the token's document.
 
     Returns:
-        float64 [n].
+        float64 [n], in nats.
     """
     padded = np.concatenate([np.full(context, eos), stream])
-    place = np.arange(context)
-    inputs = torch.from_numpy(padded[positions[:, None] + place])
+    offsets = np.arange(context)
+    inputs = torch.from_numpy(padded[positions[:, None] + offsets])
     begin = 0 if starts is None else starts[np.searchsorted(starts, positions, side="right") - 1].astype(np.int64)
-    history = (positions - begin)[:, None] - (context - 1 - place)  # tokens before each input; negative: padding
-    lookback = torch.from_numpy(np.minimum(history, place).clip(min=0))
+    history = (positions - begin)[:, None] - (context - 1 - offsets)  # tokens before each input; negative: padding
+    lookback = torch.from_numpy(np.minimum(history, offsets).clip(min=0))
     targets = torch.from_numpy(stream[positions])[:, None]
 
     mem_len = model.config.mem_len
     length = model.config.tgt_len if mem_len else context
-    memory, ends = model.empty_cache(len(positions)), range(context, 0, -length)
+    memory = model.empty_cache(len(positions))
     hidden = torch.empty(0)
-    for end in reversed(ends):
+    # The first segment may be shorter: the last one ends with the context.
+    for end in reversed(range(context, 0, -length)):
         part = slice(max(0, end - length), end)
         hidden, memory = model.through_layers(model.embed(inputs[:, part]), lookback[:, part], memory)
     return model.predict(hidden[:, -1:], targets)[:, 0].double().cpu().numpy()

@@ -18,7 +18,7 @@ from txl_dist.runs.load import AS_TRAINED, load_model, load_tokenizer
 
 
 class TokenScore(NamedTuple):
-    """log_prob: log P(token | all tokens before it, as far as the model remembers), in nats."""
+    """A token of a text. log_prob: log P(token | all tokens before it that the model remembers), in nats."""
 
     token: int
     text: str
