@@ -63,7 +63,7 @@ def test_a_run_that_is_trained_further_is_no_longer_finished(start, first_starts
 def test_a_run_without_a_test_split_is_finished_after_its_last_step(start, first_starts):
     assert finished(start.folder / "untested") == {"step": 6, "metrics": {}}
     assert first_starts.count(f"{start.folder / 'untested'}: starting;") == 1
-    assert f"{start.folder / 'untested'}: going on" not in first_starts
+    assert f"{start.folder / 'untested'}: resuming" not in first_starts
 
 
 def forge(path):
@@ -95,7 +95,7 @@ def second_starts(start, first_starts):
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_file_alone_decides_whether_a_run_is_finished(start, second_starts, name):
     _, is_resumed = CHANGES[name]
-    assert (f"{start.folder / name}: going on from step" in second_starts) == is_resumed
+    assert (f"{start.folder / name}: resuming from step" in second_starts) == is_resumed
     if name != "written by version 0.1":
         assert finished(start.folder / name) == finished(start.folder / "finished")
 
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_named(start, second_starts):
 
 
 def test_a_run_that_was_trained_further_is_finished_at_its_new_last_step(start, second_starts, metrics):
-    assert f"{start.folder / 'continued'}: going on from step 7" in second_starts
+    assert f"{start.folder / 'continued'}: resuming from step 7" in second_starts
     lines = metrics(start.folder / "continued")
     assert [line["step"] for line in lines if "test/loss" in line] == [6, 8]
     assert finished(start.folder / "continued")["step"] == 8

@@ -1,4 +1,4 @@
-"""Makes a dataset of text: finds and splits the text, makes the tokenizer, tokenizes, and writes shards and index.
+"""Make a dataset of text: find and split the text, make the tokenizer, tokenize, and write shards and index.
 
 The text is read up to three times: for its fingerprint, for the vocabulary, for the tokens. This process reads, cuts
 and writes; others tokenize. The dataset depends on the text and the settings alone, not on the number of processes.

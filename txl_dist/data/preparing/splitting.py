@@ -1,4 +1,4 @@
-"""Splits the text of a corpus into train, valid and test, and cuts it into pieces of bounded size.
+"""Split the text of a corpus into train, valid and test, and cut it into pieces of bounded size.
 
     plan -> Plan.pieces -> documents
 

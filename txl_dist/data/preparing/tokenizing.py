@@ -1,4 +1,4 @@
-"""Makes the tokenizer of a dataset, and turns pieces of text into tokens.
+"""Make the tokenizer of a dataset, and turn pieces of text into tokens.
 
 The functions that take pieces run in the processes of a WorkerPool. Those start in a moment because this module
 imports neither torch nor Hydra.
