@@ -36,14 +36,14 @@ def intercept_update(optimizer: torch.optim.Optimizer, prepare: Callable[[], boo
 
 
 def avoid_reduction_on_one_rank(engine: Any, ranks: int) -> None:
-    """Have ZeRO 0 leave the gradients alone where there is no other rank: its reduction would copy each of them.
+    """Have ZeRO 0 leave the gradients of a single rank alone: its reduction would copy each of them.
 
     `backward` reduces where `enable_backward_allreduce` is set. A pipeline's engine clears it, and reduces by itself.
     """
     engine.enable_backward_allreduce = ranks > 1
 
 
-def global_grad_norm(engine: Any) -> float | Tensor:
+def zero_grad_norm(engine: Any) -> float | Tensor:
     """Return the norm of the whole gradient in the current step of ZeRO 1 to 3, before clipping.
 
     The wrapped optimizer stores it as `_global_grad_norm` before it calls the inner optimizer's `step`. The engine's

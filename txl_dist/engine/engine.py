@@ -63,6 +63,7 @@ class Engine(ABC):
         num_parameters: of the whole model.
         checkpointer: writes what `save` has copied.
         guard: judges the steps.
+        precision: fp32, bf16 or fp16.
     """
 
     def __init__(self, job: TrainJob, group: ProcessGroup, local: LocalModule, checkpoint: Checkpoint | None):
@@ -95,9 +96,9 @@ class Engine(ABC):
     def _build_optimizer(self, local: LocalModule, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.job.optimizer, parameters, local.names.values())
         own = set(parameters.values())
-        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Those that stand in for groups without a parameter here are to be cast and moved with the rest.
-        local.module.stand_ins = nn.ParameterList(parameter for parameter in members if parameter not in own)
+        local.module.stand_ins = nn.ParameterList(parameter for parameter in optimized if parameter not in own)
         first_averaged = self.job.optimizer.average_from
         if first_averaged is not None:
             keep_average(optimizer, lambda: self.step + 1 - (first_averaged - 1))
@@ -201,7 +202,7 @@ class Engine(ABC):
         """Return that norm without waiting for the device."""
         if self.job.engine.zero_stage == 0:
             return self._own_grad_norm
-        return deepspeed_internals.global_grad_norm(self.deepspeed)
+        return deepspeed_internals.zero_grad_norm(self.deepspeed)
 
     def _set_learning_rate(self) -> None:
         job = self.job

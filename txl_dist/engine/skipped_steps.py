@@ -28,7 +28,7 @@ class SkippedStep:
 
 
 def read_skipped_steps(run_dir: str) -> dict[int, str]:
-    """Return the steps that a run skips, each with its reason; none where there is no file.
+    """Return the steps that a run skips, each with its reason; empty without a file.
 
     Raises:
         UserError: where the file cannot be read, or has another shape.
