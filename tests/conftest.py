@@ -39,10 +39,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory):
+def python():
     """An interpreter that has imported everything already."""
-    with warm_python(tmp_path_factory.mktemp("warm")) as path:
-        yield str(path)
+    with warm_python() as path:
+        yield path
 
 
 @pytest.fixture(scope="session")

@@ -55,8 +55,12 @@ def test_a_script_and_a_module_run_as_they_do_in_the_real_one(python, tmp_path, 
 def test_what_is_imported_is_there_unless_an_import_may_depend_on_the_environment(python, tmp_path):
     (tmp_path / "script.py").write_text("import sys\nprint('torch' in sys.modules)")
     repo = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    for environment, told in (({}, "True\n"), ({"MPLBACKEND": "svg"}, "False\n"), ({"PYTHONHASHSEED": "1"}, "False\n")):
-        assert ended(python, tmp_path, "script.py", **repo, **environment) == (0, told, "")
+    for environment, output in (
+        ({}, "True\n"),
+        ({"MPLBACKEND": "svg"}, "False\n"),
+        ({"PYTHONHASHSEED": "1"}, "False\n"),
+    ):
+        assert ended(python, tmp_path, "script.py", **repo, **environment) == (0, output, "")
     assert ended(python, tmp_path, "-c", "import sys; print('torch' in sys.modules)") == (0, "False\n", "")
 
 

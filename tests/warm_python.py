@@ -24,7 +24,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,32 +37,14 @@ IMPORTED_LATE = ["torch._dynamo", "torch.distributed.elastic.multiprocessing.err
 IMPORTED_LATE += ["deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.pipe.engine", "hydra.main"]
 IMPORTED_LATE += ["deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.pyplot", "matplotlib.backends.backend_agg"]
 # Environment variables that are read when a command runs, not when a library is imported.
-READ_LATE = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "TORCHELASTIC_",
-    "TORCH_NCCL_ASYNC",
-    "SLURM_",
-)
-READ_LATE += (
-    "TXL_DIST_",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "WANDB_",
-    "PYTEST_",
-    "PYTHON_EXEC",
-    "PWD",
-    "OLDPWD",
-    "SHLVL",
-    "_",
-    "HALT",
-)
+READ_LATE = "RANK WORLD_SIZE LOCAL_ GROUP_ ROLE_ MASTER_ TORCHELASTIC_ TORCH_NCCL_ASYNC TORCHINDUCTOR_CACHE_DIR"
+READ_LATE += " TXL_DIST_ SLURM_ WANDB_ HALT PYTEST_ PYTHON_EXEC PWD OLDPWD SHLVL _"
 PASSED_ON = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT]
 
-EXECUTABLE = """#!{python} -IS
+EXECUTABLE = """#!/bin/sh
+exec "{python}" -IS "{client}" "$@"
+"""
+CLIENT = """
 import json, os, signal, socket, sys
 
 numbers = {passed_on}
@@ -88,7 +72,10 @@ for number in numbers:
 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 for fd in streams:
     os.close(fd)
-status = int.from_bytes(server.recv(4), "big")
+status = server.recv(4)
+if len(status) < 4:
+    os._exit(70)  # the server has ended
+status = int.from_bytes(status, "big")
 if os.WIFSIGNALED(status):
     if os.WTERMSIG(status) != signal.SIGKILL:
         signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
@@ -104,31 +91,31 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def warm_python(folder: Path):
+def warm_python() -> Iterator[str]:
     """Start a server; yields the path of its executable. Both live until the end of the context, or of this process."""
-    path = folder / "python"
-    listener = folder / "socket"
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm_python", str(listener)],
-            cwd=REPO,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
-    assert server.stdout is not None and server.stdin is not None
-    if server.stdout.readline() != b"ready\n":
-        raise RuntimeError((folder / "log").read_text())
-    names = [int(number) for number in PASSED_ON]
-    path.write_text(EXECUTABLE.format(python=sys.executable, socket=listener, passed_on=names))
-    path.chmod(0o755)
-    try:
-        yield path
-    finally:
-        server.stdin.close()
-        server.wait()
+    with tempfile.TemporaryDirectory(prefix="warm-") as name:  # short: it holds a socket
+        folder = Path(name)
+        names = {"python": sys.executable, "client": folder / "client.py", "socket": folder / "socket"}
+        (folder / "python").write_text(EXECUTABLE.format(**names))
+        (folder / "python").chmod(0o755)
+        (folder / "client.py").write_text(CLIENT.format(**names, passed_on=[int(number) for number in PASSED_ON]))
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "tests.warm_python", str(folder / "socket")],
+                cwd=REPO,
+                env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert server.stdout is not None and server.stdin is not None
+        if server.stdout.readline() != b"ready\n":
+            raise RuntimeError((folder / "log").read_text())
+        try:
+            yield str(folder / "python")
+        finally:
+            server.stdin.close()
+            server.wait()
 
 
 # ---------------------------------------------------------------------------------------------------- the server
@@ -153,67 +140,82 @@ def warm_up() -> None:
     gc.freeze()
 
 
-def serve(address: str, own: dict[str, str]) -> Call:
-    """Fork for each call in whose environment imports go as in one's own.
+class Server:
+    """Forks for each call in whose environment imports go as in its own. It ends when its standard input does."""
 
-    Returns in the children only; the parent ends with the process that has started it.
-    """
-    selector = selectors.DefaultSelector()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(address)
-    listener.listen()
-    selector.register(listener, selectors.EVENT_READ)
-    selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
-    callers: dict[int, tuple[socket.socket, int]] = {}  # pidfd -> its caller, its pid
-    print("ready", flush=True)
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is listener:
-                caller, _ = listener.accept()
-                call, streams = receive(caller)
-                if not call or not can_run(call, own):
-                    for end in (*streams, caller.detach()):
-                        os.close(end)
-                    continue
-                child = os.fork()
-                if child == 0:
-                    for other, _ in callers.values():
-                        other.close()
-                    for fd in callers:
-                        os.close(fd)
-                    for each in (selector, listener, caller):
-                        each.close()
-                    for target, source in enumerate(streams):
-                        os.dup2(source, target)
-                        os.close(source)
-                    return call
-                for fd in streams:
-                    os.close(fd)
-                caller.sendall(child.to_bytes(4, "big"))
-                ended = os.pidfd_open(child)
-                callers[ended] = (caller, child)
-                selector.register(ended, selectors.EVENT_READ)
-                selector.register(caller, selectors.EVENT_READ, data=child)
-            elif key.fileobj == sys.stdin.fileno():  # the tests have ended
-                for _, child in callers.values():
-                    os.kill(child, signal.SIGKILL)
-                os._exit(0)
-            elif key.data:  # the caller was killed
-                os.kill(key.data, signal.SIGKILL)
-                selector.unregister(key.fileobj)
-            elif key.fd in callers:
-                caller, child = callers.pop(key.fd)
-                selector.unregister(key.fd)
-                os.close(key.fd)
-                with contextlib.suppress(KeyError):
-                    selector.unregister(caller)
-                status = os.waitpid(child, 0)[1]
-                with contextlib.suppress(OSError):
-                    caller.sendall(status.to_bytes(4, "big"))
-                caller.close()
+    def __init__(self, address: str, environment: dict[str, str]):
+        self.environment = environment
+        self.callers: dict[int, socket.socket] = {}  # by the process that runs for them
+        self.ends: dict[int, int] = {}  # a process's pidfd: its id
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(address)
+        self.listener.listen()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+        self.selector.register(0, selectors.EVENT_READ, self.end)
+        print("ready", flush=True)
+
+    def serve(self) -> Call:
+        """Return in the children only."""
+        while True:
+            key, _ = self.selector.select()[0]  # one at a time, for it may make another one void
+            call = key.data(key.fileobj)
+            if call:
+                return call
+
+    def accept(self, listener: socket.socket) -> Call | None:
+        caller, _ = listener.accept()
+        call, streams = receive(caller)
+        child = os.fork() if call and can_run(call, self.environment) else None
+        if child == 0:
+            self.become(caller, streams)
+            return call
+        for fd in streams:
+            os.close(fd)
+        if child is None:
+            caller.close()
+            return None
+        caller.sendall(child.to_bytes(4, "big"))
+        self.callers[child] = caller
+        self.ends[os.pidfd_open(child)] = child
+        self.selector.register(caller, selectors.EVENT_READ, lambda _: self.kill(child))
+        self.selector.register(list(self.ends)[-1], selectors.EVENT_READ, self.reap)
+        return None
+
+    def become(self, caller: socket.socket, streams: list[int]) -> None:
+        """In a child: keep none of the server's files, and take the caller's standard streams."""
+        for each in (self.selector, self.listener, caller, *self.callers.values()):
+            each.close()
+        for fd in self.ends:
+            os.close(fd)
+        for target, source in enumerate(streams):
+            os.dup2(source, target)
+            os.close(source)
+
+    def kill(self, child: int) -> None:
+        """The caller was killed."""
+        self.selector.unregister(self.callers[child])
+        os.kill(child, signal.SIGKILL)
+
+    def reap(self, pidfd: int) -> None:
+        child = self.ends.pop(pidfd)
+        caller = self.callers.pop(child)
+        self.selector.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(child, 0)
+        with contextlib.suppress(KeyError, OSError):  # it was killed
+            self.selector.unregister(caller)
+            caller.sendall(status.to_bytes(4, "big"))
+        caller.close()
+
+    def end(self, stdin: int) -> None:
+        for child in self.callers:
+            os.kill(child, signal.SIGKILL)
+        os._exit(0)
 
 
 def receive(caller: socket.socket) -> tuple[Call | None, list[int]]:
+    """Receive a call and its standard streams; None where the caller was killed meanwhile."""
     size, streams, _, _ = socket.recv_fds(caller, 4, 3)
     data = b""
     while len(data) < int.from_bytes(size, "big"):
@@ -221,16 +223,16 @@ def receive(caller: socket.socket) -> tuple[Call | None, list[int]]:
         if not more:
             return None, streams
         data += more
-    return Call(*json.loads(data)), streams
+    return Call(*json.loads(data)) if data else None, streams
 
 
 def can_run(call: Call, own: dict[str, str]) -> bool:
     words = [word for word in call.arguments if word != "-u"]
-    changed = {name for name in {*own, *call.environment} if own.get(name) != call.environment.get(name)}
-    early = sorted(name for name in changed if not name.startswith(READ_LATE))
+    changed = [name for name in sorted({*own, *call.environment}) if own.get(name) != call.environment.get(name)]
+    early = [name for name in changed if not name.startswith(tuple(READ_LATE.split()))]
     if early:
         print(f"not warm, as {', '.join(early)} may be read by imports: {words}", file=sys.stderr, flush=True)
-    return not early and (words[0] == "-m" or words[0].endswith(".py"))
+    return not early and bool(words) and (words[0] == "-m" or words[0].endswith(".py"))
 
 
 def execute(call: Call) -> None:
@@ -261,4 +263,4 @@ if __name__ == "__main__":
     own = dict(os.environ)
     warm_up()
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
-    execute(serve(sys.argv[1], own))
+    execute(Server(sys.argv[1], own).serve())

@@ -80,8 +80,8 @@ class Cluster:
         self.undo.close()
 
     def daemon(self, undo, name, *options):
-        with (self.folder / f"{name}{options[-1]}.told".replace("/", "_")).open("w") as told:
-            process = subprocess.Popen([name, *options], env=self.environment, stdout=told, stderr=told)
+        with (self.folder / f"{name}{options[-1]}.log".replace("/", "_")).open("w") as log:
+            process = subprocess.Popen([name, *options], env=self.environment, stdout=log, stderr=log)
         self.daemons.append(process)
         undo.callback(process.wait)
         undo.callback(process.terminate)
@@ -90,22 +90,22 @@ class Cluster:
         self.call("scancel", "--user", self.call("id", "--user", "--name"), check=False)
         self.wait_until(lambda: not self.call("squeue", "--noheader"))
 
-    def told(self):
+    def output(self):
         """What the daemons have said last."""
-        return "\n".join(each.read_text()[-2000:] for each in self.folder.glob("*.told"))
+        return "\n".join(each.read_text()[-2000:] for each in self.folder.glob("*.log"))
 
     def call(self, *command, check=True, **options):
         """Run a command of Slurm's; returns what it prints."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, **options)
-        assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}\n{self.told()}"
+        assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}\n{self.output()}"
         return done.stdout.strip()
 
-    def wait_until(self, condition, told=lambda: "", every=0.05):
+    def wait_until(self, condition, describe=lambda: "", every=0.05):
         """Until `condition` holds, for at most five minutes, and only while all daemons live."""
         end = time.monotonic() + 300
         while not condition():
             alive = all(daemon.poll() is None for daemon in self.daemons)
-            assert alive and time.monotonic() < end, f"{told()}\n{self.told()}"
+            assert alive and time.monotonic() < end, f"{describe()}\n{self.output()}"
             time.sleep(every)
 
 

@@ -56,8 +56,8 @@ class Run:
 
     def starts(self):
         """The step at which each start went on."""
-        told = re.findall(r": (?:resuming from step ([\d,]+)|starting);", self.log.read_text())
-        return [int(step.replace(",", "") or 0) for step in told]
+        origins = re.findall(r": (?:resuming from step ([\d,]+)|starting);", self.log.read_text())
+        return [int(step.replace(",", "") or 0) for step in origins]
 
     def wait_for(self, moment, patience=300):
         """Until a moment has come; False where it did not in `patience` seconds."""

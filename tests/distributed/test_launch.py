@@ -82,10 +82,10 @@ class Start:
 
     def until(self, condition):
         while not condition():
-            assert self.process.poll() is None, self.told()
+            assert self.process.poll() is None, self.output()
             time.sleep(0.01)
 
-    def told(self):
+    def output(self):
         return self.log.read_text()
 
     def end(self):
@@ -108,7 +108,7 @@ def undisturbed(request, small, tmp_path_factory):
     """A run in one go: where it is, and its overrides."""
     overrides = [*small, *LONG, *ENGINES[request.param]]
     start = Start(tmp_path_factory.mktemp(request.param) / "run", overrides, processes=2)
-    assert start.end() == 0, start.told()
+    assert start.end() == 0, start.output()
     return start.run_dir, overrides
 
 
@@ -118,15 +118,15 @@ def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, check_ide
     start = Start(tmp_path / "run", overrides, processes=2)
     start.until(lambda: start.lines() == 29)
     os.kill(start.worker(1), signal.SIGUSR2)
-    assert start.end() == 1 and re.search(rf"exitcode *: {REQUEUE}", start.told())
-    assert "Stopped by SIGUSR2 in the evaluation of valid after step 30" in start.told()
+    assert start.end() == 1 and re.search(rf"exitcode *: {REQUEUE}", start.output())
+    assert "Stopped by SIGUSR2 in the evaluation of valid after step 30" in start.output()
     assert start.lines() == 29 and latest(start.run_dir).step == 30
 
     again = Start(tmp_path / "run", overrides, processes=2)
-    again.until(lambda: again.told().count("resuming from step 30") == 1)
+    again.until(lambda: again.output().count("resuming from step 30") == 1)
     os.kill(again.worker(0), signal.SIGTERM)
     again.end()
-    assert "Stopped by SIGTERM in the evaluation of valid after step 30" in again.told()
+    assert "Stopped by SIGTERM in the evaluation of valid after step 30" in again.output()
     assert again.lines() == 29
 
     assert Start(tmp_path / "run", overrides, processes=2).end() == 0
@@ -142,7 +142,7 @@ def test_torchrun_that_is_stopped_goes_on(undisturbed, check_identical, tmp_path
     start.until(lambda: start.lines() >= 10)
     start.process.terminate()
     start.end()
-    (step,) = re.findall(r"Stopped by SIGTERM after step (\d+)", start.told())
+    (step,) = re.findall(r"Stopped by SIGTERM after step (\d+)", start.output())
     assert latest(start.run_dir).step == int(step) < 60
     assert Start(tmp_path / "run", overrides, processes=2).end() == 0
     check_identical(whole, start.run_dir)
@@ -154,8 +154,8 @@ def test_torchrun_replaces_a_killed_worker(undisturbed, check_identical, tmp_pat
     start = Start(tmp_path / "run", overrides, processes=2, options=["--standalone", "--max-restarts=1"])
     start.until(lambda: steps(start.run_dir))
     os.kill(start.worker(1), signal.SIGKILL)
-    assert start.end() == 0, start.told()
-    assert re.search(r"resuming from step \d", start.told())
+    assert start.end() == 0, start.output()
+    assert re.search(r"resuming from step \d", start.output())
     check_identical(whole, start.run_dir)
 
 
@@ -168,8 +168,8 @@ def test_torchruns_on_two_machines_replace_killed_workers(undisturbed, check_ide
     for rank, step in ((1, 15), (0, 45)):
         machines[0].until(lambda step=step: step in steps(tmp_path / "run"))
         os.kill(machines[0].worker(rank), signal.SIGKILL)
-    assert [machine.end() for machine in machines] == [0, 0], machines[0].told()
-    assert [int(step) for step in re.findall(r"resuming from step (\d+)", machines[0].told())] == [15, 45]
+    assert [machine.end() for machine in machines] == [0, 0], machines[0].output()
+    assert [int(step) for step in re.findall(r"resuming from step (\d+)", machines[0].output())] == [15, 45]
     check_identical(whole, tmp_path / "run")
 
 
@@ -180,7 +180,7 @@ def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
         start.process.send_signal(each)
     assert start.end() == REQUEUE
-    assert "Stopped by SIGTERM and SIGUSR1 before the model was built" in start.told()
+    assert "Stopped by SIGTERM and SIGUSR1 before the model was built" in start.output()
     assert not start.run_dir.exists()
 
 
@@ -199,7 +199,7 @@ def test_a_rank_that_is_stopped_before_the_others_come_waits_for_them(small, tmp
     time.sleep(6)  # until it waits
     starts[late] = start(late)
     assert (starts[0].end(), starts[1].end()) == (REQUEUE, REQUEUE)
-    assert "Stopped by SIGTERM before the model was built" in starts[0].told() and not starts[1].told()
+    assert "Stopped by SIGTERM before the model was built" in starts[0].output() and not starts[1].output()
 
 
 LONGER = ["train.max_steps=600", "train.eval_every=1000", "checkpoint.every=5"]
@@ -214,17 +214,17 @@ def test_a_second_start_is_refused_and_changes_nothing(small, metrics, tmp_path,
     second = Start(tmp_path / "run", [*small, *LONGER, "optimizer.lr=1e-3"], processes=processes)
     second.log = first.log
     second.end()
-    said = first.told()
-    assert f"run.dir={first.run_dir}: in use by process {owner} on" in said and "give another run.dir" in said
+    output = first.output()
+    assert f"run.dir={first.run_dir}: in use by process {owner} on" in output and "give another run.dir" in output
     if processes == 1:  # torchrun's own exit code is 1, with a trace
-        assert second.process.returncode == 2 and "Traceback" not in said
+        assert second.process.returncode == 2 and "Traceback" not in output
     assert "lr: 0.003" in (first.run_dir / "config.yaml").read_text()
 
     os.kill(owner, signal.SIGKILL)
     first.end()
     last = latest(first.run_dir, contents=True).step
     third = Start(tmp_path / "run", [*small, *LONGER, f"train.stop_at={last + 10}"], processes=processes)
-    assert third.end() == 0, third.told()
+    assert third.end() == 0, third.output()
     assert [line["step"] for line in metrics(first.run_dir)] == list(range(1, last + 11))
     assert not list(first.run_dir.glob(".lock*"))
 
@@ -238,9 +238,9 @@ def test_a_requeued_start_waits_for_the_one_before_it(small, check_identical, tm
     os.kill(first.process.pid, signal.SIGSTOP)
     first.process.terminate()
     second = Start(tmp_path / "run", [*small, *LONGER, "train.max_steps=200"], SLURM_RESTART_COUNT="1")
-    second.until(lambda: f"waiting for process {first.process.pid} on" in second.told())
+    second.until(lambda: f"waiting for process {first.process.pid} on" in second.output())
     os.kill(first.process.pid, signal.SIGCONT)
-    assert (first.end(), second.end()) == (REQUEUE, 0), first.told()
+    assert (first.end(), second.end()) == (REQUEUE, 0), first.output()
     check_identical(whole.run_dir, second.run_dir)
 
 
@@ -248,7 +248,7 @@ def test_a_start_that_waits_is_stopped_by_a_signal(small, tmp_path):
     first = Start(tmp_path / "run", [*small, *LONGER])
     first.until(lambda: first.lines() >= 5)
     second = Start(tmp_path / "run", [*small, *LONGER], SLURM_RESTART_COUNT="1")
-    second.until(lambda: "waiting for process" in second.told())
+    second.until(lambda: "waiting for process" in second.output())
     second.process.terminate()
     assert second.end() == REQUEUE
     first.process.kill()
@@ -259,19 +259,19 @@ def test_a_start_that_has_nothing_left_to_do_is_not_to_be_requeued(small, tmp_pa
     start = Start(tmp_path / "run", [*small, "train.stop_at=9"])
     start.until(lambda: start.lines() == 9)
     start.process.terminate()
-    assert start.end() == 0 and "9 of 20" in start.told()
+    assert start.end() == 0 and "9 of 20" in start.output()
 
 
 @pytest.mark.parametrize(
-    "environment, told",
+    "environment, message",
     [
         ({"RANK": "0"}, "WORLD_SIZE and LOCAL_RANK: not set, but RANK=0"),
         ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1: must be less than WORLD_SIZE=1"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR and MASTER_PORT: not set"),
-        # These begin to wait for the others. The config has a mistake as well: so the ranks would meet to tell it.
+        # These begin to wait for the others. The config has a mistake as well: so the ranks would meet to report it.
         *(
-            ({"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address}, told)
-            for rank, address, told in [
+            ({"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address}, message)
+            for rank, address, message in [
                 ("0", "127.0.0.1", "RANK=0: the WORLD_SIZE=2 processes did not all come to MASTER_ADDR=127.0.0.1"),
                 ("1", "127.0.0.1", "Connection refused"),
                 ("1", "no.such.host.invalid", "MASTER_ADDR=no.such.host.invalid"),
@@ -279,15 +279,15 @@ def test_a_start_that_has_nothing_left_to_do_is_not_to_be_requeued(small, tmp_pa
         ),
     ],
 )
-def test_processes_that_do_not_find_each_other_are_told_so(small, tmp_path, environment, told):
+def test_processes_that_do_not_find_each_other_say_so(small, tmp_path, environment, message):
     """Without a trace, by exit code 2 and soon."""
     if "MASTER_ADDR" in environment:
         environment |= {"MASTER_PORT": "1" if environment["RANK"] == "1" else "29417", "TXL_DIST_PATIENCE": "1"}
     # Its own imports: that torch prints no C++ trace is settled before it is imported.
     start = Start(tmp_path / "run", [*small, "model.d_modell=1"], fresh="MASTER_ADDR" in environment, **environment)
     assert start.end() == 2
-    assert told in start.told() and start.told().count("Stopped:") == 1
-    assert "Traceback" not in start.told() and "frame #" not in start.told() and not start.run_dir.exists()
+    assert message in start.output() and start.output().count("Stopped:") == 1
+    assert "Traceback" not in start.output() and "frame #" not in start.output() and not start.run_dir.exists()
 
 
 def test_a_config_problem_of_one_rank_ends_all_of_them(small, tmp_path):
@@ -298,9 +298,9 @@ def test_a_config_problem_of_one_rank_ends_all_of_them(small, tmp_path):
         Start(tmp_path / f"run{rank}", [*small, *more], RANK=str(rank), LOCAL_RANK=str(rank), **together)
         for rank, more in enumerate(places)
     ]
-    assert [start.end() for start in starts] == [2, 2], starts[0].told() + starts[1].told()
-    assert "data.dir=nowhere: no dataset can be read here" in starts[0].told() and not starts[1].told()
-    assert "Traceback" not in starts[0].told() and not (tmp_path / "run0").exists()
+    assert [start.end() for start in starts] == [2, 2], starts[0].output() + starts[1].output()
+    assert "data.dir=nowhere: no dataset can be read here" in starts[0].output() and not starts[1].output()
+    assert "Traceback" not in starts[0].output() and not (tmp_path / "run0").exists()
 
 
 def test_a_run_goes_on_where_its_log_takes_no_more(small, metrics, tmp_path):

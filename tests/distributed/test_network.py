@@ -70,21 +70,21 @@ def halted(tmp_path, moment, rank=1):
 
 
 def cut_then(hosts, how, starts, tmp_path):
-    """Cut the link when the rank has halted, and have it go on."""
+    """Cut the link when the rank has halted, and have it continue."""
     while not (tmp_path / "halted").exists():
-        assert all(start.process.poll() is None for start in starts), [start.told() for start in starts]
+        assert all(start.process.poll() is None for start in starts), [start.output() for start in starts]
         time.sleep(0.02)
     hosts.cut(how)
     (tmp_path / "halted.over").touch()
 
 
 def ended_in_words(starts, code):
-    """Whether all ended by an exit code, and without a trace. Returns what they told."""
+    """Check that all ended by an exit code, and without a trace; return their outputs."""
     codes = [start.end() for start in starts]
-    told = [start.told() for start in starts]
-    assert codes == [code] * len(starts), "\n".join(told)
-    assert not [word for word in NO_WORDS if word in "".join(told)], "\n".join(told)
-    return told
+    outputs = [start.output() for start in starts]
+    assert codes == [code] * len(starts), "\n".join(outputs)
+    assert not [word for word in NO_WORDS if word in "".join(outputs)], "\n".join(outputs)
+    return outputs
 
 
 def all_whole(run_dir):
@@ -93,7 +93,7 @@ def all_whole(run_dir):
 
 def finished(starts):
     codes = [start.end() for start in starts]
-    assert codes == [0] * len(starts), "\n".join(start.told() for start in starts)
+    assert codes == [0] * len(starts), "\n".join(start.output() for start in starts)
 
 
 def test_training_between_hosts_is_that_of_one_host(hosts, job, tmp_path, undisturbed, check_identical):
@@ -110,14 +110,14 @@ def test_a_slow_network_that_loses_packets_changes_nothing(make_hosts, job, tmp_
 
 @pytest.mark.parametrize("how, moment", [("down", "step"), ("silent", "save"), ("silent", "evaluation")])
 def test_a_cut_network_ends_both_hosts_in_words(how, moment, hosts, job, tmp_path, undisturbed, check_identical):
-    """Each names the other; the same command goes on when the network is back."""
+    """Each names the other; the same command resumes when the network is back."""
     starts = hosts.start(tmp_path, *job, **halted(tmp_path, moment))
     cut_then(hosts, how, starts, tmp_path)
     first, second = ended_in_words(starts, 1)
     assert "rank 1 on hostb (10.77.0.2): does not answer" in first
     assert "rank 0 on hosta (10.77.0.1): does not answer" in second
-    for told in (first, second):
-        assert told.count("guard.stall_timeout") == 1 and "The same command continues" in told
+    for output in (first, second):
+        assert output.count("guard.stall_timeout") == 1 and "The same command continues" in output
     assert all_whole(tmp_path / "run")
     hosts.mend()
     finished(hosts.start(tmp_path, *job))
@@ -129,10 +129,10 @@ def test_the_ranks_of_a_host_end_together(hosts, job, tmp_path):
     """Two on each; one speaks for both."""
     starts = hosts.start(tmp_path, *job, per_host=2, **halted(tmp_path, "step", rank=3))
     cut_then(hosts, "silent", starts, tmp_path)
-    told = ended_in_words(starts, 1)
-    assert "ranks 2 and 3 on hostb (10.77.0.2): does not answer" in told[0] + told[1]
-    assert "ranks 0 and 1 on hosta (10.77.0.1): does not answer" in told[2] + told[3]
-    assert "".join(told).count("guard.stall_timeout") == 2
+    outputs = ended_in_words(starts, 1)
+    assert "ranks 2 and 3 on hostb (10.77.0.2): does not answer" in outputs[0] + outputs[1]
+    assert "ranks 0 and 1 on hosta (10.77.0.1): does not answer" in outputs[2] + outputs[3]
+    assert "".join(outputs).count("guard.stall_timeout") == 2
     assert all_whole(tmp_path / "run")
 
 
@@ -141,9 +141,9 @@ def test_torchruns_on_two_hosts_go_on(hosts, job, tmp_path, undisturbed, check_i
     starts = hosts.torchrun(tmp_path, *job, per_host=2, **halted(tmp_path, "step", rank=3))
     cut_then(hosts, "silent", starts, tmp_path)
     assert starts[0].end() == 1
-    assert "ranks 2 and 3 on hostb (10.77.0.2): does not answer" in starts[0].told()
-    while "ranks 0 and 1 on hosta (10.77.0.1): does not answer" not in starts[1].told():
-        assert starts[1].process.poll() is None, starts[1].told()
+    assert "ranks 2 and 3 on hostb (10.77.0.2): does not answer" in starts[0].output()
+    while "ranks 0 and 1 on hosta (10.77.0.1): does not answer" not in starts[1].output():
+        assert starts[1].process.poll() is None, starts[1].output()
         time.sleep(0.1)
     assert all_whole(tmp_path / "run")
     starts[1].send(signal.SIGKILL, "rdzv_id=test")
@@ -164,7 +164,7 @@ def test_a_network_that_comes_back_in_time_changes_nothing(how, hosts, job, tmp_
     hosts.mend()
     if how == "silent":
         ended_in_words(starts, REQUEUE)
-        assert "Stopped by SIGTERM after step" in starts[0].told()
+        assert "Stopped by SIGTERM after step" in starts[0].output()
         finished(hosts.start(tmp_path, *job))
     else:
         finished(starts)
@@ -184,18 +184,18 @@ def test_a_network_that_is_cut_while_the_ranks_meet_ends_both(moment, hosts, job
     starts = hosts.start(tmp_path, *job, TXL_DIST_PATIENCE=10, **halted(tmp_path, moment))
     cut_then(hosts, "silent", starts, tmp_path)
     first, second = ended_in_words(starts, 2)
-    for told, other in (first, "rank 1"), (second, "10.77.0.1"):
-        assert other in told and told.count("Stopped:") == 1 and "TXL_DIST_PATIENCE" in told
+    for output, other in (first, "rank 1"), (second, "10.77.0.1"):
+        assert other in output and output.count("Stopped:") == 1 and "TXL_DIST_PATIENCE" in output
     assert not (tmp_path / "run").exists()
 
 
 def test_a_network_that_is_cut_while_the_ranks_end_does_not_hold_them(hosts, job, tmp_path):
-    """All have the same to tell; the one that cannot know whether it was told tells it, too."""
+    """All have the same message; the one that cannot know whether it was printed prints it, too."""
     (tmp_path / "run/config.yaml").mkdir(parents=True)  # where a file is to be written
     starts = hosts.start(tmp_path, *job, **halted(tmp_path, "while they end"))
     cut_then(hosts, "silent", starts, tmp_path)
-    for told in ended_in_words(starts, 1):
-        assert told.count("Stopped:") == 1 and "Is a directory" in told, told
+    for output in ended_in_words(starts, 1):
+        assert output.count("Stopped:") == 1 and "Is a directory" in output, output
 
 
 def test_a_process_that_dies_is_named_by_the_other_host(hosts, job, tmp_path):
@@ -203,6 +203,6 @@ def test_a_process_that_dies_is_named_by_the_other_host(hosts, job, tmp_path):
     while not (tmp_path / "halted").exists():
         time.sleep(0.02)
     starts[1].send(signal.SIGKILL, str(tmp_path / "run"))
-    (told,) = ended_in_words(starts[:1], 1)
-    assert "rank 1 on hostb (10.77.0.2): the process has ended" in told and "Connection" in told
-    assert "The same command continues" in told
+    (output,) = ended_in_words(starts[:1], 1)
+    assert "rank 1 on hostb (10.77.0.2): the process has ended" in output and "Connection" in output
+    assert "The same command continues" in output

@@ -143,7 +143,7 @@ MOVES = [
     ("scaled-untied", Split(1), Split(pp=4, zero=1, acc=2)),
 ]
 
-# Runs that go on from the same checkpoint with a learning rate of almost nothing: each step is the first one from it.
+# Runs that resume from the same checkpoint with a learning rate of almost nothing: each step is the first one from it.
 STANDING = ["optimizer.lr=1e-30", "train.max_steps=30", "train.eval_every=1000"]
 STANDING_STILL = [(model, split) for model, splits in SPLITS.items() for split in splits[:2] if model != "plain"]
 STANDING_STILL += [("plain", Split(2, zero=stage, acc=2)) for stage in range(4)]
@@ -205,12 +205,12 @@ def runs(tmp_path_factory, run, small):
 
     for starts in (first, second):
         for processes in sorted({processes for processes, _, _ in starts}):
-            told = folder / "jobs.json"
+            jobs_file = folder / "jobs.json"
             jobs = [
                 [*small, *patience, f"run.dir={folder / where}", *more] for n, where, more in starts if n == processes
             ]
-            told.write_text(json.dumps(jobs))
-            run(HERE / "many_runs.py", str(told), "--no-curves", processes=processes, fresh=True)
+            jobs_file.write_text(json.dumps(jobs))
+            run(HERE / "many_runs.py", str(jobs_file), "--no-curves", processes=processes, fresh=True)
         if starts is first:
             assert all(steps(folder / where) == [10] for _, where, more in first if half[0] in more)
             for model, split in [*((model, ONE_GO) for model in MODELS), *STANDING_STILL]:

@@ -24,7 +24,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, run, small):
-    """Each split twice: written at once, up to the step of the checkpoint, and written late, while training goes on."""
+    """Run each split twice: written at once, up to the checkpoint, and written late, while training continues."""
     folder = tmp_path_factory.mktemp("late")
     for processes in (1, 2):
         chosen = {name: options for name, (n, options) in SPLITS.items() if n == processes}
@@ -61,7 +61,7 @@ def test_the_loss_of_a_checkpoint_is_that_of_its_very_step(runs, metrics):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A run directory whose checkpoints have room for one, and no more; `df` tells in the test's output."""
+    """A run directory whose checkpoints have room for one, and no more; `df` is in the test's output."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True)
@@ -89,5 +89,5 @@ def test_a_full_disk_ends_the_run_with_one_message_and_the_run_goes_on_with_more
     again = run("txl_dist.train", *job, processes=processes)
     assert "resuming from step 5;" in again.stdout and steps(small_disk.parent) == [15, 20]
     whole = [line["train/loss"] for line in metrics(runs / "late" / "zero 1") if "train/loss" in line]
-    told = [line["train/loss"] for line in metrics(small_disk.parent) if "train/loss" in line]
-    assert told == pytest.approx(whole, rel=1e-5) and (processes or told == whole)
+    losses = [line["train/loss"] for line in metrics(small_disk.parent) if "train/loss" in line]
+    assert losses == pytest.approx(whole, rel=1e-5) and (processes or losses == whole)

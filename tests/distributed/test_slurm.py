@@ -41,9 +41,9 @@ class Job:
         return re.search(r"JobState=(\S+)", shown)[1]
 
     def until(self, condition, every=0.05):
-        self.cluster.wait_until(condition, lambda: f"{self.state()}\n{self.told()}", every)
+        self.cluster.wait_until(condition, lambda: f"{self.state()}\n{self.output()}", every)
 
-    def told(self):
+    def output(self):
         return self.log.read_text() if self.log.exists() else ""
 
     def lines(self):
@@ -65,7 +65,7 @@ class Job:
     def finish(self):
         """Wait for its end, however often it is started again."""
         self.until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), every=0.5)
-        assert self.state() == "COMPLETED", self.told()
+        assert self.state() == "COMPLETED", self.output()
 
 
 def sbatch(cluster, *words):
@@ -82,7 +82,7 @@ def done(cluster, *words):
 def undisturbed(cluster, small, tmp_path_factory):
     job = Job(cluster, tmp_path_factory.mktemp("undisturbed") / "run", *small, *LONG)
     job.finish()
-    assert "2 x cpu" in job.told()
+    assert "2 x cpu" in job.output()
     return job
 
 
@@ -119,7 +119,7 @@ def while_saving(job):
     job.until(held, every=0)
 
 
-# And where the log tells that the run was stopped then.
+# And where the log says that the run was stopped then.
 MOMENTS = {
     while_starting: "before the model was built",
     while_training: "after step",
@@ -143,7 +143,7 @@ def stopped(cluster, small, tmp_path_factory):
         cluster.call(*STOPS[name], job.id)
         for task in job.tasks():
             os.kill(task, signal.SIGCONT)
-        job.until(lambda job=job: "Stopped by" in job.told())
+        job.until(lambda job=job: "Stopped by" in job.output())
     return jobs
 
 
@@ -151,7 +151,7 @@ def stopped(cluster, small, tmp_path_factory):
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(undisturbed, stopped, check_identical, moment, name):
     job = stopped[moment, name]
     job.finish()
-    [words] = re.findall("Stopped by .*", job.told())
+    [words] = re.findall("Stopped by .*", job.output())
     assert words.startswith(f"Stopped by {name} {MOMENTS[moment]}")
     check_identical(undisturbed.run_dir, job.run_dir)
     assert steps(undisturbed.run_dir) == steps(job.run_dir)
@@ -162,19 +162,19 @@ def test_a_cancelled_run_is_saved_and_not_requeued(cluster, small, tmp_path):
     job.until(lambda: job.lines() >= 10)
     cluster.call("scancel", job.id)
     job.until(lambda: job.state() == "CANCELLED" and not cluster.call("squeue", "--noheader"))
-    step = int(re.search(r"after step (\d+)", job.told())[1])
+    step = int(re.search(r"after step (\d+)", job.output())[1])
     assert steps(job.run_dir)[-1] == step
 
 
-def test_a_mistake_is_told_once_and_not_requeued(cluster, small, tmp_path):
+def test_a_mistake_is_reported_once_and_not_requeued(cluster, small, tmp_path):
     job = Job(cluster, tmp_path / "run", *small, "model.n_layers=3", "data.num_lanes=7")
     job.until(lambda: job.state() == "FAILED")
-    assert job.told().count("did you mean model.n_layer") == 1 and "over 2 processes" in job.told()
-    assert "Traceback" not in job.told()
+    assert job.output().count("did you mean model.n_layer") == 1 and "over 2 processes" in job.output()
+    assert "Traceback" not in job.output()
 
 
 def test_srun_by_hand_and_a_process_alone_in_a_job(cluster, small, metrics, tmp_path):
-    """In a shell of salloc SLURM_NTASKS tells of two tasks as well, but the process is none of them."""
+    """In a shell of salloc SLURM_NTASKS says two tasks as well, but the process is none of them."""
     train = [sys.executable, "-m", "txl_dist.train", *small, "train.stop_at=1"]
     together = cluster.call("srun", "--nodes=2", *train, f"run.dir={tmp_path}/together", cwd=REPO)
     alone = cluster.call("salloc", "--nodes=2", *train, f"run.dir={tmp_path}/alone", cwd=REPO)
@@ -197,6 +197,6 @@ def test_prepare_sweep_and_evaluate(cluster, small, corpus, metrics, tmp_path):
     done(cluster, *options, "slurm/sweep.sh", str(grid), *more)
     one, two = (metrics(tmp_path / f"seed{seed}") for seed in (1, 2))
     assert len(one) == len(two) == 1 and one[0]["train/loss"] != two[0]["train/loss"]
-    told = ["--gpus=0", f"--output={tmp_path}/table", "slurm/evaluate.sh", f"run={tmp_path}/seed*", "split=test"]
-    done(cluster, *told)
+    command = ["--gpus=0", f"--output={tmp_path}/table", "slurm/evaluate.sh", f"run={tmp_path}/seed*", "split=test"]
+    done(cluster, *command)
     assert "seed1" in (tmp_path / "table").read_text() and "seed2" in (tmp_path / "table").read_text()

@@ -146,7 +146,7 @@ class Start:
                 env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | more,
             )
 
-    def told(self):
+    def output(self):
         return self.log.read_text()
 
     def end(self):
