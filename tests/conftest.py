@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,11 @@ def run(python):
         return done
 
     return run
+
+
+def without_torchrun(stderr):
+    """Return what the ranks have printed: torchrun's own report, which repeats the message of one, is cut off."""
+    return re.split(r"^E\d{4} .*torch/distributed/elastic/", stderr, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
 KillWait=120
+MinJobAge=3600
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides

@@ -23,7 +23,8 @@ def test_no_command_reads_a_name_as_markup(monkeypatch, capsys, name):
     held = {"tensors": 1, "numbers": 1, "files": 1, "bytes": 1}
     imported = {"from": name, "title": "a model"}
     data = {"dir": name, "vocab_size": 9}
-    contents = {"path": name, "other_steps": [], "imported": imported, "data": data, "holds": {"weights": held}}
+    contents = {"path": name, "other_steps": [], "imported": imported, "written_by": {}, "data": data}
+    contents |= {"holds": {"weights": held}}
     inspect.show(contents, verified=False)
     PlainConsole().print(score.table("token", [TokenScore(1, name, -1.0)]))
     out = capsys.readouterr().out
