@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import without_torchrun
 from txl_dist.checkpoint.format import latest
 from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
@@ -140,7 +141,8 @@ def test_dropped_samples_are_reported_once_by_rank_zero(runs, harmed):
 def test_by_default_a_damaged_sample_ends_training_and_is_named(run, small, harmed, tmp_path):
     folder, _ = harmed
     done = run("txl_dist.train", *small, f"data.dir={folder}", f"run.dir={tmp_path}", processes=2, expect=1)
-    (line,) = [line for line in done.stderr.splitlines() if "the tokens are not those that were written" in line]
+    printed = without_torchrun(done.stderr).splitlines()
+    (line,) = [line for line in printed if "the tokens are not those that were written" in line]
     assert line.startswith(f"  {folder}/train/000000.tar: sample 0: ") and "[rank" not in done.stderr  # no traceback
     assert f" rank 0 ERROR txl_dist: Stopped:\n{line}\n" in (tmp_path / "logs/rank-0.log").read_text()
 
