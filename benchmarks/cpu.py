@@ -183,7 +183,7 @@ def training_command(data: str, zero_stage: int, processes: int = 1, **environme
 
 
 def bare_loop(data: str) -> Rates:
-    """The same module, the same text, clipping, torch's own Adam, and nothing else."""
+    """Train the same module on the same text, with clipping and torch's own Adam, and nothing else."""
     index = Index.open(data)
     model = our_model(**BYTES | {"vocab_size": index.vocab_size}).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4, fused=True)

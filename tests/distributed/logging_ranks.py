@@ -24,7 +24,7 @@ with errors_reported(), RunLog(run_dir):
     log.error(f"an error of rank {group.rank}")
     deepspeed_logger.warning("a warning of DeepSpeed")
     logging.getLogger(distributed.distributed_c10d.__name__).warning("a warning of torch")
-    logging.getLogger("another.library").warning("a warning of another library")
+    logging.getLogger("elsewhere").warning("a warning of another library")
     warnings.warn("a warning of Python", stacklevel=1)
     group.gather([])
     if end == "config":

@@ -46,7 +46,8 @@ def perplexity(nats: float) -> float:
 def score(model: TransformerXL, segments: Iterable[Segment], device: torch.device, lanes: int) -> Score:
     """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing."""
     memory = model.empty_cache(lanes, device)
-    nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
     for segment in segments:
         arrays = (segment.inputs, segment.targets, segment.lookback)
         losses, memory = model(*map(torch.from_numpy, arrays), memory)

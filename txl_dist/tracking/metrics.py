@@ -1,4 +1,4 @@
-"""metrics.jsonl has one JSON object per logged step, with flat keys: step, tokens, train/loss, valid/bits_per_byte ...
+"""Write and read metrics.jsonl: a JSON object per logged step, with flat keys such as train/loss and valid/loss.
 
 JSON has no NaN and no Infinity: null stands for a number that is not finite, and is read as NaN. Files of earlier
 versions contain these words, which only Python reads.
