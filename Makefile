@@ -8,9 +8,8 @@ export OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(PROCESSES)
 # DeepSpeed shall build nothing at installation, so that no compiler is needed.
 export DS_BUILD_OPS ?= 0
 
-# A file of tests stays in one process, which makes its runs once; files that take long come first. There is a process
-# more than cores, as some tests wait.
-WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
+# A file of tests stays in one process, which makes its runs once; files that take long come first.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 .PHONY: train test quick check
