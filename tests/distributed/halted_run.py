@@ -1,8 +1,10 @@
-"""Train, as txl_dist.train does, and halt where a test cuts the link.
+"""Train, as txl_dist.train does, and halt where a test wishes (halt.py).
 
 HALT=module:name, HALT_CALL=N, HALT_RANK, HALT_FILE: this rank makes the file when it calls that function for the Nth
 time, and continues when a test has made HALT_FILE.over. Until it halts the watchdog is kept awake, however slowly all
 ranks start: a short guard.stall_timeout is enough.
+
+As a Python of slurm/train.sh it is given `-m txl_dist.train` as well.
 """
 
 # ruff: noqa: E402
@@ -15,6 +17,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import importlib
 import itertools
+import sys
 import threading
 import time
 from functools import reduce
@@ -54,6 +57,8 @@ def halt(where, number):
 
 
 Watchdog.start = start_and_keep_awake
-if os.environ.get("HALT_RANK") == os.environ["RANK"]:
+if os.environ.get("HALT_RANK") == os.environ.get("RANK", os.environ.get("SLURM_PROCID")):
     halt(os.environ["HALT"], int(os.environ["HALT_CALL"]))
+if sys.argv[1] == "-m":
+    del sys.argv[1:3]
 main()

@@ -95,9 +95,10 @@ class Cluster:
         """What the daemons have said last."""
         return "\n".join(each.read_text()[-2000:] for each in self.folder.glob("*.log"))
 
-    def call(self, *command, check=True, **options):
-        """Run a command of Slurm's; returns what it prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, **options)
+    def call(self, *command, check=True, cwd=None, environment=None):
+        """Run a command of Slurm's, and return what it prints."""
+        environment = {name: str(value) for name, value in (environment or {}).items()}
+        done = subprocess.run(command, env=self.environment | environment, cwd=cwd, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}\n{self.output()}"
         return done.stdout.strip()
 

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from tests.distributed.two_hosts import HERE, Hosts
+from tests.distributed.halt import SCRIPT, Halt
+from tests.distributed.two_hosts import Hosts
 from txl_dist.checkpoint.format import directory, open_checkpoint, steps
 from txl_dist.distributed.preemption import REQUEUE
 
-RUN = HERE / "halted_run.py"
 JOB = ["train.max_steps=24", "train.eval_every=12", "checkpoint.every=8", "guard.stall_timeout=10"]
 NO_WORDS = ["Traceback", "stands here", "frame #", "terminate called"]
 MOMENTS = {
@@ -30,7 +30,7 @@ def make_hosts(tmp_path):
     def make_hosts(**options):
         try:
             made.append(Hosts(tmp_path, **options).__enter__())
-        except (OSError, AssertionError) as error:
+        except OSError as error:
             pytest.skip(f"no network namespaces can be made here: {error}")
         return made[-1]
 
@@ -60,22 +60,25 @@ def undisturbed(run, small, tmp_path_factory):
 
 @pytest.fixture
 def job(small, tmp_path):
-    return [RUN, *small, *JOB, f"run.dir={tmp_path / 'run'}"]
+    return [SCRIPT, *small, *JOB, f"run.dir={tmp_path / 'run'}"]
 
 
-def halted(tmp_path, moment, rank=1):
-    """What has a rank halt at a moment."""
-    where, call = MOMENTS[moment]
-    return {"HALT": where, "HALT_CALL": call, "HALT_RANK": rank, "HALT_FILE": tmp_path / "halted"}
+@pytest.fixture
+def halt_at(tmp_path):
+    return lambda moment, rank=1: Halt(tmp_path, *MOMENTS[moment], rank)
 
 
-def cut_then(hosts, how, starts, tmp_path):
-    """Cut the link when the rank has halted, and have it continue."""
-    while not (tmp_path / "halted").exists():
+def wait_for(halt, starts):
+    while not halt.is_reached():
         assert all(start.process.poll() is None for start in starts), [start.output() for start in starts]
         time.sleep(0.02)
+
+
+def cut_at(halt, hosts, how, starts):
+    """Cut the link when the rank has halted, and let it continue."""
+    wait_for(halt, starts)
     hosts.cut(how)
-    (tmp_path / "halted.over").touch()
+    halt.release()
 
 
 def ended_in_words(starts, code):
@@ -109,10 +112,13 @@ def test_a_slow_network_that_loses_packets_changes_nothing(make_hosts, job, tmp_
 
 
 @pytest.mark.parametrize("how, moment", [("down", "step"), ("silent", "save"), ("silent", "evaluation")])
-def test_a_cut_network_ends_both_hosts_in_words(how, moment, hosts, job, tmp_path, undisturbed, check_identical):
+def test_a_cut_network_ends_both_hosts_in_words(
+    how, moment, hosts, halt_at, job, tmp_path, undisturbed, check_identical
+):
     """Each names the other; the same command resumes when the network is back."""
-    starts = hosts.start(tmp_path, *job, **halted(tmp_path, moment))
-    cut_then(hosts, how, starts, tmp_path)
+    halt = halt_at(moment)
+    starts = hosts.start(tmp_path, *job, **halt.environment)
+    cut_at(halt, hosts, how, starts)
     first, second = ended_in_words(starts, 1)
     assert "rank 1 on hostb (10.77.0.2): does not answer" in first
     assert "rank 0 on hosta (10.77.0.1): does not answer" in second
@@ -125,10 +131,11 @@ def test_a_cut_network_ends_both_hosts_in_words(how, moment, hosts, job, tmp_pat
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
-def test_the_ranks_of_a_host_end_together(hosts, job, tmp_path):
+def test_the_ranks_of_a_host_end_together(hosts, halt_at, job, tmp_path):
     """Two on each; one speaks for both."""
-    starts = hosts.start(tmp_path, *job, per_host=2, **halted(tmp_path, "step", rank=3))
-    cut_then(hosts, "silent", starts, tmp_path)
+    halt = halt_at("step", rank=3)
+    starts = hosts.start(tmp_path, *job, per_host=2, **halt.environment)
+    cut_at(halt, hosts, "silent", starts)
     outputs = ended_in_words(starts, 1)
     assert "ranks 2 and 3 on hostb (10.77.0.2): does not answer" in outputs[0] + outputs[1]
     assert "ranks 0 and 1 on hosta (10.77.0.1): does not answer" in outputs[2] + outputs[3]
@@ -136,10 +143,11 @@ def test_the_ranks_of_a_host_end_together(hosts, job, tmp_path):
     assert all_whole(tmp_path / "run")
 
 
-def test_torchruns_on_two_hosts_go_on(hosts, job, tmp_path, undisturbed, check_identical):
+def test_torchruns_on_two_hosts_go_on(hosts, halt_at, job, tmp_path, undisturbed, check_identical):
     """The second one waits for the first one's answer for minutes after its ranks have ended."""
-    starts = hosts.torchrun(tmp_path, *job, per_host=2, **halted(tmp_path, "step", rank=3))
-    cut_then(hosts, "silent", starts, tmp_path)
+    halt = halt_at("step", rank=3)
+    starts = hosts.torchrun(tmp_path, *job, per_host=2, **halt.environment)
+    cut_at(halt, hosts, "silent", starts)
     assert starts[0].end() == 1
     assert "ranks 2 and 3 on hostb (10.77.0.2): does not answer" in starts[0].output()
     while "ranks 0 and 1 on hosta (10.77.0.1): does not answer" not in starts[1].output():
@@ -154,10 +162,13 @@ def test_torchruns_on_two_hosts_go_on(hosts, job, tmp_path, undisturbed, check_i
 
 
 @pytest.mark.parametrize("how", ["down", "silent"])
-def test_a_network_that_comes_back_in_time_changes_nothing(how, hosts, job, tmp_path, undisturbed, check_identical):
+def test_a_network_that_comes_back_in_time_changes_nothing(
+    how, hosts, halt_at, job, tmp_path, undisturbed, check_identical
+):
     """A signal that one host gets meanwhile stops both, when they can agree."""
-    starts = hosts.start(tmp_path, *job, **halted(tmp_path, "step"))
-    cut_then(hosts, how, starts, tmp_path)
+    halt = halt_at("step")
+    starts = hosts.start(tmp_path, *job, **halt.environment)
+    cut_at(halt, hosts, how, starts)
     if how == "silent":
         starts[1].send(signal.SIGTERM, str(tmp_path / "run"))
     time.sleep(3)
@@ -171,37 +182,40 @@ def test_a_network_that_comes_back_in_time_changes_nothing(how, hosts, job, tmp_
     check_identical(tmp_path / "run", undisturbed())
 
 
-def test_a_signal_in_a_cut_network_that_does_not_come_back_is_named(hosts, job, tmp_path):
-    starts = hosts.start(tmp_path, *job, **halted(tmp_path, "step"))
-    cut_then(hosts, "silent", starts, tmp_path)
+def test_a_signal_in_a_cut_network_that_does_not_come_back_is_named(hosts, halt_at, job, tmp_path):
+    halt = halt_at("step")
+    starts = hosts.start(tmp_path, *job, **halt.environment)
+    cut_at(halt, hosts, "silent", starts)
     starts[1].send(signal.SIGTERM, str(tmp_path / "run"))
     first, second = ended_in_words(starts, 1)
     assert "SIGTERM came, but the ranks could not agree to stop" in second and "SIGTERM" not in first
 
 
 @pytest.mark.parametrize("moment", ["before they meet", "while they exchange addresses", "while they connect"])
-def test_a_network_that_is_cut_while_the_ranks_meet_ends_both(moment, hosts, job, tmp_path):
-    starts = hosts.start(tmp_path, *job, TXL_DIST_PATIENCE=10, **halted(tmp_path, moment))
-    cut_then(hosts, "silent", starts, tmp_path)
+def test_a_network_that_is_cut_while_the_ranks_meet_ends_both(moment, hosts, halt_at, job, tmp_path):
+    halt = halt_at(moment)
+    starts = hosts.start(tmp_path, *job, TXL_DIST_PATIENCE=10, **halt.environment)
+    cut_at(halt, hosts, "silent", starts)
     first, second = ended_in_words(starts, 2)
     for output, other in (first, "rank 1"), (second, "10.77.0.1"):
         assert other in output and output.count("Stopped:") == 1 and "TXL_DIST_PATIENCE" in output
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_that_is_cut_while_the_ranks_end_does_not_hold_them(hosts, job, tmp_path):
+def test_a_network_that_is_cut_while_the_ranks_end_does_not_hold_them(hosts, halt_at, job, tmp_path):
     """All have the same message; the one that cannot know whether it was printed prints it, too."""
     (tmp_path / "run/config.yaml").mkdir(parents=True)  # where a file is to be written
-    starts = hosts.start(tmp_path, *job, **halted(tmp_path, "while they end"))
-    cut_then(hosts, "silent", starts, tmp_path)
+    halt = halt_at("while they end")
+    starts = hosts.start(tmp_path, *job, **halt.environment)
+    cut_at(halt, hosts, "silent", starts)
     for output in ended_in_words(starts, 1):
         assert output.count("Stopped:") == 1 and "Is a directory" in output, output
 
 
-def test_a_process_that_dies_is_named_by_the_other_host(hosts, job, tmp_path):
-    starts = hosts.start(tmp_path, *job, **halted(tmp_path, "step"))
-    while not (tmp_path / "halted").exists():
-        time.sleep(0.02)
+def test_a_process_that_dies_is_named_by_the_other_host(hosts, halt_at, job, tmp_path):
+    halt = halt_at("step")
+    starts = hosts.start(tmp_path, *job, **halt.environment)
+    wait_for(halt, starts)
     starts[1].send(signal.SIGKILL, str(tmp_path / "run"))
     (output,) = ended_in_words(starts[:1], 1)
     assert "rank 1 on hostb (10.77.0.2): the process has ended" in output and "Connection" in output

@@ -1,14 +1,12 @@
 """slurm/ on a real Slurm of two nodes: runs that are stopped at any moment end as one that never was."""
 
-import os
 import re
-import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.halt import SCRIPT, Halt, has_pending
 from tests.distributed.slurm_cluster import MISSING, Cluster
 from txl_dist.checkpoint.format import steps
 
@@ -18,8 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here ({', '.join(MISSING)}: not found)"),
 ]
 
-# Evaluated token by token: that takes long enough to be met.
-LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20", "evaluation.tgt_len=1"]
+LONG = ["train.max_steps=60", "train.eval_every=30", "checkpoint.every=20"]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +29,16 @@ def cluster():
 class Job:
     """A job of slurm/train.sh on two nodes with a task each."""
 
-    def __init__(self, cluster, run_dir, *overrides):
-        self.cluster, self.run_dir, self.log = cluster, run_dir, run_dir.with_suffix(".log")
+    def __init__(self, cluster, run_dir, *overrides, halt=None):
+        self.cluster = cluster
+        self.run_dir = run_dir
+        self.log = run_dir.with_suffix(".log")
         options = ["--parsable", "--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1", f"--output={self.log}"]
-        self.id = sbatch(cluster, *options, "slurm/train.sh", *overrides, f"run.dir={run_dir}")
+        environment = {}
+        if halt:
+            environment = halt.environment | {"TXL_DIST_PYTHON": f"{sys.executable} {SCRIPT}"}
+        train = ["slurm/train.sh", *overrides, f"run.dir={run_dir}"]
+        self.id = sbatch(cluster, *options, *train, environment=environment)
 
     def state(self):
         shown = self.cluster.call("scontrol", "--oneliner", "show", "job", self.id)
@@ -69,8 +72,8 @@ class Job:
         assert self.state() == "COMPLETED", self.output()
 
 
-def sbatch(cluster, *words):
-    return cluster.call("sbatch", *words, cwd=REPO)
+def sbatch(cluster, *words, **options):
+    return cluster.call("sbatch", *words, cwd=REPO, **options)
 
 
 def done(cluster, *words):
@@ -87,54 +90,17 @@ def undisturbed(cluster, small, tmp_path_factory):
     return job
 
 
-def while_starting(job):
-    job.until(lambda: len(job.tasks()) == 2, every=0.01)
-
-
-def while_training(job):
-    job.until(lambda: job.lines() >= 10, every=0.001)
-
-
-def while_evaluating(job):
-    job.until(lambda: job.lines() >= 29, every=0.001)
-
-
-def while_testing(job):
-    job.until(lambda: job.lines() >= 60, every=0.001)
-
-
-def while_saving(job):
-    """And held still, so that it is in the middle of that for sure."""
-    partial = job.run_dir / "checkpoints"
-
-    def held():
-        if not list(partial.glob(".*.partial")):
-            return False
-        for task in job.tasks():
-            os.kill(task, signal.SIGSTOP)
-        if list(partial.glob(".*.partial")):
-            return True
-        for task in job.tasks():
-            os.kill(task, signal.SIGCONT)
-
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, -20)  # to miss no save on a busy machine
-    job.until(held, every=0)
-    os.setpriority(os.PRIO_PROCESS, 0, usual)
-
-
-# And where the log says that the run was stopped then.
+# The function that a rank of a job calls then, for which time, and where the log says that the run was stopped.
 MOMENTS = {
-    while_starting: "before the model was built",
-    while_training: "after step",
-    while_evaluating: "in the evaluation of valid after step 30",
-    while_saving: "after step",
-    while_testing: "in the evaluation of test after step 60",
+    "training": ("txl_dist.engine.zero:ZeroEngine.forward_backward_step", 14, "after step"),
+    "evaluating": ("txl_dist.training.loop:Training.evaluate", 1, "in the evaluation of valid after step 30"),
+    "saving": ("txl_dist.checkpoint.format:CheckpointWriter.add", 1, ""),  # training goes on meanwhile
+    "testing": ("txl_dist.training.loop:Training.evaluate", 3, "in the evaluation of test after step 60"),
 }
+STARTING = "before the model was built"
 # As a user does it, or slurm/train.sh before the time is over; as an administrator, or a job of a higher priority.
 STOPS = {"SIGUSR1": ["scancel", "--signal=USR1"], "SIGTERM": ["scontrol", "requeue"]}
-STOPPED = [(moment, name) for name in STOPS for moment in MOMENTS]
+STOPPED = [(moment, name) for name in STOPS for moment in ("starting", *MOMENTS)]
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +108,16 @@ def stopped(cluster, small, tmp_path_factory):
     """A job for each of these. While one waits for its second start, the next has its first."""
     jobs = {}
     for moment, name in STOPPED:
-        folder = tmp_path_factory.mktemp(f"{moment.__name__}-{name}")
-        job = jobs[moment, name] = Job(cluster, folder / "run", *small, *LONG)
-        moment(job)
+        folder = tmp_path_factory.mktemp(f"{moment}-{name}")
+        halt = Halt(folder, *MOMENTS[moment][:2]) if moment in MOMENTS else None
+        job = jobs[moment, name] = Job(cluster, folder / "run", *small, *LONG, halt=halt)
+        job.until(lambda job=job: len(job.tasks()) == 2)
+        if halt:
+            job.until(halt.is_reached)
         cluster.call(*STOPS[name], job.id)
-        for task in job.tasks():
-            os.kill(task, signal.SIGCONT)
+        job.until(lambda job=job, name=name: all(has_pending(task, name) for task in job.tasks()))
+        if halt:
+            halt.release()
         job.until(lambda job=job: "Stopped by" in job.output())
     return jobs
 
@@ -156,8 +126,9 @@ def stopped(cluster, small, tmp_path_factory):
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(undisturbed, stopped, check_identical, moment, name):
     job = stopped[moment, name]
     job.finish()
-    [words] = re.findall("Stopped by .*", job.output())
-    assert words.startswith(f"Stopped by {name} {MOMENTS[moment]}")
+    [message] = re.findall("Stopped by .*", job.output())
+    where = MOMENTS[moment][2] if moment in MOMENTS else STARTING
+    assert message.startswith(f"Stopped by {name} {where}")
     check_identical(undisturbed.run_dir, job.run_dir)
     assert steps(undisturbed.run_dir) == steps(job.run_dir)
 

@@ -73,10 +73,13 @@ class Hosts:
                 undo.callback(self.both[-1].end)
             a, b = self.both
             if self.slow:
-                wire = subprocess.Popen([sys.executable, __file__, str(a.pid), str(b.pid)], stdout=subprocess.PIPE)
+                command = [sys.executable, "-m", "tests.distributed.two_hosts", str(a.pid), str(b.pid)]
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+                wire = subprocess.Popen(command, cwd=REPO, **pipes)
                 undo.callback(wire.wait)
                 undo.callback(wire.kill)
-                assert wire.stdout.readline() == b"ready\n"
+                if wire.stdout.readline() != "ready\n":
+                    raise OSError(wire.stderr.read().splitlines()[-1])
             else:
                 a.call("ip", "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", str(b.pid))
             for host in self.both:

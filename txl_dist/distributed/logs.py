@@ -76,8 +76,9 @@ class RunLog:
 
 
 def log_exit(reason: str) -> None:
-    """Write why this process ends to its log file; the caller shows it on the screen."""
-    log.error(reason, extra=FILE_ONLY)
+    """Write why this process ends to its log file, if it belongs to a run; the caller shows it on the screen."""
+    if log.handlers:
+        log.error(reason, extra=FILE_ONLY)
 
 
 def loggers_of_libraries() -> list[logging.Logger]:

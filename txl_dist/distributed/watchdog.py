@@ -36,6 +36,7 @@ class Watchdog:
         self.idle = 0.0  # seconds since the last beat
         self.last = "the start"  # what was done then
         self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
 
     @property
     def patience(self) -> float | None:
@@ -46,7 +47,8 @@ class Watchdog:
         """Begin to watch, once the process group is formed: forming it has a time limit of its own."""
         self.peers = group.peers
         if self.timeout is not None:
-            threading.Thread(target=self._watch, args=(self.timeout,), name="watchdog", daemon=True).start()
+            self.thread = threading.Thread(target=self._watch, args=(self.timeout,), name="watchdog", daemon=True)
+            self.thread.start()
 
     def beat(self, done: str) -> None:
         """Restart the timeout, because something was done: `done` says what, for the message."""
@@ -59,6 +61,9 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.ended.set()
+        if self.thread:
+            # If it is just ending the run, connections break, and this context is left because of that.
+            self.thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self, timeout: float) -> None:

@@ -28,7 +28,7 @@ def train_run(job: TrainJob) -> None:
         ConfigError: on every rank, where the config has a problem on any rank, or the run cannot be resumed with it.
         RunError: on every rank, where training cannot continue, as on a full disk or after a bad step.
     """
-    with Watchdog(job.guard.stall_timeout) as watchdog, RunLog(job.run.dir):
+    with RunLog(job.run.dir), Watchdog(job.guard.stall_timeout) as watchdog:
         group = process_group(watchdog.patience)
         # Ranks whose config is right wait here for those whose config is not, as where data are not on their host.
         problems = group.gather([])

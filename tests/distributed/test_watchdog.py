@@ -1,0 +1,35 @@
+"""What a process says that its watchdog ends: in whole runs in test_guard.py and test_network.py."""
+
+import subprocess
+import sys
+
+# Its main thread leaves the run while the watchdog speaks, as it does when connections to ended processes break.
+LEFT_MEANWHILE = """
+import sys, threading
+from txl_dist.distributed import watchdog
+from txl_dist.distributed.logs import RunLog
+from txl_dist.distributed.process_group import process_group
+
+speaking = threading.Event()
+print_stacks = watchdog.Watchdog._print_stacks
+watchdog.Watchdog._print_stacks = lambda self: (speaking.set(), print_stacks(self))
+with RunLog(sys.argv[1]), watchdog.Watchdog(0.2) as dog:
+    dog.start(process_group())
+    speaking.wait()
+print("left")
+"""
+# Outside of a run there is no file for it.
+OUTSIDE = "from txl_dist.distributed.logs import log_exit; log_exit('the reason')"
+
+
+def test_a_run_that_the_watchdog_ends_is_not_left_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LEFT_MEANWHILE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "left" not in done.stdout
+    message = "Nothing was done for 0 seconds after the start (guard.stall_timeout): the run ends."
+    assert done.stderr.count(message) == 1
+    assert message in (tmp_path / "logs/rank-0.log").read_text()
+
+
+def test_a_reason_to_end_is_shown_by_the_caller_alone():
+    done = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout + done.stderr == ""
