@@ -94,7 +94,7 @@ def undisturbed(cluster, small, tmp_path_factory):
 MOMENTS = {
     "training": ("txl_dist.engine.zero:ZeroEngine.forward_backward_step", 14, "after step"),
     "evaluating": ("txl_dist.training.loop:Training.evaluate", 1, "in the evaluation of valid after step 30"),
-    "saving": ("txl_dist.checkpoint.format:CheckpointWriter.add", 1, ""),  # training goes on meanwhile
+    "saving": ("txl_dist.checkpoint.format:CheckpointWriter.add", 1, ""),  # training continues meanwhile
     "testing": ("txl_dist.training.loop:Training.evaluate", 3, "in the evaluation of test after step 60"),
 }
 STARTING = "before the model was built"

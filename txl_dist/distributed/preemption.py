@@ -13,6 +13,7 @@ This module does not need torch, so that signals are held back while torch is be
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -52,6 +53,16 @@ def is_ended() -> bool:
 def pending() -> list[str]:
     """Return the names of the stopping signals that this process has received."""
     return sorted(number.name for number in SIGNALS & signal.sigpending())
+
+
+def is_stopping(pid: int) -> bool:
+    """Return whether another process of this host has received a signal that makes it save and exit."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks for number in SIGNALS)
 
 
 class Ranks(Protocol):

@@ -31,7 +31,7 @@ from txl_dist.config.schema import GuardConfig
 from txl_dist.data.lanes import LanePlan
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine.skipped_steps import SKIPPED_FILE, read_skipped_steps, write_skipped_steps
-from txl_dist.errors import describe_os_error
+from txl_dist.errors import UserError, describe_os_error
 
 MAD_TO_STD = 1.4826  # x the median absolute deviation = the standard deviation, of a normal distribution
 LANES_SHOWN = 8
@@ -97,7 +97,7 @@ class AnomalyGuard:
         self.lanes = lanes
         self.num_lanes = num_lanes
         self.fp16 = fp16
-        self.skipped = group.broadcast(read_skipped_steps(run_dir) if group.is_rank_zero else {})
+        self.skipped = self._read_skipped()
         self.losses: deque[float] = deque(maxlen=config.window)
         self.step = 0
         self.lane_losses: list[Tensor] = []
@@ -193,6 +193,22 @@ class AnomalyGuard:
                 )
         self.losses.append(loss)
         return None
+
+    def _read_skipped(self) -> dict[int, str]:
+        """Return the steps that all ranks skip, as rank 0 reads them; every rank must call it.
+
+        Raises:
+            RunError: on every rank, where rank 0 cannot.
+        """
+        skipped: dict[int, str] = {}
+        problems = []
+        if self.group.is_rank_zero:
+            try:
+                skipped = read_skipped_steps(self.run_dir)
+            except UserError as error:
+                problems.append(str(error))
+        self.group.raise_if_any_failed(problems)
+        return self.group.broadcast(skipped)
 
     def _record_skipped(self, bad_step: BadStep) -> None:
         """Add a step to skipped_steps.json; every rank must call it.

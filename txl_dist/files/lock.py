@@ -15,8 +15,8 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -26,6 +26,8 @@ from uuid import uuid4
 
 from txl_dist.errors import UserError
 from txl_dist.files.owner import Owner
+
+log = logging.getLogger(__name__)
 
 BEAT = 5.0  # seconds between an owner's signs of life
 SILENCE = 60.0  # seconds without one, after which an owner on another host counts as dead
@@ -105,7 +107,7 @@ def acquire(path: Path, doing: str, wait: Callable[[Owner | None], bool]) -> Loc
         if watch.running and not wait(watch.owner):
             raise InUse(watch.owner)
         if watch.seen and not announced:
-            print(f"{path}: waiting for {watch.owner or 'its owner'}", file=sys.stderr, flush=True)
+            log.warning("%s: waiting for %s", path, watch.owner or "its owner")
             announced = True
         time.sleep(POLL)
 

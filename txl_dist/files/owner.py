@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from txl_dist.distributed.preemption import SIGNALS
-
 
 @dataclass(frozen=True)
 class Owner:
@@ -79,17 +77,6 @@ class Owner:
         except PermissionError:
             pass  # a process of another user
         return start_time(self.pid) in (None, self.started)
-
-    def is_stopping(self) -> bool:
-        """Return whether a local owner has received a signal that makes it save and exit."""
-        if not self.is_local:
-            return False
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        except OSError:
-            return False
-        masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd:", "ShdPnd:"))]
-        return any(mask >> (number - 1) & 1 for mask in masks for number in SIGNALS)
 
 
 def kernel() -> str:

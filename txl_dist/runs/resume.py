@@ -15,7 +15,7 @@ from txl_dist.config.checks import continues
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.distributed.launcher import patience
-from txl_dist.distributed.preemption import Preemption, pending
+from txl_dist.distributed.preemption import Preemption, is_stopping, pending
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import atomic_file, make_folder
@@ -68,7 +68,7 @@ def patiently(job: TrainJob) -> Callable[[Owner | None], bool]:
     deadline = time.monotonic() + (patience() if stall is None else min(patience(), stall / 2))
 
     def wait(owner: Owner | None) -> bool:
-        is_ending = restarted or (owner is not None and owner.is_stopping())
+        is_ending = restarted or (owner is not None and owner.is_local and is_stopping(owner.pid))
         return is_ending and time.monotonic() < deadline and not pending()
 
     return wait

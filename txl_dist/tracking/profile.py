@@ -1,7 +1,7 @@
 """Profiles of some training steps by torch.profiler: where the time goes, and the memory."""
 
 import contextlib
-import sys
+import logging
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -17,6 +17,8 @@ from txl_dist.errors import describe_os_error
 from txl_dist.files.atomic import atomic_file
 from txl_dist.tracking.console import ConsoleReporter
 from txl_dist.tracking.meter import ThroughputMeter
+
+log = logging.getLogger(__name__)
 
 
 class Profile:
@@ -79,7 +81,7 @@ class Profile:
         except OSError as error:
             files = f"a trace could not be written: {describe_os_error(error, self.folder)}"
             if not self.group.is_rank_zero:
-                print(f"rank {self.group.rank}, {steps}: {files}", file=sys.stderr, flush=True)
+                log.warning("%s: %s", steps, files)
         if self.gpu:
             torch.cuda.memory._record_memory_history(enabled=None)
         if self.group.is_rank_zero:
