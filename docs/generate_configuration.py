@@ -122,7 +122,7 @@ def find_class(kind: Any, choice: str) -> Any:
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     classes = get_args(kind) if is_union(kind) else [kind]
-    return next(each for each in classes if choice in get_args(get_type_hints(each)["name"]))
+    return next(candidate for candidate in classes if choice in get_args(get_type_hints(candidate)["name"]))
 
 
 def is_union(kind: Any) -> bool:
@@ -149,19 +149,23 @@ def describe_type(kind: Any) -> str:
 
 def describe_annotated(kind: Any, metadata: tuple[Any, ...]) -> str:
     """Describe a type with the limits that stand in its metadata."""
-    found: dict[str, Any] = {}
+    constraints: dict[str, Any] = {}
     for entry in metadata:
         for constraint in [entry, *getattr(entry, "metadata", [])]:
             for name in ("ge", "gt", "le", "lt", "multiple_of", "max_length"):
                 if getattr(constraint, name, None) is not None:
-                    found[name] = getattr(constraint, name)
-    limits = [f"{sign} {found[name]}" for name, sign in (("ge", "≥"), ("gt", ">")) if name in found]
-    limits += [f"{sign} {found[name]}" for name, sign in (("le", "≤"), ("lt", "<")) if found.get(name, LARGE) < LARGE]
-    limits += [f"a multiple of {found['multiple_of']}"] if "multiple_of" in found else []
+                    constraints[name] = getattr(constraint, name)
+    limits = [f"{sign} {constraints[name]}" for name, sign in (("ge", "≥"), ("gt", ">")) if name in constraints]
+    limits += [
+        f"{sign} {constraints[name]}"
+        for name, sign in (("le", "≤"), ("lt", "<"))
+        if constraints.get(name, LARGE) < LARGE
+    ]
+    limits += [f"a multiple of {constraints['multiple_of']}"] if "multiple_of" in constraints else []
     described = " ".join([describe_type(kind), " and ".join(limits)]).rstrip()
     if get_origin(kind) is list and any(isinstance(entry, BeforeValidator) for entry in metadata):
         return f"{describe_type(get_args(kind)[0])} or {described}"  # a single one stands for a list of it
-    return f"{described}, {found['max_length']} of them" if "max_length" in found else described
+    return f"{described}, {constraints['max_length']} of them" if "max_length" in constraints else described
 
 
 # --------------------------------------------------------------------------------------------------------- the page

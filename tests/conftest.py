@@ -119,8 +119,8 @@ def damage():
         for number in samples:
             path = Path(folder) / facts.shards[number // index.shard_samples].name
             content = bytearray(path.read_bytes())
-            place = content.index(b"\x93NUMPY", int(facts.sample_table["offset"][number])) + 128
-            content[place + min(index.sample_tokens, facts.tokens - number * index.sample_tokens) * 2 - 1] ^= 1
+            data_start = content.index(b"\x93NUMPY", int(facts.sample_table["offset"][number])) + 128
+            content[data_start + min(index.sample_tokens, facts.tokens - number * index.sample_tokens) * 2 - 1] ^= 1
             path.write_bytes(content)
 
     return damage
@@ -164,16 +164,17 @@ def check_identical(metrics):
     """Two runs are the same to the bit: all that they logged but how fast they were, and their newest checkpoints."""
 
     def check_identical(one, other):
-        mine, theirs = (
+        one_log, other_log = (
             [{key: value for key, value in line.items() if key not in SPEEDS} for line in metrics(run_dir)]
             for run_dir in (one, other)
         )
-        assert mine == theirs
+        assert one_log == other_log
         assert latest(one).state == latest(other).state
         for kind in ("weights", "optimizer", "memory"):
-            found, wanted = latest(one).tensors(kind), latest(other).tensors(kind)
-            assert found.keys() == wanted.keys()
-            assert not [name for name in found if not torch.equal(found[name], wanted[name])], kind
+            one_tensors = latest(one).tensors(kind)
+            other_tensors = latest(other).tensors(kind)
+            assert one_tensors.keys() == other_tensors.keys()
+            assert not [name for name in one_tensors if not torch.equal(one_tensors[name], other_tensors[name])], kind
 
     return check_identical
 

@@ -18,7 +18,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def trained(run, small, tmp_path_factory):
+def trained_run(run, small, tmp_path_factory):
     """Train a run in a directory whose name is hard for shells and grammars; return it and what training printed."""
     run_dir = tmp_path_factory.mktemp("cli") / "it's my $x$ книга =1, [2] (3)"
     return run_dir, run("txl_dist.train", *small, f"run.dir={run_dir}", "train.max_steps=1").stdout
@@ -29,8 +29,8 @@ def start(module, *arguments, **options):
     return subprocess.run(command, cwd=REPO, env=ENVIRONMENT, timeout=300, **options)
 
 
-def test_the_commands_that_training_prints_can_be_pasted(trained):
-    commands = [line[line.index("python -m") :] for line in trained[1].splitlines() if "python -m" in line]
+def test_the_commands_that_training_prints_can_be_pasted(trained_run):
+    commands = [line[line.index("python -m") :] for line in trained_run[1].splitlines() if "python -m" in line]
     assert len(commands) == 2
     for command in commands:
         line = f"{sys.executable} {command.removeprefix('python ')} {'max_tokens=1' if 'generate' in command else ''}"
@@ -58,32 +58,32 @@ def test_the_command_that_makes_data_can_be_pasted():
         ("evaluate", ["format=json", "max_tokens=5"]),
     ],
 )
-def test_a_reader_that_leaves_causes_no_trace(trained, module, arguments):
+def test_a_reader_that_leaves_causes_no_trace(trained_run, module, arguments):
     reader, writer = os.pipe()
     os.close(reader)
-    given = arguments if module == "prepare" else [f"run={trained[0]}", *arguments]
+    given = arguments if module == "prepare" else [f"run={trained_run[0]}", *arguments]
     done = start(module, *given, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_output_that_cannot_be_written_is_reported(trained):
+def test_output_that_cannot_be_written_is_reported(trained_run):
     with open("/dev/full", "w") as full:
-        done = start("inspect", f"run={trained[0]}", stdout=full, stderr=subprocess.PIPE, text=True)
+        done = start("inspect", f"run={trained_run[0]}", stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "Stopped:\n  standard output: No space left on device\n")
 
 
-def test_the_output_may_have_any_encoding(run, trained):
-    options = [f"run={trained[0]}", "prompt=é", "max_tokens=0"]
+def test_the_output_may_have_any_encoding(run, trained_run):
+    options = [f"run={trained_run[0]}", "prompt=é", "max_tokens=0"]
     assert run("txl_dist.generate", *options, PYTHONIOENCODING="ascii").stdout == "\\xe9\n"
     refused = run("txl_dist.inspect", "run=caf\udce9", expect=2, PYTHONIOENCODING="ascii")
     assert "run=caf\\udce9: is not UTF-8" in refused.stderr
 
 
-def test_standard_input_is_bytes(trained, run):
-    done = start("generate", f"run={trained[0]}", "max_tokens=0", input=b"caf\xe9\r\n", capture_output=True)
+def test_standard_input_is_bytes(trained_run, run):
+    done = start("generate", f"run={trained_run[0]}", "max_tokens=0", input=b"caf\xe9\r\n", capture_output=True)
     assert done.stdout.decode() == "caf\ufffd\r\n\n"
-    closed = start("generate", f"run={trained[0]}", capture_output=True, text=True, preexec_fn=lambda: os.close(0))
+    closed = start("generate", f"run={trained_run[0]}", capture_output=True, text=True, preexec_fn=lambda: os.close(0))
     assert closed.returncode == 2 and "prompt: is missing, and standard input is closed" in closed.stderr
 
 

@@ -76,10 +76,10 @@ def logged(run_dir):
 def tensors(run_dir):
     """Return all tensors of the only checkpoint, by the name of the file and their own."""
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    found = {}
+    by_name = {}
     for path in checkpoint.glob("*.safetensors"):
-        found |= {(path.name, name): tensor for name, tensor in load_file(path).items()}
-    return found
+        by_name |= {(path.name, name): tensor for name, tensor in load_file(path).items()}
+    return by_name
 
 
 def test_prepare_makes_the_same_dataset(run, tmp_path):
@@ -109,12 +109,12 @@ def test_a_run_continues_as_it_did(run, old):
     assert [line["step"] for line in lines] == [*range(1, 21), 20]
     for line, wanted in zip(lines, expected, strict=True):
         assert line == {key: close_to(number) for key, number in wanted.items()}
-    found = tensors(old / "run")
+    actual = tensors(old / "run")
     wanted = tensors(FIXTURE / "finished")
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == wanted.keys()
     rtol, atol = (0.0, 0.0) if made_here() else (1e-4, 1e-6)
     for key in wanted:
-        torch.testing.assert_close(found[key], wanted[key], rtol=rtol, atol=atol)
+        torch.testing.assert_close(actual[key], wanted[key], rtol=rtol, atol=atol)
     (manifest,) = (json.loads(path.read_text()) for path in (old / "run").glob("checkpoints/*/checkpoint.json"))
     versions = {"txl_dist": txl_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     assert manifest["state"]["written_by"] == {"ranks": 1, "precision": "fp32"} | versions
@@ -146,9 +146,9 @@ def test_convert_writes_and_reads_what_it_did(run, old):
     run("txl_dist.convert", "from=export", "run=imported", cwd=old)
     weights = load_file(old / "export/model.safetensors")
     for path in (old / "export_of_now/model.safetensors", *old.glob("imported/checkpoints/*/weights-*.safetensors")):
-        found = load_file(path)
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        loaded = load_file(path)
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 def test_inspect_finds_an_old_checkpoint_whole(run, old):

@@ -21,7 +21,7 @@ LENGTHS = LengthsConfig(None, None, None, None)
 
 
 @pytest.fixture(scope="module")
-def trained(run, small, tmp_path_factory):
+def trained_run(run, small, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("evaluate") / "run"
     run("txl_dist.train", *small, f"run.dir={run_dir}", "train.max_steps=40")
     return run_dir
@@ -31,60 +31,60 @@ def evaluated(run, run_dir, *overrides):
     return json.loads(run("txl_dist.evaluate", f"run={run_dir}", "format=json", *overrides).stdout)
 
 
-def test_json_is_all_there_is_on_standard_output(run, trained, metrics, dataset):
-    result = evaluated(run, trained, "split=test", "num_lanes=8")
+def test_json_is_all_there_is_on_standard_output(run, trained_run, metrics, dataset):
+    result = evaluated(run, trained_run, "split=test", "num_lanes=8")
     split = json.loads((dataset / "index.json").read_text())["splits"]["test"]
     assert result["split"] == "test" and result["tokens"] == split["tokens"] and result["tokens_per_second"] > 0
     for key in ("loss", "perplexity", "bits_per_byte"):  # as training has logged for the same split and lanes
-        assert result[key] == pytest.approx(metrics(trained)[-1][f"test/{key}"], rel=1e-6)
+        assert result[key] == pytest.approx(metrics(trained_run)[-1][f"test/{key}"], rel=1e-6)
 
 
-def test_a_table_for_people(run, trained):
-    result = run("txl_dist.evaluate", f"run={trained}", "split=valid").stdout
+def test_a_table_for_people(run, trained_run):
+    result = run("txl_dist.evaluate", f"run={trained_run}", "split=valid").stdout
     assert "bits per byte" in result and re.search(r"mem_len +24", result)
 
 
-def test_segments_with_memory_score_as_one_long_forward(run, trained, dataset):
+def test_segments_with_memory_score_as_one_long_forward(run, trained_run, dataset):
     """One lane and a memory longer than the split: each token sees all before it, for any length of segments."""
     index = Index.open(str(dataset))
     total = index.splits["valid"].tokens
     tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
     inputs = torch.cat([torch.full((1, 1), index.eos), tokens[:, :-1]], dim=1)
     lengths = LengthsConfig(total, 0, None, None)
-    model, _ = load_model(str(trained), None, lengths)
+    model, _ = load_model(str(trained_run), None, lengths)
     with torch.no_grad():
         nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
     for tgt_len in (16, 50):
         result = evaluated(
-            run, trained, "split=valid", "num_lanes=1", f"model.mem_len={total}", f"model.tgt_len={tgt_len}"
+            run, trained_run, "split=valid", "num_lanes=1", f"model.mem_len={total}", f"model.tgt_len={tgt_len}"
         )
         assert result["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
         assert result["tokens"] == total
 
 
-def test_every_number_of_lanes_scores_every_token(run, trained):
-    one, seven = (evaluated(run, trained, "split=valid", f"num_lanes={lanes}") for lanes in (1, 7))
+def test_every_number_of_lanes_scores_every_token(run, trained_run):
+    one, seven = (evaluated(run, trained_run, "split=valid", f"num_lanes={lanes}") for lanes in (1, 7))
     assert one["tokens"] == seven["tokens"]
     assert one["loss"] == pytest.approx(seven["loss"], rel=0.02) and one["loss"] != seven["loss"]
 
 
-def test_lengths_that_do_not_fit_together_are_refused(run, trained):
-    done = run("txl_dist.evaluate", f"run={trained}", "model.same_length=true", "model.mem_len=0", expect=2)
+def test_lengths_that_do_not_fit_together_are_refused(run, trained_run):
+    done = run("txl_dist.evaluate", f"run={trained_run}", "model.same_length=true", "model.mem_len=0", expect=2)
     assert "model.same_length" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_other_data_are_refused(run, trained, corpus, tmp_path):
+def test_other_data_are_refused(run, trained_run, corpus, tmp_path):
     run("txl_dist.prepare", "corpus=text", f"corpus.path={corpus}", f"data.dir={tmp_path / 'other'}", "tokenizer=word")
-    done = run("txl_dist.evaluate", f"run={trained}", f"data_dir={tmp_path / 'other'}", expect=2)
+    done = run("txl_dist.evaluate", f"run={trained_run}", f"data_dir={tmp_path / 'other'}", expect=2)
     assert "data_dir" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_sizes_are_those_of_the_text(run, trained, corpus, dataset):
+def test_sizes_are_those_of_the_text(run, trained_run, corpus, dataset):
     """Count the text of the test split by hand."""
     index = Index.open(str(dataset))
     split = index.splits["test"]
     text = index.tokenizer().decode(SampleReader(index, "test").tokens(0, split.tokens).tolist())
-    result = evaluated(run, trained, "split=test")
+    result = evaluated(run, trained_run, "split=test")
     assert result["bytes"] == split.bytes == len(text.encode()) and result["characters"] == len(text)
     assert result["words"] == sum(len(line.split()) + 1 for line in text.splitlines())
     nats = result["loss"] * result["tokens"]
@@ -119,20 +119,20 @@ def test_where_words_are_unknown_sizes_are_still_those_of_the_text(run, small, t
     assert len(re.findall(r" unknown *$", table, re.MULTILINE)) == 2
 
 
-def test_several_runs_are_one_table(run, trained, tmp_path):
-    runs = [str(trained), str(trained / "../run")]
+def test_several_runs_are_one_table(run, trained_run, tmp_path):
+    runs = [str(trained_run), str(trained_run / "../run")]
     results = evaluated(run, f"[{','.join(runs)}]", "split=valid")
     assert [result["run"] for result in results] == runs and results[0]["loss"] == results[1]["loss"]
-    table = run("txl_dist.evaluate", f"run={trained.parent}/*", "split=valid").stdout
-    assert table.count(str(trained)) == 1 and "perplexity" in table
+    table = run("txl_dist.evaluate", f"run={trained_run.parent}/*", "split=valid").stdout
+    assert table.count(str(trained_run)) == 1 and "perplexity" in table
     assert "matches no run" in run("txl_dist.evaluate", f"run={tmp_path}/*", expect=2).stderr
 
 
-def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_rows(run, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "a")
-    shutil.copytree(trained, tmp_path / "b")
+def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_rows(run, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "a")
+    shutil.copytree(trained_run, tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoints")
-    shutil.copytree(trained, tmp_path / "c")
+    shutil.copytree(trained_run, tmp_path / "c")
     for weights in (tmp_path / "c" / "checkpoints").glob("*/weights-*"):
         weights.unlink()
     runs = f"run=[{','.join(str(tmp_path / name) for name in 'bcda')}]"
@@ -148,8 +148,8 @@ def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_rows(run, traine
     assert not [line for line in done.stderr.splitlines() if not line]  # no progress bar where there is no terminal
 
 
-def test_the_data_are_found_from_any_folder(trained, dataset, tmp_path):
-    checkpoint = latest(str(trained))
+def test_the_data_are_found_from_any_folder(trained_run, dataset, tmp_path):
+    checkpoint = latest(str(trained_run))
     assert checkpoint.data["place"] == str(dataset)
     moved = {"place": f"{tmp_path}/gone"}
     local = replace(checkpoint, config={"data": {"dir": str(tmp_path)}})
@@ -179,10 +179,10 @@ def test_sliding_window_and_memory_agree_where_contexts_are_equal(run, one_layer
     assert window["loss"] != pytest.approx(other["loss"], rel=1e-6)
 
 
-def test_sliding_window_as_long_as_the_text_is_memory_of_all(run, trained):
+def test_sliding_window_as_long_as_the_text_is_memory_of_all(run, trained_run):
     options = ["split=valid", "max_tokens=60"]
-    window = evaluated(run, trained, *options, "sliding_window=true", "model.tgt_len=60")
-    memory = evaluated(run, trained, *options, "num_lanes=1", "model.mem_len=60")
+    window = evaluated(run, trained_run, *options, "sliding_window=true", "model.tgt_len=60")
+    memory = evaluated(run, trained_run, *options, "num_lanes=1", "model.mem_len=60")
     assert window["loss"] == pytest.approx(memory["loss"], rel=1e-6)
 
 
@@ -202,10 +202,10 @@ def test_averaged_weights_are_the_mean_of_those_of_the_steps(run, small, tmp_pat
     assert plain["loss"] != averaged["loss"]
 
 
-def test_an_average_that_was_not_kept_is_refused(run, trained):
-    done = run("txl_dist.evaluate", f"run={trained}", "average=true", expect=2)
+def test_an_average_that_was_not_kept_is_refused(run, trained_run):
+    done = run("txl_dist.evaluate", f"run={trained_run}", "average=true", expect=2)
     assert "optimizer.average_from" in done.stderr and "Traceback" not in done.stderr
-    checkpoint = latest(str(trained))
+    checkpoint = latest(str(trained_run))
     assert "only a run that was started with" in explain_missing_average(checkpoint)
     later = {"optimizer": {"average_from": 41}}
     assert "keeps them from step 41 on" in explain_missing_average(replace(checkpoint, config=later))

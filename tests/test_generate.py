@@ -11,7 +11,7 @@ from txl_dist.runs.load import load_model
 
 
 @pytest.fixture(scope="module")
-def trained(run, small, tmp_path_factory):
+def trained_run(run, small, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("generate") / "run"
     run("txl_dist.train", *small, f"run.dir={run_dir}", "train.max_steps=60")
     return run_dir
@@ -26,10 +26,10 @@ def sampled(run_dir, prompts, count=30, temperature=0.0, seed=1):
     return [list(lane) for lane in zip(*(next(stream) for _ in range(count)), strict=True)]
 
 
-def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained):
+def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained_run):
     prompt = [256, *b"the and of the"]
-    (generated,) = sampled(trained, [prompt])
-    model, _ = load_model(str(trained), None, LENGTHS)
+    (generated,) = sampled(trained_run, [prompt])
+    model, _ = load_model(str(trained_run), None, LENGTHS)
     text = torch.tensor([[*prompt, *generated]])
     with torch.no_grad():
         log_probs, _ = model(text, None, torch.arange(text.size(1))[None], model.empty_memory(1))
@@ -37,14 +37,14 @@ def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained):
     assert torch.equal(expected.argmax(-1), torch.tensor(generated))
 
 
-def test_prompts_of_different_lengths_do_not_touch_each_other(trained):
+def test_prompts_of_different_lengths_do_not_touch_each_other(trained_run):
     prompts = [[256], [256, *b"the and of the and of the and of the and"], [256, *b"and "]]
-    together = sampled(trained, prompts, temperature=1.0)
-    assert together == [sampled(trained, [prompt], temperature=1.0)[0] for prompt in prompts]
+    together = sampled(trained_run, prompts, temperature=1.0)
+    assert together == [sampled(trained_run, [prompt], temperature=1.0)[0] for prompt in prompts]
 
 
-def test_the_seed_decides(trained):
-    first, same, other = (sampled(trained, [[256]], temperature=1.0, seed=seed)[0] for seed in (1, 1, 2))
+def test_the_seed_decides(trained_run):
+    first, same, other = (sampled(trained_run, [[256]], temperature=1.0, seed=seed)[0] for seed in (1, 1, 2))
     assert first == same != other
 
 
@@ -88,8 +88,8 @@ def test_a_prompt_of_words_is_utf8():
         Completion(tokenizer, "\ud800")
 
 
-def test_the_command_reads_prompts_from_everywhere(run, trained):
-    options = [f"run={trained}", "max_tokens=20", "temperature=0"]
+def test_the_command_reads_prompts_from_everywhere(run, trained_run):
+    options = [f"run={trained_run}", "max_tokens=20", "temperature=0"]
     given = run("txl_dist.generate", *options, "prompt=the and").stdout
     assert given.startswith("the and") and len(given) > len("the and\n")
     assert run("txl_dist.generate", *options, stdin="the and").stdout == given

@@ -74,30 +74,31 @@ def decoded(folder: Path) -> dict[str, list[str]]:
     """Decode the documents of each split."""
     index = Index.open(str(folder))
     tokenizer = index.tokenizer()
-    found = {}
+    by_split = {}
     for name, split in index.splits.items():
-        reader, starts = SampleReader(index, name), split.document_starts.tolist()
+        reader = SampleReader(index, name)
+        starts = split.document_starts.tolist()
         ids = [reader.tokens(start, end - start) for start, end in pairwise(starts)]
         assert all(document[-1] == tokenizer.eos for document in ids)
-        found[name] = [tokenizer.decode(document) for document in ids]
-    return found
+        by_split[name] = [tokenizer.decode(document) for document in ids]
+    return by_split
 
 
 @every_tokenizer
 def test_every_document_comes_out_complete_in_its_split(tmp_path, tokenizer):
     folder = texts(tmp_path / "text")
     prepare(text_job(tmp_path / "data", tokenizer, path=str(folder)))
-    found = decoded(tmp_path / "data")
+    by_split = decoded(tmp_path / "data")
     raw = [plain(path).decode() for path in sorted(folder.iterdir())]
     splits = Index.open(str(tmp_path / "data")).splits
     assert sum(split.bytes for split in splits.values()) == sum(len(text.encode()) for text in raw)
     if tokenizer == "word":  # words and line ends come back; some of valid and test are unknown
-        del found["valid"], found["test"]
+        del by_split["valid"], by_split["test"]
         raw = [text.rstrip("\n") + "\n" for text in raw]
     else:
-        assert [len(found[split]) for split in corpora.SPLITS] == [24, 3, 3]
-        assert sorted(text for documents in found.values() for text in documents) == sorted(raw)
-    for documents in found.values():
+        assert [len(by_split[split]) for split in corpora.SPLITS] == [24, 3, 3]
+        assert sorted(text for documents in by_split.values() for text in documents) == sorted(raw)
+    for documents in by_split.values():
         assert documents == [text for text in raw if text in documents]
 
 
@@ -241,9 +242,9 @@ def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):
 def test_the_vocabulary_leaves_out_lines_of_other_splits(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"word{n}\n" for n in range(200)))
     prepare(text_job(tmp_path / "data", "word", path=str(tmp_path / "a.txt"), document="line"))
-    found = decoded(tmp_path / "data")
-    assert "<unk>\n" not in found["train"] and len(found["train"]) < 190
-    assert set(found["valid"]) == set(found["test"]) == {"<unk>\n"}
+    by_split = decoded(tmp_path / "data")
+    assert "<unk>\n" not in by_split["train"] and len(by_split["train"]) < 190
+    assert set(by_split["valid"]) == set(by_split["test"]) == {"<unk>\n"}
 
 
 def test_text_that_is_not_utf8_is_named_by_file_and_byte(tmp_path):
@@ -291,7 +292,7 @@ def test_byte_order_marks_are_left_out_and_counted_but_for_bytes(tmp_path, capsy
         assert [Index.open(str(folder)).fingerprint for folder in made][0] == Index.open(str(made[1])).fingerprint
     prepare(text_job(tmp_path / "bytes", path=str(marked)))
     assert "byte order mark" not in capsys.readouterr().err
-    assert all(text.startswith("\ufeff") for found in decoded(tmp_path / "bytes").values() for text in found)
+    assert all(text.startswith("\ufeff") for documents in decoded(tmp_path / "bytes").values() for text in documents)
 
 
 def test_a_given_model_reads_no_byte_order_mark(tmp_path):

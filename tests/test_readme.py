@@ -136,10 +136,10 @@ def test_python_compiles(code):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_relative_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
-        place, _, anchor = link.partition("#")
+        path, _, anchor = link.partition("#")
         if re.match(r"[a-z]+:", link):
             continue
-        target = (page.parent / place).resolve() if place else page
+        target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in slugs(target), link
 

@@ -37,10 +37,10 @@ def plan_of(order):
 def test_every_lane_has_one_rank_in_each_stage(split):
     topology = PipeDataParallelTopology(num_pp=split.stages, num_dp=split.data_parallel)
     for rank in range(split.ranks):
-        place = topology.get_coord(rank)
-        pipeline = [topology.get_rank(pipe=stage, data=place.data) for stage in range(split.stages)]
-        assert split.stage(rank) == place.pipe
-        assert {split.lanes(each) for each in pipeline} == {split.lanes(rank)}  # a pipeline's ranks have the same lanes
+        coordinates = topology.get_coord(rank)
+        pipeline = [topology.get_rank(pipe=stage, data=coordinates.data) for stage in range(split.stages)]
+        assert split.stage(rank) == coordinates.pipe
+        assert {split.lanes(peer) for peer in pipeline} == {split.lanes(rank)}  # a pipeline's ranks have the same lanes
     kept = owners(split)
     assert len(kept) == LAYERS * LANES and set(kept.values()) == {1}
 
@@ -54,7 +54,7 @@ def test_three_epochs_and_a_restart_with_half_the_ranks():
             for lane in split.lanes(rank):
                 for step in steps:
                     (span, *rest) = plan.spans(lane, step)
-                    reads[step, lane] = span.position, sum(each.length for each in [span, *rest]), span.history
+                    reads[step, lane] = span.position, sum(part.length for part in [span, *rest]), span.history
     position, length, history = np.moveaxis(reads, -1, 0)
     tokens = SHARDS * SHARD_TOKENS
     assert (length == TGT_LEN).all()
@@ -70,7 +70,8 @@ def test_three_epochs_and_a_restart_with_half_the_ranks():
 
 
 def test_shuffled_documents_are_read_once_in_the_third_epoch():
-    plan, change = plan_of("documents"), np.zeros(SHARDS * SHARD_TOKENS + 1, np.int32)
+    plan = plan_of("documents")
+    change = np.zeros(SHARDS * SHARD_TOKENS + 1, np.int32)
     for lane in range(LANES):
         begin, end = 2 * len(plan.part(lane)), 3 * len(plan.part(lane))
         read = begin // TGT_LEN * TGT_LEN

@@ -13,17 +13,17 @@ TEXT = "the and of the\nabcd"
 
 
 @pytest.fixture(scope="module", params=["full", "adaptive"])
-def trained(request, run, small, tmp_path_factory):
+def trained_run(request, run, small, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("score") / request.param
     adaptive = ["model.cutoffs=[60,110]", "model.div_val=2"] if request.param == "adaptive" else []
     run("txl_dist.train", *small, f"run.dir={run_dir}", *adaptive)
     return run_dir
 
 
-def test_scores_are_those_of_one_forward(trained):
+def test_scores_are_those_of_one_forward(trained_run):
     """Read segments of 5 tokens with a memory of all before them."""
-    scores, next_log_probs = Scorer.open(str(trained), lengths=LengthsConfig(5, 30, None, None)).read(TEXT)
-    scorer = Scorer.open(str(trained), lengths=LengthsConfig(None, 0, None, None))
+    scores, next_log_probs = Scorer.open(str(trained_run), lengths=LengthsConfig(5, 30, None, None)).read(TEXT)
+    scorer = Scorer.open(str(trained_run), lengths=LengthsConfig(None, 0, None, None))
     inputs = torch.tensor([[scorer.tokenizer.eos, *TEXT.encode()]])
     with torch.no_grad():
         log_probs, _ = scorer.model(inputs, None, torch.arange(inputs.size(1))[None], scorer.model.empty_memory(1))
@@ -34,20 +34,20 @@ def test_scores_are_those_of_one_forward(trained):
     assert next_log_probs.exp().sum().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_json_and_table_show_the_same_scores(trained, run):
-    printed = json.loads(run("txl_dist.score", f"run={trained}", f"text={TEXT}", "format=json", "next=3").stdout)
-    scores, next_log_probs = Scorer.open(str(trained)).read(TEXT)
+def test_json_and_table_show_the_same_scores(trained_run, run):
+    printed = json.loads(run("txl_dist.score", f"run={trained_run}", f"text={TEXT}", "format=json", "next=3").stdout)
+    scores, next_log_probs = Scorer.open(str(trained_run)).read(TEXT)
     log_probs = [score.log_prob for score in scores]
     assert [token["log_prob"] for token in printed["tokens"]] == pytest.approx(log_probs, rel=1e-5)
     assert printed["log_prob"] == pytest.approx(sum(log_probs), rel=1e-5)
     assert [token["token"] for token in printed["next"]] == next_log_probs.topk(3).indices.tolist()
-    table = run("txl_dist.score", f"run={trained}", stdin=TEXT).stdout
+    table = run("txl_dist.score", f"run={trained_run}", stdin=TEXT).stdout
     assert f"{np.exp(scores[0].log_prob):.4f}" in table and "next token" in table and f"{len(TEXT)} tokens" in table
 
 
-def test_an_empty_text_has_a_next_token(trained, run):
-    printed = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=2").stdout)
-    more = json.loads(run("txl_dist.score", f"run={trained}", "text=''", "format=json", "next=9999").stdout)
+def test_an_empty_text_has_a_next_token(trained_run, run):
+    printed = json.loads(run("txl_dist.score", f"run={trained_run}", "text=''", "format=json", "next=2").stdout)
+    more = json.loads(run("txl_dist.score", f"run={trained_run}", "text=''", "format=json", "next=9999").stdout)
     assert len(more["next"]) == 257  # the whole vocabulary
     assert printed["tokens"] == [] and printed["log_prob"] == 0 and len(printed["next"]) == 2
 

@@ -19,14 +19,14 @@ from txl_dist.runs.load import load_model
 
 
 @pytest.fixture(scope="module")
-def trained(run, small, tmp_path_factory):
+def trained_run(run, small, tmp_path_factory):
     """A finished run of 20 steps, and what the command printed."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     return run_dir, run("txl_dist.train", *small, f"run.dir={run_dir}").stdout
 
 
-def test_metrics_have_their_keys_and_agree_with_each_other(trained, metrics, dataset):
-    lines = metrics(trained[0])
+def test_metrics_have_their_keys_and_agree_with_each_other(trained_run, metrics, dataset):
+    lines = metrics(trained_run[0])
     steps = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 21))
     assert all(line["tokens"] == line["step"] * 8 * 16 for line in lines)
@@ -41,8 +41,8 @@ def test_metrics_have_their_keys_and_agree_with_each_other(trained, metrics, dat
     assert last["test/bits_per_byte"] == pytest.approx(bits)
 
 
-def test_the_run_directory_stands_alone(trained):
-    run_dir, printed = trained
+def test_the_run_directory_stands_alone(trained_run):
+    run_dir, printed = trained_run
     assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "num_lanes: 8" in (run_dir / "config.yaml").read_text()
     assert (run_dir / "tokenizer" / "tokenizer.json").is_file()
@@ -56,8 +56,8 @@ def test_a_start_shorter_than_log_every_is_logged(run, small, metrics, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [2] and "2 of 20" in done.stdout
 
 
-def test_the_result_of_a_finished_run_is_only_shown_again(trained, run, small, metrics):
-    run_dir, printed = trained
+def test_the_result_of_a_finished_run_is_only_shown_again(trained_run, run, small, metrics):
+    run_dir, printed = trained_run
     before = metrics(run_dir)
     again = run("txl_dist.train", *small, f"run.dir={run_dir}").stdout
     assert metrics(run_dir) == before
@@ -66,8 +66,8 @@ def test_the_result_of_a_finished_run_is_only_shown_again(trained, run, small, m
 
 
 @pytest.mark.parametrize("end", ["train.max_steps=19", "train.stop_at=3"])
-def test_a_run_beyond_its_end_is_left_alone(trained, run, small, tmp_path, end):
-    shutil.copytree(trained[0], tmp_path / "run")
+def test_a_run_beyond_its_end_is_left_alone(trained_run, run, small, tmp_path, end):
+    shutil.copytree(trained_run[0], tmp_path / "run")
     before = (tmp_path / "run/config.yaml").read_bytes()
     more = ["train.max_steps=40"] if "stop" in end else ["schedule.warmup_steps=0"]
     done = run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", *more, end)
@@ -75,17 +75,18 @@ def test_a_run_beyond_its_end_is_left_alone(trained, run, small, tmp_path, end):
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
-def test_a_finished_run_is_resumed_where_more_steps_are_asked_for(trained, run, small, metrics, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "run")
+def test_a_finished_run_is_resumed_where_more_steps_are_asked_for(trained_run, run, small, metrics, tmp_path):
+    shutil.copytree(trained_run[0], tmp_path / "run")
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", "train.max_steps=23")
-    before, after = metrics(trained[0]), metrics(tmp_path / "run")
+    before = metrics(trained_run[0])
+    after = metrics(tmp_path / "run")
     assert after[: len(before)] == before
     assert [line["step"] for line in after[len(before) :]] == [21, 22, 23, 23]
 
 
-def test_a_run_that_was_killed_resumes_from_its_checkpoint(trained, run, small, metrics, tmp_path):
+def test_a_run_that_was_killed_resumes_from_its_checkpoint(trained_run, run, small, metrics, tmp_path):
     """Killed after step 13 while a checkpoint was being written: steps 11 to 13 are done again, and logged once."""
-    finished = trained[0]
+    finished = trained_run[0]
     killed = tmp_path / "run"
     shutil.copytree(finished, killed)
     shutil.rmtree(killed / "checkpoints/step-000000020")
@@ -102,13 +103,13 @@ def test_a_run_that_was_killed_resumes_from_its_checkpoint(trained, run, small, 
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_run_is_not_continued_as_another(trained, run, small):
-    done = run("txl_dist.train", *small, f"run.dir={trained[0]}", "data.num_lanes=4", "model.n_layer=3", expect=2)
+def test_a_run_is_not_continued_as_another(trained_run, run, small):
+    done = run("txl_dist.train", *small, f"run.dir={trained_run[0]}", "data.num_lanes=4", "model.n_layer=3", expect=2)
     assert "data.num_lanes=4" in done.stderr and "model.n_layer=3" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_other_lanes_are_refused_with_the_choices(trained, run, small):
-    done = run("txl_dist.train", *small, f"run.dir={trained[0]}", "model.tgt_len=8", "model.mem_len=8", expect=2)
+def test_other_lanes_are_refused_with_the_choices(trained_run, run, small):
+    done = run("txl_dist.train", *small, f"run.dir={trained_run[0]}", "model.tgt_len=8", "model.mem_len=8", expect=2)
     for words in (
         "model.tgt_len=8",
         "model.mem_len=8",

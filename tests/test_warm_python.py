@@ -50,7 +50,9 @@ def ended(python, folder, *words, **environment):
 def test_a_script_and_a_module_run_as_they_do_in_the_real_one(python, tmp_path, end, code):
     (tmp_path / "script.py").write_text(SCRIPT)
     for words in (["-m", "script", end], [str(tmp_path / "script.py"), end]):
-        warm, real = (ended(each, tmp_path, *words, WANDB_NOTES="note") for each in (python, sys.executable))
+        warm, real = (
+            ended(interpreter, tmp_path, *words, WANDB_NOTES="note") for interpreter in (python, sys.executable)
+        )
         assert warm[:2] == real[:2] and warm[0] == code and "Number" not in warm[1]
         assert warm[2].splitlines()[-1:] == real[2].splitlines()[-1:]
 

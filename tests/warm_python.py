@@ -184,8 +184,8 @@ class Server:
 
     def become(self, caller: socket.socket, streams: list[int]) -> None:
         """In a child: keep none of the server's files, and take the caller's standard streams."""
-        for each in (self.selector, self.listener, caller, *self.callers.values()):
-            each.close()
+        for resource in (self.selector, self.listener, caller, *self.callers.values()):
+            resource.close()
         for fd in self.ends:
             os.close(fd)
         for target, source in enumerate(streams):

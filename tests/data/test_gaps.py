@@ -57,14 +57,16 @@ def positions(plan, lane, steps):
 def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
     """Followed by hand along each lane, one token after the other."""
     folder, samples = harmed
-    read, steps = segments(folder, **options), range(60)
-    found, seen = list(read), 0
+    read = segments(folder, **options)
+    steps = range(60)
+    all_segments = list(read)
+    seen = 0
     for lane in range(LANES):
         position, history = positions(read.plan, lane, steps)
         lost = np.isin(position // SAMPLE, list(samples))
         seen += lost.sum()
         targets, inputs, lookback = (
-            np.concatenate([getattr(segment, name)[lane] for segment in found])
+            np.concatenate([getattr(segment, name)[lane] for segment in all_segments])
             for name in ("targets", "inputs", "lookback")
         )
         assert np.array_equal(targets, np.where(lost, NOT_SCORED, stream[position]))
@@ -82,7 +84,8 @@ def test_gaps_are_not_scored_and_never_looked_at(harmed, stream, options):
 def test_other_lanes_and_intact_data_are_untouched(harmed, dataset, options):
     folder, samples = harmed
     plain = list(segments(dataset, fill_value=None, **options))
-    intact, some = list(segments(dataset, **options)), segments(folder, **options)
+    intact = list(segments(dataset, **options))
+    some = segments(folder, **options)
     for name in ("inputs", "targets", "lookback"):
         for one, two in zip(intact, plain, strict=True):
             assert np.array_equal(getattr(one, name), getattr(two, name))
@@ -128,7 +131,8 @@ def test_after_a_gap_a_model_reads_on_as_at_a_beginning(harmed, stream, make_con
     config = make_config(attention=attention, tgt_len=TGT_LEN, mem_len=60 * TGT_LEN)
     model = TransformerXL(config, 257).double().eval()
     read.mem_len = config.mem_len
-    memory, losses = model.empty_memory(1), []
+    memory = model.empty_memory(1)
+    losses = []
     poisoned = [torch.full_like(state, 1e6) for state in memory]
     with torch.no_grad():
         for step in range(60):

@@ -18,8 +18,8 @@ def test_every_span_of_the_stream_is_read_back(intact):
     reader = SampleReader(Index.open(str(intact)), "train", cache_samples=4)
     for start in range(len(STREAM) + 1):
         for length in range(min(40, len(STREAM) - start) + 1):
-            found = reader.tokens(start, length)
-            assert found.dtype == np.uint16 and found.tolist() == STREAM[start : start + length].tolist()
+            tokens = reader.tokens(start, length)
+            assert tokens.dtype == np.uint16 and tokens.tolist() == STREAM[start : start + length].tolist()
     assert reader.tokens(0, len(STREAM)).tolist() == STREAM.tolist()
     assert not reader.sample(0).flags.writeable
 
@@ -28,8 +28,8 @@ def test_threads_may_share_a_reader(intact):
     reader = SampleReader(Index.open(str(intact)), "train", cache_samples=2)
     spans = [(start, 20) for start in range(0, 195, 3)] * 5
     with ThreadPoolExecutor(8) as pool:
-        for (start, length), found in zip(spans, pool.map(lambda span: reader.tokens(*span), spans), strict=True):
-            assert found.tolist() == STREAM[start : start + length].tolist()
+        for (start, length), tokens in zip(spans, pool.map(lambda span: reader.tokens(*span), spans), strict=True):
+            assert tokens.tolist() == STREAM[start : start + length].tolist()
 
 
 def read_all(folder: Path) -> None:

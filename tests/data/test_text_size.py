@@ -107,15 +107,15 @@ def test_parts_of_words_have_no_known_bytes_and_those_of_a_model_that_loses_text
 def test_words_of_a_part_do_not_count_the_token_behind_a_line_without_end(tmp_path):
     for name, documents in [("none", ["a b\nc"] * 3), ("some", ["a b\nc", "a b\n"])]:
         index = dataset(tmp_path / name, tokenizer_of("word", tmp_path), documents)
-        found = [size_of_text(index, "train", tokens).words for tokens in range(1, 8)]
-        assert found == [1, 2, 3, 4, *([4, 5, 6] if name == "none" else [None, None, None])]
+        word_counts = [size_of_text(index, "train", tokens).words for tokens in range(1, 8)]
+        assert word_counts == [1, 2, 3, 4, *([4, 5, 6] if name == "none" else [None, None, None])]
 
 
 def test_text_that_is_not_utf8_has_only_bytes(tmp_path):
     (tmp_path / "text").mkdir(parents=True)
     (tmp_path / "text" / "latin.txt").write_bytes(b"caf\xe9 au lait\n" * 9)
     index = dataset(tmp_path, BytesTokenizerConfig("bytes"), [])
-    for found in (index, without_counts(index)):
-        assert size_of_text(found, "train", 118) == TextSize(117, None, None)
-        assert size_of_text(found, "train", 30) == TextSize(30, None, None)
-        assert size_of_text(found, "train", 3) == TextSize(3, 3, 1)
+    for variant in (index, without_counts(index)):
+        assert size_of_text(variant, "train", 118) == TextSize(117, None, None)
+        assert size_of_text(variant, "train", 30) == TextSize(30, None, None)
+        assert size_of_text(variant, "train", 3) == TextSize(3, 3, 1)

@@ -25,15 +25,15 @@ NASTY = (
 )
 
 
-def trained(model_type: str) -> SentencePieceTokenizer:
+def train_sentencepiece(model_type: str) -> SentencePieceTokenizer:
     return SentencePieceTokenizer.train(LINES, 290, model_type)
 
 
 TOKENIZERS: list[Tokenizer] = [
     BytesTokenizer(),
     WordTokenizer.train(Counter(" ".join(LINES).split()), None, 1),
-    trained("unigram"),
-    trained("bpe"),
+    train_sentencepiece("unigram"),
+    train_sentencepiece("bpe"),
 ]
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "word", "unigram", "bpe"])
 lossless = pytest.mark.parametrize("tokenizer", [TOKENIZERS[0], *TOKENIZERS[2:]], ids=["bytes", "unigram", "bpe"])
@@ -127,8 +127,8 @@ def test_more_than_65536_words_are_stored_in_four_bytes():
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_sentencepiece_training_is_reproducible_and_its_limits_are_named(model_type):
-    assert trained(model_type).model == trained(model_type).model
-    assert len(trained(model_type).encode(b"    ", False)) < 4  # indentation has pieces of its own
+    assert train_sentencepiece(model_type).model == train_sentencepiece(model_type).model
+    assert len(train_sentencepiece(model_type).encode(b"    ", False)) < 4  # indentation has pieces of its own
     lines = [*LINES, *keyword.kwlist]
     with pytest.raises(UserError, match=r"tokenizer.vocab_size=100000: .* choose (\d+) or less") as error:
         SentencePieceTokenizer.train(lines, 100000, model_type)

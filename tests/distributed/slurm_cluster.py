@@ -54,7 +54,8 @@ class Cluster:
             self.daemons = []
             self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
             self.environment["PATH"] += ":/usr/sbin:/sbin"
-            host, user = socket.gethostname().partition(".")[0], subprocess.getoutput("id --user --name")
+            host = socket.gethostname().partition(".")[0]
+            user = subprocess.getoutput("id --user --name")
             (self.folder / "slurm.conf").write_text(
                 CONFIG.format(host=host, user=user, folder=self.folder, ports=free_ports(3))
             )
@@ -93,7 +94,7 @@ class Cluster:
 
     def output(self):
         """What the daemons have said last."""
-        return "\n".join(each.read_text()[-2000:] for each in self.folder.glob("*.log"))
+        return "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
 
     def call(self, *command, check=True, cwd=None, environment=None):
         """Run a command of Slurm's, and return what it prints."""

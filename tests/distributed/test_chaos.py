@@ -27,7 +27,9 @@ class Run:
     """A run that is started again as often as it is killed."""
 
     def __init__(self, run_dir, *overrides):
-        self.dir, self.overrides, self.log = run_dir, [*overrides, f"run.dir={run_dir}"], run_dir.with_suffix(".log")
+        self.dir = run_dir
+        self.overrides = [*overrides, f"run.dir={run_dir}"]
+        self.log = run_dir.with_suffix(".log")
         self.start()
 
     def start(self):
@@ -41,8 +43,8 @@ class Run:
         """The processes of the ranks that live."""
         with suppress(OSError):
             tasks = Path(f"/proc/{self.torchrun.pid}/task").iterdir()
-            children = {int(each) for task in tasks for each in (task / "children").read_text().split()}
-            return [each for each in children if b"txl_dist.train" in Path(f"/proc/{each}/cmdline").read_bytes()]
+            children = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+            return [pid for pid in children if b"txl_dist.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return []
 
     def step(self):
@@ -81,14 +83,17 @@ class Run:
 
 
 def test_a_run_that_is_killed_again_and_again_loses_nothing(small, check_identical, tmp_path, pytestconfig, capsys):
-    kills, rng, happened = pytestconfig.getoption("kills"), random.Random(1), []
+    kills = pytestconfig.getoption("kills")
+    rng = random.Random(1)
+    happened = []
     # Each kill comes after at most so many steps, and after the last one there are some left.
     steps = 20 * (kills + 1)
     overrides = [*small, *KEYS, f"train.max_steps={steps}"]
     run = Run(tmp_path / "killed", *overrides)
     for number in range(kills):
         assert run.wait_for(run.ranks)
-        before, saving = run.step(), rng.random() < 0.5
+        before = run.step()
+        saving = rng.random() < 0.5
         if number % 3 == 0:  # while they start, or soon after
             run.wait_for(lambda before=before: run.step() > before, rng.uniform(0, 8))
         else:

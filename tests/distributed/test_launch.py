@@ -100,7 +100,7 @@ def warm(python):
 
 def holds_signals(pid):
     mask = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
-    return all(mask >> (each - 1) & 1 for each in SIGNALS)
+    return all(mask >> (number - 1) & 1 for number in SIGNALS)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -114,7 +114,7 @@ def undisturbed(request, small, tmp_path_factory):
 
 def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, check_identical, tmp_path):
     """Twice in the same one: what is left in it is done in the third start."""
-    whole, overrides = undisturbed
+    reference, overrides = undisturbed
     start = Start(tmp_path / "run", overrides, processes=2)
     start.until(lambda: start.lines() == 29)
     os.kill(start.worker(1), signal.SIGUSR2)
@@ -130,14 +130,14 @@ def test_a_signal_to_one_rank_stops_all_in_the_evaluation(undisturbed, check_ide
     assert again.lines() == 29
 
     assert Start(tmp_path / "run", overrides, processes=2).end() == 0
-    check_identical(whole, start.run_dir)
-    one, two = (open_checkpoint(directory(run_dir, 30)) for run_dir in (whole, start.run_dir))
+    check_identical(reference, start.run_dir)
+    one, two = (open_checkpoint(directory(run_dir, 30)) for run_dir in (reference, start.run_dir))
     assert one.valid_loss == two.valid_loss is not None  # it was not known when the checkpoint was first written
 
 
 @pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
 def test_torchrun_that_is_stopped_goes_on(undisturbed, check_identical, tmp_path):
-    whole, overrides = undisturbed
+    reference, overrides = undisturbed
     start = Start(tmp_path / "run", overrides, processes=2)
     start.until(lambda: start.lines() >= 10)
     start.process.terminate()
@@ -145,24 +145,24 @@ def test_torchrun_that_is_stopped_goes_on(undisturbed, check_identical, tmp_path
     (step,) = re.findall(r"Stopped by SIGTERM after step (\d+)", start.output())
     assert latest(start.run_dir).step == int(step) < 60
     assert Start(tmp_path / "run", overrides, processes=2).end() == 0
-    check_identical(whole, start.run_dir)
+    check_identical(reference, start.run_dir)
 
 
 @pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
 def test_torchrun_replaces_a_killed_worker(undisturbed, check_identical, tmp_path):
-    whole, overrides = undisturbed
+    reference, overrides = undisturbed
     start = Start(tmp_path / "run", overrides, processes=2, options=["--standalone", "--max-restarts=1"])
     start.until(lambda: steps(start.run_dir))
     os.kill(start.worker(1), signal.SIGKILL)
     assert start.end() == 0, start.output()
     assert re.search(r"resuming from step \d", start.output())
-    check_identical(whole, start.run_dir)
+    check_identical(reference, start.run_dir)
 
 
 @pytest.mark.parametrize("undisturbed", ["zero3"], indirect=True)
 def test_torchruns_on_two_machines_replace_killed_workers(undisturbed, check_identical, tmp_path):
     """One on each: they count their restarts apart."""
-    whole, overrides = undisturbed
+    reference, overrides = undisturbed
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--max-restarts=2"]
     machines = [Start(tmp_path / "run", overrides, options=meeting) for _ in range(2)]
     for rank, step in ((1, 15), (0, 45)):
@@ -170,15 +170,15 @@ def test_torchruns_on_two_machines_replace_killed_workers(undisturbed, check_ide
         os.kill(machines[0].worker(rank), signal.SIGKILL)
     assert [machine.end() for machine in machines] == [0, 0], machines[0].output()
     assert [int(step) for step in re.findall(r"resuming from step (\d+)", machines[0].output())] == [15, 45]
-    check_identical(whole, tmp_path / "run")
+    check_identical(reference, tmp_path / "run")
 
 
 def test_signals_from_the_first_moment_on_stop_a_start(small, tmp_path):
     """However many; nothing is written before the ranks have agreed."""
     start = Start(tmp_path / "run", small, fresh=True)
     start.until(lambda: holds_signals(start.process.pid))
-    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
-        start.process.send_signal(each)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        start.process.send_signal(number)
     assert start.end() == REQUEUE
     assert "Stopped by SIGTERM and SIGUSR1 before the model was built" in start.output()
     assert not start.run_dir.exists()
@@ -190,8 +190,8 @@ def test_a_rank_that_is_stopped_before_the_others_come_waits_for_them(small, tmp
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def start(rank):
-        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return Start(tmp_path / f"run{rank}", small, fresh=rank == early, **mine, **together)
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return Start(tmp_path / f"run{rank}", small, fresh=rank == early, **environment, **together)
 
     starts = {early: start(early)}
     starts[early].until(lambda: holds_signals(starts[early].process.pid))
@@ -231,8 +231,8 @@ def test_a_second_start_is_refused_and_changes_nothing(small, metrics, tmp_path,
 
 def test_a_requeued_start_waits_for_the_one_before_it(small, check_identical, tmp_path):
     """As Slurm starts it while the old job still trains; the signal comes later."""
-    whole = Start(tmp_path / "whole", [*small, *LONGER, "train.max_steps=200"])
-    assert whole.end() == 0
+    uninterrupted = Start(tmp_path / "whole", [*small, *LONGER, "train.max_steps=200"])
+    assert uninterrupted.end() == 0
     first = Start(tmp_path / "run", [*small, *LONGER, "train.max_steps=200"], fresh=True)
     first.until(lambda: first.lines() >= 5)
     os.kill(first.process.pid, signal.SIGSTOP)
@@ -241,7 +241,7 @@ def test_a_requeued_start_waits_for_the_one_before_it(small, check_identical, tm
     second.until(lambda: f"waiting for process {first.process.pid} on" in second.output())
     os.kill(first.process.pid, signal.SIGCONT)
     assert (first.end(), second.end()) == (REQUEUE, 0), first.output()
-    check_identical(whole.run_dir, second.run_dir)
+    check_identical(uninterrupted.run_dir, second.run_dir)
 
 
 def test_a_start_that_waits_is_stopped_by_a_signal(small, tmp_path):

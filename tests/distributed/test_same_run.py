@@ -84,18 +84,18 @@ BF16 += [Split(pp=2, zero=1, acc=2, precision="bf16"), Split(2, 2, zero=1, acc=4
 
 SPLITS = {
     "plain": [
-        *(Split(1, 1, *each) for each in [(1,), (1, 4), (2, 2, True), (3, 1, True)]),
-        *(Split(2, 1, *each) for each in product(range(4), (1, 2), (False, True))),
+        *(Split(1, 1, *fields) for fields in [(1,), (1, 4), (2, 2, True), (3, 1, True)]),
+        *(Split(2, 1, *fields) for fields in product(range(4), (1, 2), (False, True))),
         *(Split(2, zero=stage, offload="optimizer") for stage in (1, 2, 3)),
         Split(2, zero=3, offload="parameters"),
         Split(2, zero=2, compile=True),
         Split(pp=2, zero=1, acc=2, checkpointing=True, compile=True),
-        *(Split(4, 1, *each) for each in [(0,), (1,), (2, 2), (3, 2, True)]),
-        *(Split(1, 2, *each) for each in product((0, 1), (1, 2, 4), (False, True))),
+        *(Split(4, 1, *fields) for fields in [(0,), (1,), (2, 2), (3, 2, True)]),
+        *(Split(1, 2, *fields) for fields in product((0, 1), (1, 2, 4), (False, True))),
         Split(pp=2, zero=1, acc=2, offload="optimizer"),
         Split(pp=2, zero=1, acc=2, layers="1+1"),
-        *(Split(1, 4, *each) for each in [(0, 2), (1, 4), (1, 8, True)]),
-        *(Split(2, 2, *each) for each in [(0, 2), (1, 1), (1, 4, True)]),
+        *(Split(1, 4, *fields) for fields in [(0, 2), (1, 4), (1, 8, True)]),
+        *(Split(2, 2, *fields) for fields in [(0, 2), (1, 1), (1, 4, True)]),
     ],
     "adaptive": [
         *(Split(2, zero=stage, acc=2) for stage in (1, 3)),
@@ -176,13 +176,15 @@ def name(*parts):
 def runs(tmp_path_factory, run, small):
     """All runs of this file, 20 steps each; all of one size in one process group."""
     folder = tmp_path_factory.mktemp("runs")
-    half, patience = ["train.stop_at=10"], ["guard.stall_timeout=120"]
+    half = ["train.stop_at=10"]
+    patience = ["guard.stall_timeout=120"]
     first, second = [], []  # (processes, run directory, overrides)
 
     def add(starts, where, split, *more):
         if split.compile and not COMPILER:
             return
-        starts.append((split.processes, where, [*split.overrides, *(each for part in more for each in part)]))
+        overrides = [*split.overrides, *(override for part in more for override in part)]
+        starts.append((split.processes, where, overrides))
 
     add(first, "of-old", Split())
     for model, options in MODELS.items():
@@ -228,16 +230,17 @@ def check_same(metrics, run_dir, reference):
     for key in ("train/loss", "train/grad_norm", "valid/loss", "test/loss"):
         assert losses(metrics, run_dir, key) == pytest.approx(losses(metrics, reference, key), rel=1e-5), key
     for kind in ("weights", "memory", "optimizer"):
-        mine, theirs = (latest(each).tensors(kind) for each in (run_dir, reference))
-        assert mine.keys() == theirs.keys()
-        for key, value in theirs.items():  # memories by (layer, lane): the right lane, not just the same set
+        actual, expected = (latest(path).tensors(kind) for path in (run_dir, reference))
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():  # memories by (layer, lane): the right lane, not just the same set
             if key.startswith("exp_avg"):
                 continue  # moments near zero are all rounding; what they do is seen in the weights
             assert value.norm() > 0, key
-            assert (mine[key] - value).norm() <= 1e-5 * value.norm(), (key, (mine[key] - value).norm() / value.norm())
+            error = (actual[key] - value).norm()
+            assert error <= 1e-5 * value.norm(), (key, error / value.norm())
 
 
-@pytest.mark.parametrize("model, split", RUNS, ids=[name(*each) for each in RUNS])
+@pytest.mark.parametrize("model, split", RUNS, ids=[name(model, split) for model, split in RUNS])
 def test_every_split_is_the_same_run(runs, metrics, model, split):
     check_same(metrics, runs / name(model, split), runs / name(model, ONE_GO))
 
@@ -249,25 +252,28 @@ def test_no_relu_is_at_its_edge(runs, kind, model):
     assert float((runs / name(*kind, model, ONE_GO) / "closest_to_the_edge").read_text()) > EDGE
 
 
-@pytest.mark.parametrize("model, split", STANDING_STILL, ids=[name(*each) for each in STANDING_STILL])
+@pytest.mark.parametrize("model, split", STANDING_STILL, ids=[name(model, split) for model, split in STANDING_STILL])
 def test_each_step_from_the_same_checkpoint_has_the_same_gradient(runs, metrics, model, split):
     """The loss and the gradient's norm of each step, and of each parameter the sum of ten gradients that Adam keeps.
 
     To 1e-6, or to 1e-11 of the whole gradient, where a parameter's own is a small difference of large numbers.
     """
-    mine, theirs = (runs / name("standing", model, each) for each in (split, ONE_GO))
+    run_dir, reference = (runs / name("standing", model, cut) for cut in (split, ONE_GO))
     for key in ("train/loss", "train/grad_norm"):
-        found, wanted = (losses(metrics, each, key) for each in (mine, theirs))
-        assert len(found) == 30 and found == pytest.approx(wanted, rel=1e-6), key
-    found, wanted, before = (latest(each).tensors("optimizer") for each in (mine, theirs, runs / name(model, ONE_GO)))
-    gradients = {key: wanted[key] - 0.9**10 * before[key] for key in wanted if key.startswith("exp_avg/")}
-    whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        actual, expected = (losses(metrics, path, key) for path in (run_dir, reference))
+        assert len(actual) == 30 and actual == pytest.approx(expected, rel=1e-6), key
+    start = runs / name(model, ONE_GO)
+    actual, expected, before = (latest(path).tensors("optimizer") for path in (run_dir, reference, start))
+    gradients = {key: expected[key] - 0.9**10 * before[key] for key in expected if key.startswith("exp_avg/")}
+    total_norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     for key, gradient in gradients.items():
-        error = (found[key] - wanted[key]).norm()
-        assert error <= 1e-6 * gradient.norm() + 1e-11 * whole, (key, error / gradient.norm(), error / whole)
+        error = (actual[key] - expected[key]).norm()
+        assert error <= 1e-6 * gradient.norm() + 1e-11 * total_norm, (key, error / gradient.norm(), error / total_norm)
 
 
-@pytest.mark.parametrize("model, before, after", MOVES, ids=[f"{each[0]}/{each[1]}-to-{each[2]}" for each in MOVES])
+@pytest.mark.parametrize(
+    "model, before, after", MOVES, ids=[f"{model}/{before}-to-{after}" for model, before, after in MOVES]
+)
 def test_a_run_goes_on_under_another_split(runs, metrics, model, before, after):
     check_same(metrics, runs / name("moves", model, before, after), runs / name(model, ONE_GO))
 
@@ -275,8 +281,8 @@ def test_a_run_goes_on_under_another_split(runs, metrics, model, before, after):
 @pytest.mark.parametrize("split", BF16, ids=str)
 def test_bf16_follows_fp32(runs, metrics, split):
     """bf16 has 8 bits: losses may differ in the third digit, and do (else it was not bf16)."""
-    mine, theirs = (losses(metrics, runs / name("plain", each)) for each in (split, ONE_GO))
-    assert mine == pytest.approx(theirs, rel=1e-2) and mine != pytest.approx(theirs, rel=1e-6)
+    bf16, fp32 = (losses(metrics, runs / name("plain", cut)) for cut in (split, ONE_GO))
+    assert bf16 == pytest.approx(fp32, rel=1e-2) and bf16 != pytest.approx(fp32, rel=1e-6)
 
 
 def test_losses_are_those_of_old(runs, metrics):
@@ -288,21 +294,22 @@ def test_losses_are_those_of_old(runs, metrics):
 @pytest.mark.parametrize("split", IN_TWO_STARTS, ids=str)
 def test_a_run_in_two_starts_is_the_run_in_one(runs, metrics, check_identical, split):
     """To the bit, with dropout."""
-    whole, parts = runs / name("whole", split), runs / name("parts", split)
-    check_identical(whole, parts)
-    assert [line["step"] for line in metrics(parts) if "train/loss" in line] == list(range(1, 21))
+    one_start = runs / name("whole", split)
+    two_starts = runs / name("parts", split)
+    check_identical(one_start, two_starts)
+    assert [line["step"] for line in metrics(two_starts) if "train/loss" in line] == list(range(1, 21))
 
 
 def test_what_is_compiled_is_compiled(runs, metrics):
     """Compiled dropout draws other numbers: it would draw the same if nothing was."""
-    plain, compiled = (losses(metrics, runs / name("whole", Split(2, zero=1, compile=each))) for each in (False, True))
+    plain, compiled = (losses(metrics, runs / name("whole", Split(2, zero=1, compile=flag))) for flag in (False, True))
     assert compiled != plain and compiled == pytest.approx(plain, rel=0.05)
 
 
 @pytest.mark.parametrize("split", WATCHED, ids=str)
 def test_evaluation_changes_no_later_loss_by_a_bit(runs, metrics, split):
-    watched, unwatched = (runs / name(each, split) for each in ("watched", "unwatched"))
+    watched, unwatched = (runs / name(kind, split) for kind in ("watched", "unwatched"))
     assert len(losses(metrics, watched, "valid/loss")) == 7 and len(losses(metrics, unwatched, "valid/loss")) == 1
     assert losses(metrics, watched) == losses(metrics, unwatched)
-    one, two = (latest(each).tensors("memory") for each in (watched, unwatched))
+    one, two = (latest(path).tensors("memory") for path in (watched, unwatched))
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -33,7 +33,9 @@ def runs(tmp_path_factory, run, small):
             ("many_runs.py", "at once", ["train.stop_at=10"]),
             ("late_saves.py", "late", []),
         ):
-            jobs = [[*small, *EVERY, *each, *more, f"run.dir={folder / kind / name}"] for name, each in chosen.items()]
+            jobs = [
+                [*small, *EVERY, *options, *more, f"run.dir={folder / kind / name}"] for name, options in chosen.items()
+            ]
             (folder / "jobs.json").write_text(json.dumps(jobs))
             run(HERE / script, str(folder / "jobs.json"), processes=processes)
     return folder
@@ -45,7 +47,8 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_due(runs, name):
     late, at_once = (open_checkpoint(directory(runs / kind / name, 10)) for kind in ("late", "at once"))
     assert steps(runs / "late" / name) == [10, 20] and not late.validate()
     for kind in ("weights", "optimizer", "memory"):
-        one, two = late.tensors(kind), at_once.tensors(kind)
+        one = late.tensors(kind)
+        two = at_once.tensors(kind)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), kind
     assert late.state["optimizer"] == at_once.state["optimizer"]
@@ -89,6 +92,6 @@ def test_a_full_disk_ends_the_run_with_one_message_and_the_run_goes_on_with_more
     subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
     again = run("txl_dist.train", *job, processes=processes)
     assert "resuming from step 5;" in again.stdout and steps(small_disk.parent) == [15, 20]
-    whole = [line["train/loss"] for line in metrics(runs / "late" / "zero 1") if "train/loss" in line]
+    expected = [line["train/loss"] for line in metrics(runs / "late" / "zero 1") if "train/loss" in line]
     losses = [line["train/loss"] for line in metrics(small_disk.parent) if "train/loss" in line]
-    assert losses == pytest.approx(whole, rel=1e-5) and (processes or losses == whole)
+    assert losses == pytest.approx(expected, rel=1e-5) and (processes or losses == expected)

@@ -62,7 +62,8 @@ def harmed(sound, damage):
 @pytest.fixture(scope="module")
 def runs(run, small, sound, harmed):
     """All runs of this file, those of one size in one process group; and what those groups printed."""
-    folder, printed = sound.with_name("runs"), ""
+    folder = sound.with_name("runs")
+    printed = ""
     skip = [*small, f"data.dir={harmed[0]}", "data.on_error=skip_sample"]
     first = [("alone", *ALONE), *((name, *split) for name, split in SPLITS.items())]
     first = [(name, number, [*skip, *more]) for name, number, more in first]
@@ -95,18 +96,21 @@ def test_a_run_over_gaps_is_the_same_under_every_split(runs, metrics, one, other
     for key in ("train/loss", "train/grad_norm", "valid/loss", "test/loss"):
         assert logged(metrics, other, key) == pytest.approx(logged(metrics, one, key), rel=1e-5), key
     assert logged(metrics, other, "train/skipped_tokens") == logged(metrics, one, "train/skipped_tokens")
-    mine, theirs = (latest(each).tensors("weights") for each in (other, one))
-    for name, weights in theirs.items():
-        assert (mine[name] - weights).norm() <= 1e-5 * weights.norm(), name
+    actual, expected = (latest(run_dir).tensors("weights") for run_dir in (other, one))
+    for name, weights in expected.items():
+        assert (actual[name] - weights).norm() <= 1e-5 * weights.norm(), name
 
 
 def test_the_loss_is_the_mean_of_what_is_scored_and_nothing_attends_to_a_gap(runs, metrics, harmed):
     """By hand, with a learning rate of (almost) nothing, and memories of gaps made unbearable."""
-    run_dir, (folder, samples) = runs[0] / "still", harmed
+    run_dir = runs[0] / "still"
+    folder, samples = harmed
     model, _ = load_model(str(run_dir), None, LengthsConfig(None, None, None, None))
     index = Index.open(str(folder))
     plan = LanePlan(index.splits["train"].document_starts, LANES, TGT_LEN, seed=1)
-    reader, memory, skipped = SampleReader(index, "train", fill_value=NOT_SCORED), model.empty_memory(LANES), []
+    reader = SampleReader(index, "train", fill_value=NOT_SCORED)
+    memory = model.empty_memory(LANES)
+    skipped = []
     losses = logged(metrics, run_dir, "train/loss")
     for segment in Segments(plan, reader, range(LANES), index.eos, 0, STEPS, mem_len=MEM_LEN):
         arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))
@@ -128,13 +132,13 @@ def test_dropped_samples_are_reported_once_by_rank_zero(runs, harmed):
     _, printed = runs
     lines = [line for line in printed.splitlines() if line.startswith("skipped ")]
     for sample in harmed[1]:
-        mine = [
+        reports = [
             line
             for line in lines
             if f": sample {sample}: the tokens are not those that were written (their crc32" in line
         ]
         # Every run but the one over sound data; of the one in two starts only one has come by.
-        assert len(mine) == 5 + 1 + 1 or sample == 0, mine
+        assert len(reports) == 5 + 1 + 1 or sample == 0, reports
     assert all(f"{harmed[0]}/train/0000" in line for line in lines)
 
 

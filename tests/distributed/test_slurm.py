@@ -56,15 +56,15 @@ class Job:
 
     def tasks(self):
         """The processes that train."""
-        found = []
+        pids = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 words = (path / "cmdline").read_bytes().split(b"\0")
             except OSError:  # it has ended
                 continue
             if words[0] == sys.executable.encode() and f"run.dir={self.run_dir}".encode() in words:
-                found.append(int(path.name))
-        return found
+                pids.append(int(path.name))
+        return pids
 
     def finish(self):
         """Wait for its end, however often it is started again."""
@@ -155,14 +155,15 @@ def test_srun_by_hand_and_a_process_alone_in_a_job(cluster, small, metrics, tmp_
     together = cluster.call("srun", "--nodes=2", *train, f"run.dir={tmp_path}/together", cwd=REPO)
     alone = cluster.call("salloc", "--nodes=2", *train, f"run.dir={tmp_path}/alone", cwd=REPO)
     assert "2 x cpu" in together and "1 x cpu" in alone
-    one, two = (metrics(tmp_path / each)[0]["train/loss"] for each in ("together", "alone"))
+    one, two = (metrics(tmp_path / name)[0]["train/loss"] for name in ("together", "alone"))
     assert one == pytest.approx(two, rel=1e-5)
 
 
 def test_prepare_sweep_and_evaluate(cluster, small, corpus, metrics, tmp_path):
     """From text to a table, with no other command than sbatch."""
     data = tmp_path / "data"
-    cpus, log = "--gpus-per-node=0", f"--output={tmp_path}/%x-%A-%a.log"
+    cpus = "--gpus-per-node=0"
+    log = f"--output={tmp_path}/%x-%A-%a.log"
     cut = ["corpus=text", "tokenizer=bytes", "data.sample_tokens=256", f"data.dir={data}", f"corpus.path={corpus}"]
     shares = ["corpus.valid_share=0.1", "corpus.test_share=0.1"]
     done(cluster, "--mem=0", "--cpus-per-task=2", log, "slurm/prepare.sh", *cut, *shares)

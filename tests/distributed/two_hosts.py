@@ -37,7 +37,8 @@ exec cat
 
 class Host:
     def __init__(self, name, address, folder):
-        self.name, self.address = name, address
+        self.name = name
+        self.address = address
         command = ["unshare", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.init = subprocess.Popen([*command, "sh", "-c", INIT, "sh", name, folder / f"{name}.hosts"], **pipes)
@@ -63,7 +64,8 @@ class Hosts:
     """As a context. slow: with a link that delays packets and loses some."""
 
     def __init__(self, folder, slow=False):
-        self.folder, self.slow = Path(folder), slow
+        self.folder = Path(folder)
+        self.slow = slow
 
     def __enter__(self):
         with contextlib.ExitStack() as undo:
@@ -111,9 +113,9 @@ class Hosts:
         """Start a script on both hosts, as ranks that find each other by environment variables."""
         started = []
         for rank in range(2 * per_host):
-            mine = {"RANK": rank, "WORLD_SIZE": 2 * per_host, "LOCAL_RANK": rank % per_host}
-            mine |= {"MASTER_ADDR": self.both[0].address, "MASTER_PORT": PORT} | environment
-            started.append(Start(self.both[rank // per_host], folder / f"rank{rank}.log", words, mine))
+            variables = {"RANK": rank, "WORLD_SIZE": 2 * per_host, "LOCAL_RANK": rank % per_host}
+            variables |= {"MASTER_ADDR": self.both[0].address, "MASTER_PORT": PORT} | environment
+            started.append(Start(self.both[rank // per_host], folder / f"rank{rank}.log", words, variables))
         return started
 
     def torchrun(self, folder, *words, per_host=1, **environment):
@@ -169,7 +171,9 @@ class Start:
 
 def wire(*pids):
     """A link of two hosts: what one sends arrives at the other, later, or never."""
-    ends, rng, way = [], random.Random(1), deque()
+    ends = []
+    rng = random.Random(1)
+    queue = deque()  # of (when it arrives, at which end, packet)
     for pid in pids:
         end = os.open("/dev/net/tun", os.O_RDWR)
         TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
@@ -179,13 +183,13 @@ def wire(*pids):
         ends.append(end)
     print("ready", flush=True)
     while True:
-        wait = max(0.0, way[0][0] - time.monotonic()) if way else None
+        wait = max(0.0, queue[0][0] - time.monotonic()) if queue else None
         for end in select.select(ends, [], [], wait)[0]:
             packet = os.read(end, 65536)
             if rng.random() >= LOSS:
-                way.append((time.monotonic() + DELAY, ends[end == ends[0]], packet))
-        while way and way[0][0] <= time.monotonic():
-            _, end, packet = way.popleft()
+                queue.append((time.monotonic() + DELAY, ends[end == ends[0]], packet))
+        while queue and queue[0][0] <= time.monotonic():
+            _, end, packet = queue.popleft()
             with contextlib.suppress(OSError):  # that end is down
                 os.write(end, packet)
 

@@ -40,8 +40,8 @@ def test_parameters_have_the_scale_of_the_first_pattern_that_matches():
     groups = build_optimizer(config, parameters, parameters).param_groups
     scales = {}
     for group in groups:
-        members = set(group["params"])
-        scales |= {name: group["lr_scale"] for name, parameter in parameters.items() if parameter in members}
+        group_parameters = set(group["params"])
+        scales |= {name: group["lr_scale"] for name, parameter in parameters.items() if parameter in group_parameters}
     assert scales == {"a.weight": 0.5, "a.bias": 0.1, "b.weight": 1.0, "b.bias": 0.1}
 
 

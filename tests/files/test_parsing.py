@@ -59,8 +59,8 @@ def tensor_of(elements, size, stride, offset=0, key="0"):
     """A pickle of one tensor, as torch.save writes it."""
 
     class Storage(pickle.Pickler):
-        def persistent_id(self, found):
-            return ("storage", torch.FloatStorage, key, "cpu", elements) if found == "STORAGE" else None
+        def persistent_id(self, obj):
+            return ("storage", torch.FloatStorage, key, "cpu", elements) if obj == "STORAGE" else None
 
     class Tensor:
         def __reduce__(self):

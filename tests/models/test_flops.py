@@ -31,7 +31,7 @@ def forward(products):
     return sum(product.forward for product in products)
 
 
-def trained(products):
+def training(products):
     return sum(product.training for product in products)
 
 
@@ -65,8 +65,8 @@ def test_embedding_and_softmax_with_known_clusters(make_config):
     softmax = softmax_products(config, [50, 70, 80], [7 * LANES, *in_cluster[1:]])
     assert counted(lambda: model.embedding(tokens)) == forward(embedding)
     assert counted(lambda: model.softmax(hidden, tokens)) == forward(softmax)
-    assert counted(lambda: model.embedding(tokens).sum().backward()) == trained(embedding)
-    assert counted(lambda: model.softmax(hidden, tokens).sum().backward()) == trained(softmax)
+    assert counted(lambda: model.embedding(tokens).sum().backward()) == training(embedding)
+    assert counted(lambda: model.softmax(hidden, tokens).sum().backward()) == training(softmax)
 
 
 def test_a_whole_model_with_one_softmax(make_config):
@@ -88,7 +88,7 @@ def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm
     with FlopCounterMode(display=False) as counter:
         training_step(config)()
     runs = counter.get_total_flops()
-    assert runs == trained(products)
+    assert runs == training(products)
 
     of_scores = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))
     lookback = torch.full((LANES, config.tgt_len), mem_len - 1 if same_length else 1000)
@@ -105,7 +105,7 @@ def test_recomputation_is_not_counted_as_the_models(make_config):
     tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
     runs = counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))[0].mean().backward())
     products = sum(products_by_part(config, VOCAB, LANES), [])
-    assert runs > trained(products) > training_flops(config, VOCAB, LANES)
+    assert runs > training(products) > training_flops(config, VOCAB, LANES)
 
 
 def test_lanes_cost_alike_but_share_r(make_config):

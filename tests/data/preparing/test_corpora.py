@@ -22,9 +22,9 @@ def made(folder: Path, files: dict[str, bytes]) -> Path:
 
 def names(config: TextCorpusConfig) -> list[str]:
     problems: list[str] = []
-    found = [source.name for source in corpora.find(config, problems)]
+    source_names = [source.name for source in corpora.find(config, problems)]
     assert not problems
-    return found
+    return source_names
 
 
 def test_files_folders_and_globs_are_found_sorted_under_relative_names(tmp_path):
@@ -68,9 +68,11 @@ def test_all_problems_of_the_paths_are_reported_at_once(tmp_path):
 
 def test_stdlib_is_python_source_without_tests():
     problems: list[str] = []
-    found = [source.name for source in corpora.find(StdlibCorpusConfig("stdlib", 0.02, 0.02), problems)]
-    assert found == sorted(found) and not problems
-    assert {"argparse.py", "json/decoder.py"} <= set(found)
+    source_names = [source.name for source in corpora.find(StdlibCorpusConfig("stdlib", 0.02, 0.02), problems)]
+    assert source_names == sorted(source_names) and not problems
+    assert {"argparse.py", "json/decoder.py"} <= set(source_names)
     assert not [
-        name for name in found if not name.endswith(".py") or {"test", "tests", "site-packages"} & {*name.split("/")}
+        name
+        for name in source_names
+        if not name.endswith(".py") or {"test", "tests", "site-packages"} & {*name.split("/")}
     ]

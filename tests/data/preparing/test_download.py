@@ -27,7 +27,8 @@ def ignored(size: int) -> None:
 
 
 def test_an_interrupted_download_resumes_where_it_stopped(server, tmp_path):
-    path, advanced = tmp_path / "new" / "a.bin", []
+    path = tmp_path / "new" / "a.bin"
+    advanced = []
     for cut in (100_000, 300_000):
         server.cut = cut
         with pytest.raises(OSError, match=f"broke after {cut:,} of 512,000 bytes"):
@@ -108,15 +109,16 @@ every_kind = pytest.mark.parametrize("kind", [".zip", ".tgz", ".tar.gz"])
 def test_only_the_named_files_come_out_and_only_into_the_folder(pack, tmp_path, kind):
     names = ["x/wanted", "../../outside", "../second", "/tmp/txl_dist_outside", "x/else", "__MACOSX/._wanted"]
     packed = pack(tmp_path / f"a{kind}", {name: name.encode() for name in names})
-    folder, advanced = tmp_path / "deep" / "folder", []
+    folder = tmp_path / "deep" / "folder"
+    advanced = []
     unpack(packed, {"wanted", "second", "absent"}, folder, advanced.append)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "wanted": b"x/wanted",
         "second": b"../second",
     }
     assert sum(advanced) == len("x/wanted") + len("../second")
-    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {packed.name, "deep/folder/wanted", "deep/folder/second"}
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {packed.name, "deep/folder/wanted", "deep/folder/second"}
     assert not Path("/tmp/txl_dist_outside").exists()
 
 

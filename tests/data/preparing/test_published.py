@@ -140,9 +140,9 @@ def test_a_corpus_brings_its_tokenizer_unless_another_is_given(name, given):
             config = compose(
                 "prepare", [spell_out(override) for override in overrides if given or "None" not in override]
             )
-        found = parse_config(PrepareJob, OmegaConf.to_container(config, resolve=True))
-        assert (found.corpus.name, found.tokenizer.name) == (name, given or usual)
-        assert found.data.dir == f"data/{name}-{given or usual}"
+        parsed = parse_config(PrepareJob, OmegaConf.to_container(config, resolve=True))
+        assert (parsed.corpus.name, parsed.tokenizer.name) == (name, given or usual)
+        assert parsed.data.dir == f"data/{name}-{given or usual}"
 
 
 # ------------------------------------------------------------------------------------------- downloaded or given
@@ -187,9 +187,9 @@ def test_all_ways_to_give_a_corpus_make_the_same_dataset(server, wiki, cache, pa
         "folder in it": made(tmp_path / "inner", WIKI) / "wikitext-103",
         "renamed": made(tmp_path / "renamed", renamed),
     }
-    for number, (way, path) in enumerate(given.items()):
+    for number, (description, path) in enumerate(given.items()):
         prepare(job("wikitext103", path, tmp_path / f"data{number}", workers=1 + number % 2))
-        assert content(tmp_path / f"data{number}") == content(tmp_path / "data"), way
+        assert content(tmp_path / f"data{number}") == content(tmp_path / "data"), description
     assert server.asked == [None]
 
 

@@ -44,7 +44,8 @@ def test_the_shards_can_be_read_by_webdataset_and_say_where_they_are(intact):
     assert np.concatenate([sample["tokens.npy"] for sample in samples]).tolist() == STREAM.tolist()
     starts = np.cumsum([0, *map(len, TRAIN)])[:-1]
     for number, sample in enumerate(samples):
-        facts, position = sample["json"], number * SAMPLE_TOKENS
+        facts = sample["json"]
+        position = number * SAMPLE_TOKENS
         assert facts["position"] == position
         assert facts["documents"] == [
             start - position for start in starts if position <= start < position + SAMPLE_TOKENS
@@ -88,8 +89,8 @@ def test_the_sizes_of_a_text_are_kept_where_all_of_them_are_known(tmp_path):
             writer.add(STREAM[:10], [0], TextSize(10, 9, count))
         splits[split] = writer.close()
     shards.write_index(tmp_path, {}, tokenizer, SAMPLE_TOKENS, SHARD_SAMPLES, splits)
-    found = Index.open(str(tmp_path)).splits
-    assert [(split.bytes, split.characters, split.words) for split in found.values()] == [(20, 18, 5), (20, 18, None)]
+    loaded = Index.open(str(tmp_path)).splits
+    assert [(split.bytes, split.characters, split.words) for split in loaded.values()] == [(20, 18, 5), (20, 18, None)]
     facts = json.loads((tmp_path / "index.json").read_text())
     for wrong in ("5", -1, 1.5, True):
         facts["splits"]["train"]["words"] = wrong

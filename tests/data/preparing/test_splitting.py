@@ -27,16 +27,16 @@ def planned(config: TextCorpusConfig | StdlibCorpusConfig) -> splitting.Plan:
 
 def documents(plan: splitting.Plan) -> list[tuple[str, str, bytes]]:
     """Put the documents (split, name, text) together again from the pieces."""
-    found: list[list] = []
+    joined: list[list] = []
     finished = True
     for piece in (document for some in plan.pieces() for document in splitting.documents(some, plan.shares)):
         assert piece.first == finished
         if piece.first:
-            found.append([piece.split, piece.source.name, b""])
-        found[-1][2] += piece.data
+            joined.append([piece.split, piece.source.name, b""])
+        joined[-1][2] += piece.data
         finished = piece.last
     assert finished
-    return [(split, name, text) for split, name, text in found]
+    return [(split, name, text) for split, name, text in joined]
 
 
 def test_files_are_split_by_quota_and_stay_where_they_are_when_moved(tmp_path):
@@ -47,19 +47,19 @@ def test_files_are_split_by_quota_and_stay_where_they_are_when_moved(tmp_path):
     assert [name for _, name, _ in one] == sorted(files) and {name: text for _, name, text in one} == files
     assert [sum(split == wanted for split, _, _ in one) for wanted in corpora.SPLITS] == [34, 2, 4]
     fewer = dict(list(files.items())[:-5])  # a hash, not the order, decides: most documents stay in their split
-    found = documents(planned(text_corpus(path=str(made(tmp_path / "fewer", fewer)))))
-    assert len({*one} & {*found}) >= len(fewer) - 2
+    remaining = documents(planned(text_corpus(path=str(made(tmp_path / "fewer", fewer)))))
+    assert len({*one} & {*remaining}) >= len(fewer) - 2
     assert "train" in {split for split, _, _ in one[:6]}
 
 
 def test_a_few_files_are_cut_by_position_at_line_ends(tmp_path):
     made(tmp_path, {"a.txt": BOOK, "b.txt": BOOK[:-1]})
-    found = documents(planned(text_corpus(path=str(tmp_path))))
-    assert [(split, name) for split, name, _ in found] == [
+    split_documents = documents(planned(text_corpus(path=str(tmp_path))))
+    assert [(split, name) for split, name, _ in split_documents] == [
         (split, name) for name in ("a.txt", "b.txt") for split in corpora.SPLITS
     ]
     for name, content in (("a.txt", BOOK), ("b.txt", BOOK[:-1])):
-        train, valid, test = (text for _, file, text in found if file == name)
+        train, valid, test = (text for _, file, text in split_documents if file == name)
         assert train + valid + test == content and train.endswith(b"\n") and valid.endswith(b"\n")
         assert abs(len(train) - 0.85 * len(content)) < 30 and abs(len(valid) - 0.05 * len(content)) < 60
 
@@ -78,14 +78,14 @@ def test_line_ends_are_found_at_or_after_every_position(tmp_path, monkeypatch):
 def test_lines_are_split_by_their_hash_each_for_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(splitting, "PIECE_BYTES", 100)
     plan = planned(text_corpus(path=str(made(tmp_path, {"a.txt": BOOK + b"no end"})), document="line"))
-    found = documents(plan)
-    assert [text for _, _, text in found] == [*BOOK.splitlines(keepends=True), b"no end"]
+    split_documents = documents(plan)
+    assert [text for _, _, text in split_documents] == [*BOOK.splitlines(keepends=True), b"no end"]
     lines = [line for piece in plan.pieces() for line in splitting.documents(piece, plan.shares)]
     assert all(BOOK[line.offset :].startswith(line.data) for line in lines[:-1])
-    counts = [sum(split == wanted for split, _, _ in found) for wanted in corpora.SPLITS]
+    counts = [sum(split == wanted for split, _, _ in split_documents) for wanted in corpora.SPLITS]
     assert 800 < counts[0] < 900 and 25 < counts[1] < 75 and 70 < counts[2] < 130
     monkeypatch.setattr(splitting, "PIECE_BYTES", 1 << 20)
-    assert documents(plan) == found
+    assert documents(plan) == split_documents
 
 
 def test_a_line_longer_than_a_piece_stays_one_document(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_line_longer_than_a_piece_stays_one_document(tmp_path, monkeypatch):
     for document in ("line", "file"):
         plan = planned(text_corpus(train=str(made(tmp_path, {"a.txt": text.encode()})), document=document))
         wanted = text.splitlines(keepends=True) if document == "line" else [text]
-        assert [found.decode() for _, _, found in documents(plan)] == wanted
+        assert [data.decode() for _, _, data in documents(plan)] == wanted
         pieces = list(plan.pieces())
         assert all(len(piece.data) <= 16 and piece.data.decode() for piece in pieces)
         assert [piece.offset for piece in pieces] == [sum(len(p.data) for p in pieces[:n]) for n in range(len(pieces))]
@@ -104,8 +104,8 @@ def test_given_splits_take_all_of_their_files_and_the_others_are_absent(tmp_path
     made(tmp_path, {"t/1": b"1\n", "t/2": b"2\n", "t/empty": b"", "v": b"3\n"})
     plan = planned(text_corpus(train=str(tmp_path / "t"), valid=str(tmp_path / "v")))
     assert [file.source.name for file, _ in plan.files] == ["1", "2", "v"]  # the empty one is left out
-    found = documents(plan)
-    assert found == [("train", "1", b"1\n"), ("train", "2", b"2\n"), ("valid", "v", b"3\n")]
+    split_documents = documents(plan)
+    assert split_documents == [("train", "1", b"1\n"), ("train", "2", b"2\n"), ("valid", "v", b"3\n")]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_given_splits_take_all_of_their_files_and_the_others_are_absent(tmp_path
 def test_a_share_of_zero_leaves_a_split_absent(tmp_path, share, splits, split_by):
     made(tmp_path, {f"{number}": BOOK for number in range(10)})
     config = text_corpus(path=str(tmp_path), split_by=split_by, valid_share=share[0], test_share=share[1])
-    found = documents(planned(config))
-    assert {split for split, _, _ in found} == set(splits)
-    assert b"".join(text for _, _, text in found) == BOOK * 10
+    split_documents = documents(planned(config))
+    assert {split for split, _, _ in split_documents} == set(splits)
+    assert b"".join(text for _, _, text in split_documents) == BOOK * 10
 
 
 @pytest.mark.parametrize(
@@ -145,11 +145,11 @@ def test_gz_and_zst_hold_the_same_text(tmp_path):
         "b.zst": zstandard.compress(BOOK[:5000]) + zstandard.compress(BOOK[5000:]),
         "c": BOOK,
     }
-    found = documents(planned(text_corpus(path=str(made(tmp_path, packed)))))
-    for _, texts in groupby(found, key=lambda document: document[1]):
+    split_documents = documents(planned(text_corpus(path=str(made(tmp_path, packed)))))
+    for _, texts in groupby(split_documents, key=lambda document: document[1]):
         assert b"".join(text for _, _, text in texts) == BOOK
-    assert [(split, text) for split, name, text in found if name == "a.gz"] == [
-        (split, text) for split, name, text in found if name == "c"
+    assert [(split, text) for split, name, text in split_documents if name == "a.gz"] == [
+        (split, text) for split, name, text in split_documents if name == "c"
     ]
 
 
@@ -208,8 +208,8 @@ def test_a_byte_order_mark_is_left_out_where_characters_are_read(tmp_path):
     for document, texts in [("file", [b"one\ntwo\n", b"three\n", b"\n", b"five\n"]), ("line", None)]:
         config = text_corpus(train=str(tmp_path), document=document)
         plan = splitting.plan(config, corpora.survey(sources, lambda size: None, characters=True))
-        found = [text for _, _, text in documents(plan)]
-        assert found == (texts or [b"one\n", b"two\n", b"three\n", b"\n", b"five\n"])
+        document_texts = [text for _, _, text in documents(plan)]
+        assert document_texts == (texts or [b"one\n", b"two\n", b"three\n", b"\n", b"five\n"])
         assert next(plan.pieces()).offset == 3
         plan = splitting.plan(config, corpora.survey(sources, lambda size: None))  # bytes are kept as they are
         assert b"".join(text for _, _, text in documents(plan)).count(BOM_UTF8) == 4

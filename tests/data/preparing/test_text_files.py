@@ -81,8 +81,8 @@ def test_a_file_that_is_compressed_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["a.gz", "a.GZ", "a", "a.txt", "a.zst", "a.Zst"])
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
 def test_gzip_and_zstd_are_read_by_their_content_whatever_their_name(tmp_path, name, pack):
-    found = documents(planned(text_corpus(train=str(made(tmp_path, {name: pack(BOOK)})))))
-    assert found == [("train", name, BOOK)]
+    split_documents = documents(planned(text_corpus(train=str(made(tmp_path, {name: pack(BOOK)})))))
+    assert split_documents == [("train", name, BOOK)]
 
 
 def test_frames_that_zstd_skips_are_not_text(tmp_path):
@@ -114,8 +114,8 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_read_whatever_it_begins_with(tmp_path, name):
-    found = documents(planned(text_corpus(train=str(made(tmp_path, {"a.txt": TEXTS[name]})))))
-    assert found == [("train", "a.txt", TEXTS[name])]
+    split_documents = documents(planned(text_corpus(train=str(made(tmp_path, {"a.txt": TEXTS[name]})))))
+    assert split_documents == [("train", "a.txt", TEXTS[name])]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
