@@ -79,6 +79,8 @@ CheckpointChoice = Annotated[int | Literal["best"] | None, PlainValidator(step_o
 
 @dataclass(config=SCHEMA, frozen=True)
 class StdlibCorpusConfig:
+    """The standard library of the Python that runs: the corpus of the first run, which needs no download."""
+
     name: Literal["stdlib"]
     valid_share: Fraction
     test_share: Fraction
@@ -86,6 +88,8 @@ class StdlibCorpusConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class TextCorpusConfig:
+    """Text files of the user's own, as one collection that is split, or with files for each split."""
+
     name: Literal["text"]
     path: PathList | None
     train: PathList | None
@@ -107,11 +111,15 @@ class PublishedCorpusConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class BytesTokenizerConfig:
+    """The 256 bytes as tokens."""
+
     name: Literal["bytes"]
 
 
 @dataclass(config=SCHEMA, frozen=True)
 class WordTokenizerConfig:
+    """Words, separated by white space, as tokens."""
+
     name: Literal["word"]
     vocab_size: Annotated[int, Strict(), Field(ge=3)] | None
     min_count: PositiveInt
@@ -123,6 +131,8 @@ MIN_PIECES = 300  # of a SentencePiece vocabulary: 256 are bytes
 
 @dataclass(config=SCHEMA, frozen=True)
 class SentencePieceTokenizerConfig:
+    """A SentencePiece model that is trained on the training split, or given."""
+
     name: Literal["sentencepiece"]
     vocab_size: Annotated[int, Strict(), Field(ge=MIN_PIECES, le=INT32_MAX)]
     type: Literal["unigram", "bpe"]
