@@ -4,6 +4,7 @@ Each side has a process of its own, as a user would start it; they work in turn,
 What is measured of one another, and how fast each row should be, stands in `ROWS`.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,6 +34,8 @@ from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
 from txl_dist.engine.optimizers import build_optimizer
+from txl_dist.models.layers import backends, dropout
+from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL
 
 TURNS = 5
@@ -43,6 +46,7 @@ BYTES_12 = {"vocab_size": 256, "n_layer": 12, "d_model": 512, "n_head": 8, "d_he
 WORDS = BYTES_12 | {"vocab_size": 267735, "n_layer": 4, "cutoffs": [20000, 40000, 200000], "div_val": 4}
 LARGE = BYTES_12 | {"n_layer": 4, "d_model": 1024, "n_head": 16, "d_inner": 4096, "tgt_len": 128, "mem_len": 1600}
 MIDDLE = BYTES_12 | {"n_layer": 4, "tgt_len": 128, "mem_len": 640}
+DROPOUT = {"dropout": 0.1, "dropatt": 0.1}
 
 
 # ------------------------------------------------------------------------------------------------- the two models
@@ -94,15 +98,24 @@ def our_training(lanes: int, **shape: Any) -> Rates:
     targets = tokens[:, 1:]
     lookback = torch.full((lanes, 128), 10**6)
     memory = model.empty_memory(lanes)
+    steps = itertools.count()
 
     def step() -> None:
         nonlocal memory
-        loss, memory = model(inputs, targets, lookback, memory)
+        noise = Noise.of_step(0, next(steps), range(lanes))
+        loss, memory = model(inputs, targets, lookback, memory, noise)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return rates(lanes * 128, step)
+
+
+def training_by_torchs_dropout(lanes: int, **shape: Any) -> Rates:
+    """The same, with masks that torch draws from its own generator, for all lanes at once."""
+    for module in (dropout, backends):
+        module.drop = lambda x, mask, variational=False: torch.nn.functional.dropout(x, mask.p)
+    return our_training(lanes, **shape)
 
 
 def their_training(lanes: int, **shape: Any) -> Rates:
@@ -223,6 +236,12 @@ ROWS = {
     "training, bytes, 12 x 512, 4 lanes of 128 + 128": Row(2, our_training, their_training, BYTES_12 | {"lanes": 4}),
     "training, 267,735 words, 4 x 512, 4 lanes of 128 + 128": Row(
         2, our_training, their_training, WORDS | {"lanes": 4}
+    ),
+    "dropout by lanes against torch's, 4 x 256": Row(
+        0.97, our_training, training_by_torchs_dropout, BYTES | DROPOUT | {"lanes": 8}
+    ),
+    "dropout by lanes against torch's, 12 x 512": Row(
+        0.97, our_training, training_by_torchs_dropout, BYTES_12 | DROPOUT | {"lanes": 4}
     ),
     "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
     "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),

@@ -41,11 +41,11 @@ def faulty_step(engine, segment):
     return train_step(engine, segment)
 
 
-def faulty_embed(model, tokens):
+def faulty_embed(model, tokens, noise):
     global fault
     now = fault
     fault = None
-    hidden = embed(model, tokens)
+    hidden = embed(model, tokens, noise)
     if now == "out of memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
     if now == "gradient":

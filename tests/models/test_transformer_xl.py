@@ -9,13 +9,16 @@ from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion.weights import from_hugging_face
-from txl_dist.models.layers.state import KVCache, LayerState, concat_lanes
+from txl_dist.models.layers import dropout
+from txl_dist.models.layers.dropout import Noise
+from txl_dist.models.layers.state import KVCache, concat_lanes
 from txl_dist.models.transformer_xl import TransformerXL
 
 torch.set_num_threads(1)
 
 VOCAB, LANES = 50, 3
 FAR = 10**6  # a lookback beyond any memory
+NOISE = Noise.of_step(0, 0, range(LANES))
 BASE = ModelConfig(
     name="transformer_xl",
     n_layer=2,
@@ -58,12 +61,12 @@ def from_start(length: int, lanes: int = LANES, start: int = 0) -> Tensor:
     return torch.arange(start, start + length).expand(lanes, length)
 
 
-def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory: list[LayerState] | None = None) -> Tensor:
+def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory=None, noise=None) -> Tensor:
     """The log-probabilities over a stream that is read from its start in segments."""
     memory, start, out = memory or model.empty_memory(len(stream)), 0, []
     for length in lengths:
         segment = stream[:, start : start + length]
-        log_probs, memory = model(segment, None, from_start(length, len(stream), start), memory)
+        log_probs, memory = model(segment, None, from_start(length, len(stream), start), memory, noise)
         out.append(log_probs)
         start += length
     return torch.cat(out, dim=1)
@@ -141,6 +144,7 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
     theirs.train()
     # A dropout that falls evenly on all shows that it stands at the same places, whatever the layout.
     monkeypatch.setattr(nn.functional, "dropout", lambda x, p, training=True, inplace=False: x * (1 - p))
+    monkeypatch.setattr(dropout, "factors", lambda seeds, shape, p, dtype: torch.tensor(1 - p, dtype=dtype))
     if dtype == torch.float64:  # theirs takes scores through float32
         monkeypatch.setattr(Tensor, "float", Tensor.double)
 
@@ -149,8 +153,8 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
         inputs, targets = tokens(LANES, length, seed=step), tokens(LANES, length, seed=100 + step)
         targets[0, 1] = -100
         lookback = torch.full_like(inputs, FAR)  # they look at their first memory of zeros
-        nll, new_memory = model(inputs, targets, lookback, memory)
-        log_probs, same_memory = model(inputs, None, lookback, memory)
+        nll, new_memory = model(inputs, targets, lookback, memory, NOISE)
+        log_probs, same_memory = model(inputs, None, lookback, memory, NOISE)
 
         output = theirs.transformer(inputs, mems=their_memory)
         hidden = output.last_hidden_state
@@ -297,18 +301,17 @@ def test_lanes_that_were_read_alone_continue_together():
 # ------------------------------------------------------------------------------------------- how it is built
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_nothing(dropout):
-    config = replace(BASE, dropout=dropout, dropatt=dropout, cutoffs=[10, 20], div_val=2)
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_activation_checkpointing_changes_nothing(share):
+    config = replace(BASE, dropout=share, dropatt=share, cutoffs=[10, 20], div_val=2)
     results = []
     for activation_checkpointing in (False, True):
         model = build(config, torch.float32)
         model.activation_checkpointing = activation_checkpointing
-        torch.manual_seed(3)
         memory, loss = model.empty_memory(LANES), 0
         for step in range(2):
             inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=7)
-            nll, memory = model(inputs, targets, from_start(5, start=5 * step), memory)
+            nll, memory = model(inputs, targets, from_start(5, start=5 * step), memory, NOISE)
             loss = loss + nll.sum()
         loss.backward()
         results.append([nll, *memory, *(parameter.grad for parameter in model.parameters())])
@@ -360,20 +363,21 @@ def test_a_step_never_synchronises_with_a_gpu(case):
     drops = dict.fromkeys(["dropout", "dropatt", "dropout_words"], 0.1)
     model = build(replace(BASE, **CASES[case], **drops)).to("meta")
     inputs, targets, lookback = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)
-    nll, _ = model(inputs, targets, lookback, model.empty_memory(LANES))
+    noise = Noise.of_step(0, 0, range(LANES), "meta")
+    nll, _ = model(inputs, targets, lookback, model.empty_memory(LANES), noise)
     nll.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.eval()(inputs, None, lookback, model.empty_cache(LANES))
     if case != "full softmax":
         with pytest.raises(NotImplementedError, match="nonzero"):
-            model(inputs.to("meta"), targets.to("meta"), lookback, model.empty_memory(LANES))
+            model.train()(inputs.to("meta"), targets.to("meta"), lookback, model.empty_memory(LANES), noise)
 
 
 def test_nothing_is_dropped_in_evaluation():
     model, with_dropout = build(BASE), build(replace(BASE, dropout=0.5, dropatt=0.5))
     stream = tokens(LANES, 10)
     expected = read(model.eval(), stream, [5, 5])
-    assert not torch.allclose(read(with_dropout, stream, [5, 5]), expected)
+    assert not torch.allclose(read(with_dropout, stream, [5, 5], noise=NOISE), expected)
     assert torch.equal(read(with_dropout.eval(), stream, [5, 5]), expected)
 
 

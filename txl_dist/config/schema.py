@@ -309,7 +309,7 @@ class EngineConfig:
 
     stage_layers: layers per pipeline stage; the first stage also has the embedding, the last one the softmax; null:
     balanced by counted floating-point operations. attention: the backend (models/layers/backends.py).
-    compile: torch.compile the layers for training; dropout then draws other numbers.
+    compile: torch.compile the layers for training.
     peak_tflops: peak TFLOP/s of one device in this precision, for train/mfu; null: from the data sheet where the device
     is a known one (tracking/gpu_peak.py), else there is no train/mfu.
     """

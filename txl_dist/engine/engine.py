@@ -28,6 +28,7 @@ from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_r
 from txl_dist.engine.sharded_state import ShardedState
 from txl_dist.evaluation.likelihood import Score
 from txl_dist.models.layers.backends import default_backend
+from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -145,7 +146,7 @@ class Engine(ABC):
         """Return the model's size and the split, for people to read."""
         return (
             f"{self.num_parameters:,} parameters, {self.group.size} x {self.group.device.type}, {self.precision}, "
-            f"attention by {self.attention_backend}, ZeRO {self.job.engine.zero_stage}"
+            f"attention by {self.describe_attention()}, ZeRO {self.job.engine.zero_stage}"
         )
 
     @property
@@ -153,7 +154,13 @@ class Engine(ABC):
         """Return engine.attention; `auto` is the fastest backend of this device and precision."""
         if self.job.engine.attention != "auto":
             return self.job.engine.attention
-        return default_backend(self.group.device, DTYPES[self.precision])
+        return default_backend(self.group.device, DTYPES[self.precision], self.job.model.dropatt)
+
+    def describe_attention(self) -> str:
+        """Return the backend, and a warning where its dropout does not belong to lanes."""
+        if self.attention_backend == "sdpa" and self.job.model.dropatt:
+            return "sdpa (whose dropout is another under another split)"
+        return self.attention_backend
 
     def empty_memory(self, config: ModelConfig) -> Memory:
         """Return the memory of this rank's layers and lanes before the first token."""
@@ -187,6 +194,10 @@ class Engine(ABC):
         self.memory.commit()
         self.step += 1
         return loss
+
+    def noise(self) -> Noise:
+        """Return the randomness of the current step for this rank's lanes."""
+        return Noise.of_step(self.job.run.seed, self.step, self.memory.lanes, self.group.device)
 
     def mean(self, loss: Tensor) -> float:
         """Return the loss of the global batch: the mean over all ranks of what `train_step` returned."""
@@ -372,6 +383,6 @@ def deepspeed_config(job: TrainJob, micro_batch: int, precision: str) -> dict[st
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step of one rank: dropout depends on the step alone, and no random state needs saving."""
+    """Seed torch's generators, from which torch's own attention draws its dropout: no random state needs saving."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))

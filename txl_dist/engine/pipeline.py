@@ -36,6 +36,7 @@ from txl_dist.engine.engine import Engine, LocalModule, build_model, lane_split,
 from txl_dist.engine.memory import Memory
 from txl_dist.engine.micro_batches import row_slices, segment_tensors
 from txl_dist.models.flops import flops
+from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL
 
 StageInput = tuple[Tensor, Tensor, Tensor]  # tokens or hidden states, lookback, rows
@@ -45,6 +46,7 @@ class Stage(nn.Module):
     """The layers of one pipeline stage; the first stage has the embedding as well, the last one the softmax.
 
     Attributes:
+        noise: of the current step, None in evaluation; the engine sets it.
         memory: of these layers; the engine sets it. Activation checkpointing computes rows again within the layers
             only, so `forward` runs once for each micro-batch.
         loss_weight: that of the engine.
@@ -57,6 +59,7 @@ class Stage(nn.Module):
         self.is_first = is_first
         self.is_last = is_last
         self.first_scored = first_scored
+        self.noise: Noise | None = None
         self.memory: Memory | None = None
         self.loss_weight = 1.0
         self.lane_losses: list[Tensor] = []
@@ -66,7 +69,7 @@ class Stage(nn.Module):
         if not is_last:
             del model.softmax
 
-    def forward(self, stage_input: StageInput) -> Tensor | StageInput:
+    def forward(self, stage_input: StageInput) -> StageInput:
         """Run this stage's layers on a micro-batch, and write the new memory of its rows.
 
         Args:
@@ -74,19 +77,21 @@ class Stage(nn.Module):
                 int64 [rows, length] lookback; int64 [rows], the numbers of the rows.
 
         Returns:
-            The input of the next stage; of the last stage, the hidden states.
+            The input of the next stage, or of `loss`.
         """
         assert self.memory is not None
         hidden, lookback, rows = stage_input
+        noise = self.noise and self.noise.of_rows(rows)
         if self.is_first:
-            hidden = self.model.embed(hidden)
-        hidden, memory = self.model.through_layers(hidden, lookback, self.memory.read(rows))
+            hidden = self.model.embed(hidden, noise)
+        hidden, memory = self.model.through_layers(hidden, lookback, self.memory.read(rows), noise)
         self.memory.write(rows, memory)
-        return hidden if self.is_last else (hidden, lookback, rows)
+        return hidden, lookback, rows
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, stage_output: StageInput, targets: Tensor) -> Tensor:
         """Return a micro-batch's loss: in training the weighted mean over positions, in evaluation the sum of nats."""
-        nats = self.model.predict(hidden, targets)
+        hidden, _, rows = stage_output
+        nats = self.model.predict(hidden, targets, self.noise and self.noise.of_rows(rows))
         if not self.training:
             return nats.double().sum()
         weighted = nats[:, self.first_scored :] * self.loss_weight
@@ -154,6 +159,7 @@ class PipelineEngine(Engine):
     def forward_backward_step(self, segment: Segment) -> Tensor:
         """Return the mean loss of the micro-batches, in nats per token."""
         self.stage.memory = self.memory
+        self.stage.noise = self.noise()
         self.stage.loss_weight = self.loss_weight
         self.stage.lane_losses = self.guard.lane_losses
         return self.deepspeed.train_batch(self.micro_batches(segment))
@@ -162,6 +168,7 @@ class PipelineEngine(Engine):
         """Return the nats and the number of the scored tokens of this rank's lanes on the last stage; 0 on others."""
         memory = self.empty_memory(self.model.config)
         self.stage.memory = memory
+        self.stage.noise = None
         nats = torch.zeros((), dtype=torch.float64, device=self.group.device)
         tokens = 0
         expect_other_lengths(self.deepspeed)

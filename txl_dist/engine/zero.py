@@ -25,9 +25,11 @@ class ZeroEngine(Engine):
 
     def forward_backward_step(self, segment: Segment) -> Tensor:
         """Return the mean loss of this rank's scored positions, in nats per token."""
+        noise = self.noise()
         losses = []
         for rows in row_slices(len(self.lanes), self.split.accumulation):
-            nats, memory = self.deepspeed(*segment_tensors(segment, rows), self.memory.read(rows))
+            state = self.memory.read(rows)
+            nats, memory = self.deepspeed(*segment_tensors(segment, rows), state, noise.of_rows(rows))
             self.memory.write(rows, memory)
             weighted = nats[:, self.job.first_scored :] * self.loss_weight
             losses.append(weighted.mean())

@@ -32,7 +32,7 @@ from txl_dist.models.layers.attention import (
     encode_distances,
 )
 from txl_dist.models.layers.backends import AttentionWindow
-from txl_dist.models.layers.dropout import Dropout
+from txl_dist.models.layers.dropout import Dropout, Noise, assign_places
 from txl_dist.models.layers.state import LayerState, StateT
 
 
@@ -49,10 +49,10 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout, config.variational)
         self.pre_lnorm = config.pre_lnorm
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, noise: Noise | None = None) -> Tensor:
         """Transform each position alone: [lanes, length, d_model] -> [lanes, length, d_model]."""
         inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu_()
-        hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner)))
+        hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner, noise)), noise)
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
 
 
@@ -83,11 +83,11 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow
+        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow, noise: Noise | None = None
     ) -> tuple[Tensor, LayerState]:
         """Run both sublayers; arguments and results are those of `Attention.forward`."""
-        hidden, new_memory = self.attention(hidden, memory, encoding, window)
-        return self.feed_forward(hidden), new_memory
+        hidden, new_memory = self.attention(hidden, memory, encoding, window, noise)
+        return self.feed_forward(hidden, noise), new_memory
 
 
 class Uninitialised(TorchFunctionMode):
@@ -138,6 +138,7 @@ class TransformerXL(nn.Module):
         self.dropout = Dropout(config.dropout, config.variational)
         self.input_dropout = self.build_dropout(config.dropout_input)
         self.output_dropout = self.build_dropout(config.dropout_output)
+        assign_places(self)
         self.initialise()
 
     def build_dropout(self, p: float | None) -> Dropout:
@@ -157,7 +158,12 @@ class TransformerXL(nn.Module):
                 nn.init.normal_(parameter, 0.0, self.config.init_std)
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None, lookback: Tensor, memory: Sequence[StateT]
+        self,
+        inputs: Tensor,
+        targets: Tensor | None,
+        lookback: Tensor,
+        memory: Sequence[StateT],
+        noise: Noise | None = None,
     ) -> tuple[Tensor, list[StateT]]:
         """Read a segment of any length. Its integers may be on the CPU: then nothing synchronises with the GPU.
 
@@ -169,36 +175,41 @@ class TransformerXL(nn.Module):
                 in its document, or in its stream since the last reset. What the memory holds beyond has no effect.
             memory: for each layer [lanes, mem_len, d_model], as the segment before has returned it; at first
                 `empty_memory`. In evaluation `empty_cache`.
+            noise: the randomness of the lanes at this step; needed for dropout, in training only.
 
         Returns:
             The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
             [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
         """
-        hidden, new_memory = self.through_layers(self.embed(inputs), lookback, memory)
-        return self.predict(hidden, targets), new_memory
+        hidden, new_memory = self.through_layers(self.embed(inputs, noise), lookback, memory, noise)
+        return self.predict(hidden, targets, noise), new_memory
 
     # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor, noise: Noise | None = None) -> Tensor:
         """Embed tokens: int64 [lanes, length] -> [lanes, length, d_model]."""
-        embedded: Tensor = self.input_dropout(self.embedding(inputs))
+        embedded: Tensor = self.input_dropout(self.embedding(inputs, noise), noise)
         return embedded
 
-    def through_layers(self, hidden: Tensor, lookback: Tensor, memory: Sequence[StateT]) -> tuple[Tensor, list[StateT]]:
+    def through_layers(
+        self, hidden: Tensor, lookback: Tensor, memory: Sequence[StateT], noise: Noise | None = None
+    ) -> tuple[Tensor, list[StateT]]:
         """Run all layers that are here: [lanes, length, d_model] -> [lanes, length, d_model], and the new memory."""
-        encoding, window = self.positions_and_window(hidden, lookback)
+        encoding, window = self.positions_and_window(hidden, lookback, noise)
         new_memory = []
         for layer, past in zip(self.layers, memory, strict=True):
-            hidden, remembered = self.run_layer(layer, hidden, past, encoding, window)
+            hidden, remembered = self.run_layer(layer, hidden, past, encoding, window, noise)
             new_memory.append(remembered)
         return hidden, new_memory
 
-    def predict(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+    def predict(self, hidden: Tensor, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
         """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
-        prediction: Tensor = self.softmax(self.output_dropout(hidden), targets)
+        prediction: Tensor = self.softmax(self.output_dropout(hidden, noise), targets)
         return prediction
 
-    def positions_and_window(self, hidden: Tensor, lookback: Tensor) -> tuple[Tensor, AttentionWindow]:
+    def positions_and_window(
+        self, hidden: Tensor, lookback: Tensor, noise: Noise | None = None
+    ) -> tuple[Tensor, AttentionWindow]:
         """Compute once what all layers share: the encoding of distances, and the keys that each query sees."""
         config = self.config
         lookback = to_device(lookback, hidden.device)
@@ -207,20 +218,30 @@ class TransformerXL(nn.Module):
             encoding = clip_distances(keys, config.clamp_len, config.max_distance, hidden.device)
         else:
             encoding = encode_distances(keys, config.clamp_len, config.d_model, hidden.dtype, hidden.device)
-            encoding = self.dropout(encoding)
+            encoding = self.dropout(encoding[None], noise and noise.of_all_lanes())[0]
         if config.same_length:  # mem_len keys at most, itself included
             lookback = lookback.clamp(max=config.mem_len - 1)
         return encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype)
 
     def run_layer(
-        self, layer: nn.Module, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        memory: LayerState,
+        encoding: Tensor,
+        window: AttentionWindow,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, Any]:
         """Run one layer, in training without keeping its activations where `activation_checkpointing` is set."""
         result: tuple[Tensor, Any]
         if self.activation_checkpointing and self.training:
-            result = checkpoint(layer, hidden, memory, encoding, window, use_reentrant=False)
+            result = checkpoint(
+                *(layer, hidden, memory, encoding, window, noise),
+                use_reentrant=False,
+                preserve_rng_state=any(attention.draws_from_torch for attention in self.attentions()),
+            )
         else:
-            result = layer(hidden, memory, encoding, window)
+            result = layer(hidden, memory, encoding, window, noise)
         return result
 
     def empty_memory(self, lanes: int) -> list[Tensor]:

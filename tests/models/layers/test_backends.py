@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend, default_backend
+from txl_dist.models.layers.dropout import Mask
 
 LANES, N_HEAD, D_HEAD = 3, 2, 5
 SHAPES = [(7, 0), (7, 3), (3, 9), (1, 6), (1, 0), (8, 8)]
@@ -31,7 +32,7 @@ def arguments(length: int, mem_len: int, kind: str) -> list[Tensor]:
 def by_backend(backend: str, lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
     relative = RelativePositions(terms[0], terms[1], terms[2] if terms[2:] else None) if terms else None
     window = AttentionWindow(lookback, key.size(1) - content.size(1), content.dtype)
-    return attend(backend, content, key, value, relative, window, 0.0)
+    return attend(backend, content, key, value, relative, window, None)
 
 
 def by_the_formula(lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
@@ -68,14 +69,16 @@ def test_every_backend_is_the_formula(backend, length, mem_len, kind):
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_dropout_drops_probabilities_and_keeps_their_mean(backend):
+    torch.manual_seed(0)
     content, key, value = (torch.randn(1, 50, 1, 4) for _ in range(3))
     value = torch.ones_like(value)  # the result is then what is left of the probabilities' sum
-    torch.manual_seed(0)
-    left = attend(backend, content, key, value, None, AttentionWindow(torch.full((1, 50), 99), 0), 0.5)
+    mask = Mask(0.5, torch.tensor([3]))
+    left = attend(backend, content, key, value, None, AttentionWindow(torch.full((1, 50), 99), 0), mask)
     assert left.std() > 0.1 and abs(left.mean() - 1) < 4 * left.std() / left[..., 0].numel() ** 0.5
 
 
-def test_the_default_backend_depends_on_device_and_dtype():
+def test_the_default_backend_depends_on_device_dtype_and_dropout():
     assert default_backend(torch.device("cpu"), torch.bfloat16) == "reference"
     assert default_backend(torch.device("cuda"), torch.float32) == "sdpa"
+    assert default_backend(torch.device("cuda"), torch.float32, dropout=0.1) == "reference"
     assert default_backend(torch.device("cuda"), torch.bfloat16) == ("triton" if find_spec("triton") else "sdpa")

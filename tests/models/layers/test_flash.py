@@ -1,22 +1,12 @@
-"""The fused kernels against the plain formula, under Triton's interpreter; and their registers as compiled for sm_90.
+"""The fused kernels against the plain formula, under Triton's interpreter; their registers as compiled for sm_90."""
 
-No GPU is needed. Triton decides at its import whether it interprets or compiles, so each is done in a process of its
-own, and neither touches the other tests.
-"""
-
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.models.layers.triton_process import compiling, interpreting, spilled
 
 torch.set_num_threads(1)
 
@@ -28,44 +18,24 @@ pytestmark = [
 NAMES = "content", "position", "key", "value", "r", "bias"
 
 
-@contextmanager
-def process(prepare) -> Iterator:
-    """Runs functions of this module in a new process that begins with `prepare`."""
-    with ProcessPoolExecutor(1, get_context("spawn"), prepare) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    with process(interpret) as run:
+    with interpreting() as run:
         yield run
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    with process(compile_only) as run:
+    with compiling() as run:
         yield run
 
 
-def interpret() -> None:
-    assert "triton" not in sys.modules
-    os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime import interpreter
-
-    # Triton 3.6 gives int() an array of one number, which numpy refuses since 2.4 (mended in Triton 3.7, its #9172).
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda x: x.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
-
-
-def attend(arguments: dict, lookback: Tensor, dropout: float = 0.0) -> Tensor:
+def attend(arguments: dict, lookback: Tensor, dropout: float = 0.0, step: int = 0, lanes=(0, 1, 2, 3)) -> Tensor:
     from txl_dist.models.layers import flash
+    from txl_dist.models.layers.dropout import Mask, Noise
 
-    return flash.attend(*(arguments.get(name) for name in NAMES), lookback, dropout)
+    mask = Mask(dropout, Noise.of_step(0, step, lanes).seeds) if dropout else None
+    return flash.attend(*(arguments.get(name) for name in NAMES), lookback, mask)
 
 
 def by_the_formula(arguments: dict, lookback: Tensor, factor: Tensor | float = 1.0) -> Tensor:
@@ -214,7 +184,6 @@ def check_repetition() -> None:
     arguments, lookback = in_single(build(length, mem_len, 1, 16)), lookbacks(length, mem_len)
 
     def run():
-        torch.manual_seed(0)
         return results(lambda x: attend(x, lookback, 0.2), arguments, random(4, length, 1, 16).float())
 
     assert_equal(run(), run())
@@ -233,19 +202,19 @@ def check_dropout() -> None:
     single = {name: x.contiguous() for name, x in in_single(arguments).items()}
     weight = random(4, length, n_head, d_head, seed=9)
 
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
     undropped = attend(single, lookback)
-    assert torch.equal(torch.get_rng_state(), before)  # without dropout nothing is drawn
     got = results(lambda x: attend(x, lookback, share), single, weight.float())
-    other = attend(single, lookback, share)
+    other = attend(single, lookback, share, step=1)
 
     seen = undropped > 1e-12
     factor = torch.where(seen, got["out"] / undropped.clamp(min=1e-12), 0.0)
     kept = factor > 0.5
     assert torch.allclose(factor[kept], torch.tensor(1 / (1 - share))) and not factor[~kept].any()
     assert abs(kept[seen].double().mean() - (1 - share)) < 0.01  # of more than 20,000
-    assert not torch.equal(other > 0, got["out"] > 0)  # the next call draws another seed
+    assert not torch.equal(other > 0, got["out"] > 0)
+    some = {name: x if name in ("r", "bias") else x[1:3] for name, x in single.items()}
+    of_some = attend(some, lookback[1:3], share, lanes=(1, 2))
+    assert torch.equal(of_some, got["out"][1:3])  # whoever computes the lanes
     # Lanes, queries, heads and keys drop independently.
     full = kept[:, :30, :, :mem_len][[0, 2]].double()  # of two lanes, in which these queries see all of the memory
     for dim, size in enumerate(full.shape):
@@ -260,55 +229,14 @@ def test_dropout_and_its_gradients(interpreted):
     interpreted(check_dropout)
 
 
-def compile_only() -> None:
-    """A driver that says it has an H100, and kernels that are compiled where they would be launched."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import JITFunction, driver
-
-    class H100:
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-    driver.set_active(H100())
-    launch = JITFunction.run
-
-    def run(self, *args, grid, warmup, **kwargs):
-        KERNELS[self.__name__] = launch(self, *args, grid=grid, warmup=True, **kwargs)
-
-    JITFunction.run = run
-
-
-KERNELS: dict = {}  # of the compiling process, by name
-
-
-def spilled(d_head: int, dropout: float, folder: str) -> dict[str, int]:
-    """The bytes that each kernel spills from registers, as ptxas reports them."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    os.environ["TRITON_CACHE_DIR"] = folder
+def compile_kernels(d_head: int, dropout: float) -> None:
     length, mem_len = 96, 128
     arguments = {name: x.bfloat16() for name, x in build(length, mem_len, 2, d_head).items()}
-    KERNELS.clear()
     results(lambda x: attend(x, lookbacks(length, mem_len), dropout), arguments, torch.ones(1))
-    spills = {}
-    for name, kernel in KERNELS.items():
-        target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
-        command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
-        report = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
-        spills[name] = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-        assert "registers" in report
-    return spills
 
 
 @pytest.mark.parametrize("d_head", [64, 128])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_no_register_is_spilled_on_sm_90(compiled, d_head, dropout, tmp_path):
-    spills = compiled(spilled, d_head, dropout, str(tmp_path))
+    spills = compiled(spilled, str(tmp_path), compile_kernels, d_head, dropout)
     assert spills == {"forward_kernel": 0, "query_gradient_kernel": 0, "key_gradient_kernel": 0}

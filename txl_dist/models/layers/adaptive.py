@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from txl_dist.models.layers.dropout import Noise, WordDropout
+
 
 class VocabularyClusters(nn.Module):
     """A vocabulary cut into clusters, and their parameters: `table_i` [size, width], `projection_i` [d_model, width].
@@ -67,26 +69,22 @@ class AdaptiveEmbedding(VocabularyClusters):
 
     def __init__(self, vocab_size: int, d_model: int, cutoffs: list[int], div_val: int, dropout_words: float = 0.0):
         super().__init__(vocab_size, d_model, cutoffs, div_val)
-        self.dropout_words = dropout_words
+        self.word_dropout = WordDropout(dropout_words)
         for i, size in enumerate(self.sizes if div_val > 1 else [vocab_size]):
             width = d_model // div_val**i
             self.register_parameter(f"table_{i}", nn.Parameter(torch.empty(size, width)))
             if div_val > 1:
                 self.register_parameter(f"projection_{i}", nn.Parameter(torch.empty(d_model, width)))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, noise: Noise | None = None) -> Tensor:
         """Embed int64 [lanes, length], on the weights' device or the CPU, as [lanes, length, d_model]."""
         table = self.get_parameter("table_0")
         if self.div_val == 1:
             embedded = F.embedding(to_device(tokens, table.device), table)
         else:
             embedded = self.embed_by_cluster(tokens.flatten()).view(*tokens.shape, self.d_model)
-        scale: float = self.d_model**0.5
-        if self.training and self.dropout_words:
-            # A word is there or not, wherever it stands (Gal & Ghahramani 2016, section 4.2).
-            words = F.dropout(embedded.new_full((self.vocab_size, 1), scale), self.dropout_words)
-            return embedded * words[to_device(tokens, table.device)]
-        return embedded * scale
+        scaled: Tensor = self.word_dropout(embedded * self.d_model**0.5, to_device(tokens, table.device), noise)
+        return scaled
 
     def embed_by_cluster(self, tokens: Tensor) -> Tensor:
         """Embed int64 [n] as [n, d_model], each token by its cluster's table and projection."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend
-from txl_dist.models.layers.dropout import Dropout
+from txl_dist.models.layers.dropout import Dropout, LaneDropout, Noise
 from txl_dist.models.layers.state import KVCache, LayerState, RelativeTerms
 
 # ---------------------------------------------------------------------------------------------------- distances
@@ -90,14 +90,19 @@ class Attention(nn.Module, ABC):
         self.d_model = d_model
         self.n_head = n_head
         self.d_head = d_head
-        self.dropatt = dropatt
         self.pre_lnorm = pre_lnorm
         width = n_head * d_head
         self.q_net = nn.Linear(d_model, width, bias=False)
         self.kv_net = nn.Linear(d_model, 2 * width, bias=False)
         self.o_net = nn.Linear(width, d_model, bias=False)
         self.layer_norm = nn.LayerNorm(d_model)
+        self.dropatt = LaneDropout(dropatt)
         self.dropout = Dropout(dropout, variational)
+
+    @property
+    def draws_from_torch(self) -> bool:
+        """Return whether its dropout draws from torch's generators, not from `Noise`."""
+        return self.backend == "sdpa" and self.dropatt.p > 0
 
     @abstractmethod
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +120,7 @@ class Attention(nn.Module, ABC):
         return hidden, memory
 
     def forward(
-        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow
+        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow, noise: Noise | None = None
     ) -> tuple[Tensor, LayerState]:
         """Attend from a segment to its memory and to itself.
 
@@ -124,6 +129,7 @@ class Attention(nn.Module, ABC):
             memory: [lanes, mem_len, d_model], or a KVCache, to which the segment is appended.
             encoding: [mem_len + length + 1, d_model] of `encode_distances`, or [mem_len + length + 1] of
                 `clip_distances`, as the variant needs it.
+            noise: of these lanes, for dropout; None in evaluation.
 
         Returns:
             [lanes, length, d_model], and the memory for the next segment, detached.
@@ -144,9 +150,8 @@ class Attention(nn.Module, ABC):
             key, value = self.heads(key_value).chunk(2, dim=-2)
         content, position = self.queries(self.heads(self.q_net(segment)))
         relative = RelativePositions(position, *terms) if position is not None and terms else None
-        dropout = self.dropatt if self.training else 0.0
-        attended = attend(self.backend, content, key, value, relative, window, dropout)
-        hidden = hidden + self.dropout(self.o_net(attended.flatten(-2)))
+        attended = attend(self.backend, content, key, value, relative, window, self.dropatt.mask(noise))
+        hidden = hidden + self.dropout(self.o_net(attended.flatten(-2)), noise)
         return (hidden if self.pre_lnorm else self.layer_norm(hidden)), new_memory
 
     def normed(self, states: Tensor) -> Tensor:

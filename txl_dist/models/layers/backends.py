@@ -9,19 +9,20 @@ distance between query and key. The backends (`BACKENDS`) take the same argument
     key, value    [lanes, keys, n_head, d_head]
     relative      RelativePositions; None: scores have no positions
     window        AttentionWindow
-    dropout       probability to drop an attention probability
+    mask          the Mask by which attention probabilities are dropped, or None
     result        [lanes, length, n_head, d_head]
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from txl_dist.models.layers.dropout import HAS_TRITON, Mask, drop
 
 
 class RelativePositions(NamedTuple):
@@ -108,7 +109,7 @@ def reference(
     value: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
-    dropout: float,
+    mask: Mask | None,
 ) -> Tensor:
     """Compute the formula as it is written, with scores and probabilities in memory."""
     lanes, length, n_head, d_head = content.shape
@@ -120,7 +121,11 @@ def reference(
         scores = torch.baddbmm(position_scores(relative).flatten(0, 1), queries, keys.transpose(1, 2))
     # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
     scores.view(n_head, lanes, length, -1).add_(window.mask)
-    attended = F.dropout(scores.softmax(dim=-1), dropout) @ values
+    probabilities = scores.softmax(dim=-1)
+    if mask is not None:
+        by_lane = probabilities.view(n_head, lanes, length, -1).transpose(0, 1)
+        probabilities = drop(by_lane, mask).transpose(0, 1).flatten(0, 1)
+    attended = probabilities @ values
     return attended.view(n_head, lanes, length, d_head).movedim(0, -2)
 
 
@@ -130,14 +135,18 @@ def sdpa(
     value: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
-    dropout: float,
+    mask: Mask | None,
 ) -> Tensor:
-    """Compute it by torch's scaled_dot_product_attention, to which all but the content is a mask."""
-    mask = window.mask[:, None]
+    """Compute it by torch's scaled_dot_product_attention, to which all but the content is added to the scores.
+
+    It draws its own masks, of torch's generator: another split of the lanes has other ones.
+    """
+    added = window.mask[:, None]
     if relative is not None:
-        mask = mask + position_scores(relative).movedim(0, 1)
+        added = added + position_scores(relative).movedim(0, 1)
+    dropout = mask.p if mask else 0.0
     queries, keys, values = (x.movedim(-2, 1) for x in (content, key, value))
-    return F.scaled_dot_product_attention(queries, keys, values, mask, dropout).movedim(1, -2)
+    return F.scaled_dot_product_attention(queries, keys, values, added, dropout).movedim(1, -2)
 
 
 def triton(
@@ -146,29 +155,30 @@ def triton(
     value: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
-    dropout: float,
+    mask: Mask | None,
 ) -> Tensor:
     """Compute it by our fused kernels, which keep no probabilities in memory."""
     from txl_dist.models.layers import flash  # imports triton, which is not installed everywhere
 
     position, r, bias = relative or (None, None, None)
-    attended: Tensor = flash.attend(content, position, key, value, r, bias, window.lookback, dropout)
+    attended: Tensor = flash.attend(content, position, key, value, r, bias, window.lookback, mask)
     return attended
 
 
-HAS_TRITON = find_spec("triton") is not None
 BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, "triton": triton}
 
 
-def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the fastest backend of a device.
+def default_backend(device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> str:
+    """Return the fastest backend of a device whose dropout belongs to lanes.
 
-    On GPUs our kernels where triton is installed, but `sdpa` in float32, for which registers are too few; on a CPU the
-    formula itself.
+    On GPUs our kernels where triton is installed, but not in float32, for which registers are too few: there `sdpa`, or
+    with dropout the formula itself. On a CPU the formula.
     """
     if device.type != "cuda":
         return "reference"
-    return "triton" if HAS_TRITON and dtype != torch.float32 else "sdpa"
+    if HAS_TRITON and dtype != torch.float32:
+        return "triton"
+    return "reference" if dropout else "sdpa"
 
 
 def attend(
@@ -178,12 +188,12 @@ def attend(
     value: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
-    dropout: float,
+    mask: Mask | None,
 ) -> Tensor:
     """Compute attention by one of the `BACKENDS`, or by the default one of the device (auto).
 
     Arguments and result have the shapes given at the top of this file.
     """
     if backend == "auto":
-        backend = default_backend(content.device, content.dtype)
-    return BACKENDS[backend](content, key, value, relative, window, dropout)
+        backend = default_backend(content.device, content.dtype, mask.p if mask else 0.0)
+    return BACKENDS[backend](content, key, value, relative, window, mask)

@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from txl_dist.models.layers.dropout import Mask
+
 LOG2_E = tl.constexpr(1.4426950408889634)  # Scores are in units of log 2: the hardware has exp2.
 # A program keeps BLOCK queries and takes STEP keys at a time, or the reverse. Larger blocks run out of registers.
 BLOCK = 64
@@ -42,7 +44,7 @@ def attend(
     r: Tensor | None,
     bias: Tensor | None,
     lookback: Tensor,
-    dropout: float = 0.0,
+    mask: Mask | None = None,
 ) -> Tensor:
     """Compute softmax((content key + position r + bias) * d_head ** -0.5) value, r and bias by distance.
 
@@ -56,14 +58,13 @@ def attend(
         r: [keys + 1, n_head, d_head], for distances keys - 1, ..., 0, -1; the last is not used.
         bias: [keys + 1, n_head], for the same distances; or None.
         lookback: int64 [lanes, length]: query i sees the keys at distance 0, 1, ..., lookback[lane, i].
-        dropout: probability to drop an attention probability.
+        mask: drops attention probabilities.
 
     Returns:
         [lanes, length, n_head, d_head].
     """
-    # From the CPU's generator: reading a seed from the GPU would synchronise.
-    seed = int(torch.randint(2**31, ())) if dropout else 0
-    attended: Tensor = Attend.apply(content, position, key, value, r, bias, lookback, dropout, seed)
+    dropout, seeds = mask or (0.0, None)
+    attended: Tensor = Attend.apply(content, position, key, value, r, bias, lookback, dropout, seeds)
     return attended
 
 
@@ -71,7 +72,7 @@ class Attend(torch.autograd.Function):
     """The kernels as a differentiable function; arguments and result are those of `attend`."""
 
     @staticmethod
-    def forward(ctx: Any, content, position, key, value, r, bias, lookback, dropout, seed):
+    def forward(ctx: Any, content, position, key, value, r, bias, lookback, dropout, seeds):
         """Compute the output, and keep the logarithm of the softmax's sum for backward."""
         lanes, length, n_head, _ = content.shape
         assert all(x.stride(-1) == 1 for x in (content, key, value))
@@ -81,19 +82,18 @@ class Attend(torch.autograd.Function):
         forward_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
             *map(with_strides, (content, key, value, out)),
             *(scores_by_distance(position, r, bias), lookback, log_sum),
-            *(seed, length, key.size(1) - length),
+            *(seeds, length, key.size(1) - length),
             **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
-        ctx.save_for_backward(content, position, key, value, r, bias, lookback, out, log_sum)
+        ctx.save_for_backward(content, position, key, value, r, bias, lookback, out, log_sum, seeds)
         ctx.dropout = dropout
-        ctx.seed = seed
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out):
         """Compute the gradients of content, position, key, value, r and bias."""
-        content, position, key, value, r, bias, lookback, out, log_sum = ctx.saved_tensors
+        content, position, key, value, r, bias, lookback, out, log_sum, seeds = ctx.saved_tensors
         lanes, length, n_head, _ = content.shape
         keys = key.size(1)
         by_distance = scores_by_distance(position, r, bias)
@@ -103,7 +103,7 @@ class Attend(torch.autograd.Function):
         )
         delta = torch.empty_like(log_sum)
         inputs = [*map(with_strides, (content, key, value, d_out.contiguous())), by_distance, lookback, log_sum, delta]
-        numbers = ctx.seed, length, keys - length
+        numbers = seeds, length, keys - length
         # The queries first: their kernel computes the `delta` that the keys' kernel reads.
         query_gradient_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
             *(*inputs, *map(with_strides, (out, d_content)), d_by_distance, *numbers),
@@ -166,7 +166,7 @@ def options(content: Tensor, dropout: float, **blocks: int) -> dict[str, Any]:
 
 # Each program is for a block of queries or keys, a head and a lane: program_id 0, 1 and 2. The address of a block takes
 # 64 bits, an offset within it 32. `disable_licm` keeps the tiles' addresses, one for every score, from being held in
-# registers from step to step; `do_not_specialize` a kernel from being compiled again for seeds that 16 divides.
+# registers from step to step.
 
 
 @triton.jit
@@ -244,25 +244,26 @@ def scores_of(left, right, by_distance, first, tile, D_HEAD: tl.constexpr, PRECI
 
 
 @triton.jit
-def dropout_factor(seed, row, column, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def dropout_factor(seeds, row, column, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the factors by which dropout multiplies a tile: 0 or 1 / (1 - DROPOUT).
 
-    Philox makes the numbers of four neighbouring columns at once.
+    Philox, seeded by the lane, makes the numbers of four neighbouring columns at once.
     """
     factor = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
     if DROPOUT > 0:
         rows = row + tl.arange(0, BLOCK_M)
         fours = column // 4 + tl.arange(0, BLOCK_N // 4)
-        a, b, c, d = tl.philox(seed, fours[None, :], rows[:, None], tl.program_id(1), tl.program_id(2))
+        seed = tl.load(seeds + tl.program_id(2))
+        a, b, c, d = tl.philox(seed, fours[None, :], rows[:, None], tl.program_id(1), 0)
         random = tl.uint_to_uniform_float(tl.join(tl.join(a, b), tl.join(c, d)).reshape(BLOCK_M, BLOCK_N))
         factor = tl.where(random < DROPOUT, 0.0, factor / (1 - DROPOUT))
     return factor
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def forward_kernel(
     content, key, value, out, by_distance, lookback, log_sum,
-    seed, length, mem_len,
+    seeds, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -289,7 +290,7 @@ def forward_kernel(
         shrink = tl.exp2(maximum - higher)
         probability = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(probability, 1)
-        probability *= dropout_factor(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N)
+        probability *= dropout_factor(seeds, row, column, DROPOUT, BLOCK_M, BLOCK_N)
         attended = tl.dot(probability.to(v.dtype), v, attended * shrink[:, None], input_precision=PRECISION)
         maximum = higher
     store(of_head(out), attended / total[:, None], row, length, BLOCK_M, D_HEAD, BLOCK_D)
@@ -308,10 +309,10 @@ def gradient_of(
     return probability * factor, probability * (d_probability - delta) * D_HEAD**-0.5, visible
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def query_gradient_kernel(
     content, key, value, d_out, by_distance, lookback, log_sum, delta, out, d_content, d_by_distance,
-    seed, length, mem_len,
+    seeds, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -335,7 +336,7 @@ def query_gradient_kernel(
     for column in tl.range(begin, end, BLOCK_N, disable_licm=True):
         k = load(key, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         v = load(value, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-        factor = dropout_factor(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N)
+        factor = dropout_factor(seeds, row, column, DROPOUT, BLOCK_M, BLOCK_N)
         tile = row, column, i[:, None], j[None, :], length, mem_len
         _, d_scores, visible = gradient_of(
             query, k, d_query_out, v, by_distance, first[:, None], query_log_sum[:, None], query_delta[:, None],
@@ -348,10 +349,10 @@ def query_gradient_kernel(
     store(of_head(d_content), d_query, row, length, BLOCK_M, D_HEAD, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def key_gradient_kernel(
     content, key, value, d_out, by_distance, lookback, log_sum, delta, d_key, d_value,
-    seed, length, mem_len,
+    seeds, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -378,7 +379,7 @@ def key_gradient_kernel(
         first = first_visible(lookback, row + i, length, mem_len)
         query_log_sum = tl.load(statistic(log_sum, row + i, length), mask=row + i < length, other=0.0)
         query_delta = tl.load(statistic(delta, row + i, length), mask=row + i < length, other=0.0)
-        factor = tl.trans(dropout_factor(seed, row, column, DROPOUT, BLOCK_M, BLOCK_N))
+        factor = tl.trans(dropout_factor(seeds, row, column, DROPOUT, BLOCK_M, BLOCK_N))
         tile = row, column, i[None, :], j[:, None], length, mem_len
         probability, d_scores, _ = gradient_of(
             k, query, v, d_query_out, by_distance, first[None, :], query_log_sum[None, :], query_delta[None, :],
