@@ -1,7 +1,5 @@
 """Print text that continues a prompt: txl-generate run=RUN_DIR prompt="def main("."""
 
-from itertools import islice
-
 from txl_dist.cli import command, read_standard_input
 from txl_dist.config.schema import GenerateJob
 
@@ -12,7 +10,7 @@ def generate(job: GenerateJob) -> None:
     Raises:
         UserError: where the checkpoint cannot be read, or a prompt cannot be encoded.
     """
-    from txl_dist.evaluation.sampling import Completion, Sampler, continuations  # with torch: not for --help
+    from txl_dist.evaluation.sampling import Completion, Sampler, complete  # with torch: not for --help
     from txl_dist.runs.load import load_model, load_tokenizer
 
     model, checkpoint = load_model(job.run, job.checkpoint, job.model, job.average)
@@ -23,16 +21,11 @@ def generate(job: GenerateJob) -> None:
     if streamed:
         print(completions[0].text, end="", flush=True)
     sampler = Sampler(job.temperature, job.top_k, job.top_p)
-    stream = continuations(model, [completion.prompt for completion in completions], sampler, job.seed)
-    for tokens in islice(stream, job.max_tokens):
-        pieces = [completion.add(token) for completion, token in zip(completions, tokens, strict=True)]
+    for pieces in complete(model, completions, sampler, job.seed, job.max_tokens):
         if streamed:
             print(pieces[0], end="", flush=True)
-        if all(completion.ended for completion in completions):
-            break
-    rests = [completion.finish() for completion in completions]
     if streamed:
-        print(rests[0])
+        print()
     else:
         print("\n\n".join(f"--- {i}\n{completion.text}" for i, completion in enumerate(completions, 1)))
 

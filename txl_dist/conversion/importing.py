@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -26,6 +26,16 @@ from txl_dist.files.lock import Lock
 from txl_dist.files.parsing import shown
 
 
+@dataclass(frozen=True)
+class ImportedModel:
+    """A model that was made elsewhere; its weights have our parameters' names."""
+
+    source: ImportSource
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+
+
 def import_checkpoint(job: ConvertJob, path: Path, run_dir: Path, lock: Lock) -> None:
     """Write the run directory of an imported model.
 
@@ -36,7 +46,21 @@ def import_checkpoint(job: ConvertJob, path: Path, run_dir: Path, lock: Lock) ->
     Raises:
         ConfigError: with everything that is wrong with the checkpoint.
     """
-    source = open_import_source(path)
+    imported = read_model(job, open_import_source(path))
+    with new_folder(run_dir, lock) as folder:
+        imported.tokenizer.save(folder / "tokenizer")
+        write_checkpoint(folder, job, imported.source, imported.config, imported.weights)
+    parameters = sum(map(Tensor.numel, imported.weights.values()))
+    print(f"{job.run}: {imported.source.title}, {parameters:,} parameters, tokenizer of {imported.tokenizer.kind}")
+    print(f"Next: {command_to_paste('python -m txl_dist.generate', run=job.run)}")
+
+
+def read_model(job: ConvertJob, source: ImportSource) -> ImportedModel:
+    """Read a model from a third-party checkpoint.
+
+    Raises:
+        ConfigError: with everything that is wrong with it.
+    """
     problems: list[str] = []
     with collected(problems):
         tokenizer = find_tokenizer(job, source)
@@ -45,12 +69,7 @@ def import_checkpoint(job: ConvertJob, path: Path, run_dir: Path, lock: Lock) ->
         weights = to_parameters(source.tensors, source.naming, config, source.vocab_size)
     if problems:
         raise ConfigError(problems)
-    with new_folder(run_dir, lock) as folder:
-        tokenizer.save(folder / "tokenizer")
-        write_checkpoint(folder, job, source, config, weights)
-    parameters = sum(map(Tensor.numel, weights.values()))
-    print(f"{job.run}: {source.title}, {parameters:,} parameters, tokenizer of {tokenizer.kind}")
-    print(f"Next: {command_to_paste('python -m txl_dist.generate', run=job.run)}")
+    return ImportedModel(source, config, weights, tokenizer)
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Sample continuations of prompts."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
-from txl_dist.models.layers.state import LayerState, concat_lanes
+from txl_dist.evaluation.reading import Memory, read
 from txl_dist.models.transformer_xl import TransformerXL
 
 # Below it, log-probabilities divided by the temperature leave float32; it counts as 0: the likeliest token.
@@ -46,29 +48,32 @@ def continuations(
     """
     prefilled = [prefill(model, prompt) for prompt in prompts]
     log_probs = torch.cat([prompt_log_probs for prompt_log_probs, _ in prefilled])
-    memory = concat_lanes(prompt_memory for _, prompt_memory in prefilled)
-    lookback = torch.tensor([[len(prompt)] for prompt in prompts])
+    memory = Memory.join(prompt_memory for _, prompt_memory in prefilled)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     while True:
         tokens = [sampler.draw(row, generator) for row, generator in zip(log_probs.cpu(), generators, strict=True)]
         yield tokens
-        log_probs, memory = model(torch.tensor(tokens)[:, None], None, lookback, memory)
+        [(log_probs, memory)] = read(model, torch.tensor(tokens)[:, None], memory)
         log_probs = log_probs[:, -1]
-        lookback = lookback + 1
 
 
-def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, list[LayerState]]:
-    """Read a prompt segment by segment.
-
-    Returns:
-        The log-probabilities of the next token [1, vocab_size], and the memory.
-    """
-    memory = model.empty_cache(1)
-    for start in range(0, len(prompt), model.config.tgt_len):
-        segment = torch.tensor([prompt[start : start + model.config.tgt_len]])
-        lookback = torch.arange(start, start + segment.size(1))[None]
-        log_probs, memory = model(segment, None, lookback, memory)
+def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, Memory]:
+    """Read a prompt; return the log-probabilities of the next token, [1, vocab_size], and the memory."""
+    readings = read(model, torch.tensor([prompt]), Memory.empty(model, lanes=1))
+    log_probs, memory = deque(readings, maxlen=1).pop()
     return log_probs[:, -1], memory
+
+
+def complete(
+    model: TransformerXL, completions: Sequence["Completion"], sampler: Sampler, seed: int, max_tokens: int
+) -> Iterator[list[str]]:
+    """Continue prompts until all their documents have ended, or by `max_tokens`; yield the new text of each."""
+    stream = continuations(model, [completion.prompt for completion in completions], sampler, seed)
+    for tokens in islice(stream, max_tokens):
+        yield [completion.add(token) for completion, token in zip(completions, tokens, strict=True)]
+        if all(completion.ended for completion in completions):
+            break
+    yield [completion.finish() for completion in completions]
 
 
 class Completion:

@@ -13,6 +13,7 @@ from torch import Tensor
 from txl_dist.config.schema import CheckpointChoice, LengthsConfig
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
+from txl_dist.evaluation.reading import Memory, read
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.runs.load import AS_TRAINED, load_model, load_tokenizer
 
@@ -50,7 +51,6 @@ class Scorer:
         model, checkpoint = load_model(run, which, lengths, average)
         return cls(model, load_tokenizer(run, checkpoint))
 
-    @torch.no_grad()
     def read(self, text: str | bytes) -> tuple[list[TokenScore], Tensor]:
         """Score each token of a text, segment by segment with memory.
 
@@ -61,17 +61,13 @@ class Scorer:
             UserError: where the tokenizer cannot encode the text.
         """
         tokens = encode_text(self.tokenizer, text, "text")
-        inputs = torch.tensor([self.tokenizer.eos, *tokens])
-        tgt_len = self.model.config.tgt_len
-        memory = self.model.empty_cache(1)
+        inputs = torch.tensor([[self.tokenizer.eos, *tokens]])
         log_probs = torch.empty(0)
         text_log_probs: list[float] = []
-        for start in range(0, len(inputs), tgt_len):
-            segment = inputs[None, start : start + tgt_len]
-            lookback = torch.arange(start, start + segment.size(1))[None]
-            log_probs, memory = self.model(segment, None, lookback, memory)
+        for log_probs, _ in read(self.model, inputs, Memory.empty(self.model, lanes=1)):
             # One target fewer in the last segment: the token after the text is not known.
-            targets = inputs[start + 1 : start + 1 + tgt_len, None].to(log_probs.device)
+            start = len(text_log_probs)
+            targets = inputs[0, start + 1 : start + 1 + log_probs.size(1), None].to(log_probs.device)
             text_log_probs += log_probs[0, : len(targets)].gather(-1, targets)[:, 0].tolist()
         decoder = self.tokenizer.decoder()
         scores = [

@@ -50,11 +50,16 @@ def load_model(
     check_shapes(checkpoint, config, vocab_size)
     model = TransformerXL(config, vocab_size)
     checkpoint.load_weights(model, average)
+    return ready_to_evaluate(model), checkpoint
+
+
+def ready_to_evaluate(model: TransformerXL) -> TransformerXL:
+    """Put a model on the GPU where there is one, in evaluation mode; on a CPU store it for speed."""
     if torch.cuda.is_available():
         model.cuda()
     else:
         model.store_long_rows()
-    return model.eval(), checkpoint
+    return model.eval()
 
 
 def check_shapes(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> None:

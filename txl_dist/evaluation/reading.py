@@ -1,0 +1,73 @@
+"""Read tokens with memory, segment by segment, as training does."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from txl_dist.models.layers.state import KVCache, LayerState, concat_lanes
+from txl_dist.models.transformer_xl import TransformerXL
+
+
+class Memory:
+    """What a model remembers of some lanes, and how far back: the state between two readings.
+
+    Reading on from it takes its content, which is not copied: `copy` it first to read on from it twice.
+
+    Attributes:
+        position: int64 [lanes], the tokens that each lane has read.
+    """
+
+    def __init__(self, states: list[LayerState], position: Tensor):
+        self.position = position
+        self._states: list[LayerState] | None = states
+
+    @classmethod
+    def empty(cls, model: TransformerXL, lanes: int) -> "Memory":
+        """Return the memory of lanes that begin."""
+        return cls(model.empty_cache(lanes), torch.zeros(lanes, dtype=torch.int64))
+
+    @classmethod
+    def join(cls, memories: Iterable["Memory"]) -> "Memory":
+        """Join the lanes of several memories in one, and take their content."""
+        parts = list(memories)
+        return cls(concat_lanes(part.take() for part in parts), torch.cat([part.position for part in parts]))
+
+    def take(self) -> list[LayerState]:
+        """Return the state of each layer, once.
+
+        Raises:
+            RuntimeError: where it has been taken before.
+        """
+        if self._states is None:
+            raise RuntimeError("this memory has been read on from already; read on from a copy(), made before")
+        states = self._states
+        self._states = None
+        return states
+
+    def copy(self) -> "Memory":
+        """Return a memory of the same content, to read on from it as well."""
+        states = self.take()
+        self._states = states
+        copied = [KVCache(state.remembered.clone()) if isinstance(state, KVCache) else state for state in states]
+        return Memory(copied, self.position)
+
+
+@torch.no_grad()
+def read(model: TransformerXL, tokens: Tensor, memory: Memory) -> Iterator[tuple[Tensor, Memory]]:
+    """Read tokens in segments of model.config.tgt_len.
+
+    Args:
+        tokens: int64 [lanes, length], which follow those that the memory is of.
+        memory: is taken.
+
+    Yields:
+        For each segment the log-probabilities of the token after each, [lanes, segment, vocab_size], in nats; and the
+        memory after it.
+    """
+    for segment in tokens.split(model.config.tgt_len, dim=1):
+        length = segment.size(1)
+        lookback = memory.position[:, None] + torch.arange(length)
+        log_probs, states = model(segment, None, lookback, memory.take())
+        memory = Memory(states, memory.position + length)
+        yield log_probs, memory
