@@ -112,7 +112,7 @@ def our_training(lanes: int, **shape: Any) -> Rates:
 
 
 def training_by_torchs_dropout(lanes: int, **shape: Any) -> Rates:
-    """The same, with masks that torch draws from its own generator, for all lanes at once."""
+    """Train our model with dropout by torch, which draws one mask for all lanes from its own generator."""
     for module in (dropout, backends):
         module.drop = lambda x, mask, variational=False: torch.nn.functional.dropout(x, mask.p)
     return our_training(lanes, **shape)

@@ -18,7 +18,7 @@ with RunLog(sys.argv[1]), watchdog.Watchdog(0.2) as dog:
     speaking.wait()
 print("left")
 """
-# Outside of a run there is no file for it.
+# Outside of a run nothing is written to a file.
 OUTSIDE = "from txl_dist.distributed.logs import log_exit; log_exit('the reason')"
 
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_loaded_is_said(run_dir, tmp_path):
     with pytest.raises(ConfigError, match="average=true: .* has kept none"):
         txl_dist.load(run_dir, average=True)
     folder = save_folder(hugging_face_model(), tmp_path / "hf")
-    with pytest.raises(UserError, match="is no run; checkpoint and average"):
+    with pytest.raises(UserError, match="is not a run directory; checkpoint and average"):
         txl_dist.load(folder, checkpoint=3)
 
 

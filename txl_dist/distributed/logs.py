@@ -114,7 +114,7 @@ class RankFile(logging.FileHandler):
         self.failed = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record, unless the file has failed before or there is no run directory."""
+        """Append a record, unless the file has failed before or the run directory is missing."""
         if self.failed or not self.path.parents[1].is_dir():
             return
         try:

@@ -109,7 +109,7 @@ def load(path: str, which: CheckpointChoice, average: bool, lengths: LengthsConf
     """Load a run's checkpoint, or a third-party one; arguments and errors are those of `txl_dist.load`."""
     if Path(path).is_file() or Path(path, "config.json").is_file():
         if which is not None or average:
-            raise UserError(f"{path}: is no run; checkpoint and average choose among what a run has saved")
+            raise UserError(f"{path}: is not a run directory; checkpoint and average choose among what a run has saved")
         return import_model(path, lengths)
     problems = list(run_problems(path, which))
     if problems:
