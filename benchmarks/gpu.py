@@ -27,7 +27,6 @@ from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import process_group
 from txl_dist.engine.zero import ZeroEngine
-from txl_dist.models.flops import training_flops
 from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, RelativePositions, attend
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.tracking.gpu_peak import total_peak_flops
@@ -83,7 +82,7 @@ def errors(
         given = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value, r, u, v)]
         q, k, val, position_keys, bias_u, bias_v = given
         positions = RelativePositions(q + bias_v, position_keys, None)
-        out = attend(backend, q + bias_u, k, val, positions, AttentionWindow(sees, mem_len, dtype), 0.0)
+        out = attend(backend, q + bias_u, k, val, positions, AttentionWindow(sees, mem_len, dtype), None)
         return [out, *torch.autograd.grad(out, given, weight.bfloat16().to(dtype))]
 
     pairs = zip(results(backend, dtype), results("reference", torch.float64), strict=True)
@@ -129,7 +128,7 @@ def training(name: str, backend: str, compiled: bool) -> dict[str, float]:
     row = {"tokens_per_second": rate, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     peak = total_peak_flops(given.engine, engine.precision, engine.group)
     if peak:
-        row["mfu"] = rate / tokens.size * training_flops(given.model, vocab_size, lanes) / peak
+        row["mfu"] = rate / tokens.size * engine.training_flops / peak
     return row
 
 

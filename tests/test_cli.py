@@ -29,6 +29,7 @@ def start(module, *arguments, **options):
     return subprocess.run(command, cwd=REPO, env=ENVIRONMENT, timeout=300, **options)
 
 
+@pytest.mark.slow
 def test_the_commands_that_training_prints_can_be_pasted(trained_run):
     commands = [line[line.index("python -m") :] for line in trained_run[1].splitlines() if "python -m" in line]
     assert len(commands) == 2

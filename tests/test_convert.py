@@ -24,6 +24,7 @@ def test_directions_and_folders(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_evaluated_inspected_and_generated_from(run, tmp_path):
     """On data prepared with the imported words; with other data, and for training, it is refused."""
     folder = save_folder(hugging_face_model(), tmp_path / "hf")

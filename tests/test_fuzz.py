@@ -23,6 +23,7 @@ def test_some_cases_of_each_kind_end_with_a_message():
     assert all(kind in done.stdout for kind in KINDS)
 
 
+@pytest.mark.slow
 def test_tracebacks_other_exit_codes_long_times_and_much_memory_are_faults(tmp_path, monkeypatch):
     def outcome(function):
         return isolate.call(function, tmp_path / "log")

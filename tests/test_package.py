@@ -39,3 +39,10 @@ def test_an_installed_package_has_all_modules_and_its_types(pyproject):
     assert {*setuptools["packages"]} == {".".join(folder.parts) for folder in folders} | {"txl_dist.conf"}
     assert all((REPO / "txl_dist" / name).is_file() for name in setuptools["package-data"]["txl_dist"])
     assert "py.typed" in setuptools["package-data"]["txl_dist"]
+
+
+def test_only_models_conversion_and_the_schema_name_an_architecture():
+    files = [path.relative_to(REPO / "txl_dist") for path in (REPO / "txl_dist").rglob("*.py")]
+    naming = [path for path in files if re.search("transformer_?xl", (REPO / "txl_dist" / path).read_text(), re.I)]
+    elsewhere = [path for path in naming if path.parts[0] not in ("models", "conversion")]
+    assert elsewhere == [Path("config/schema.py")]

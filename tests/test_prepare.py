@@ -190,6 +190,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(tmp_pa
         prepare(text_job(tmp_path / "a.txt" / "data", path=str(tmp_path / "a.txt")))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_nothing_stays(tmp_path, full_disk):
     (tmp_path / "a.txt").write_text("some words that fill a disk\n" * 20000)
     for tokenizer in ("bytes", "word"):
@@ -343,6 +344,7 @@ def test_penn_treebank_has_the_tokens_of_the_literature(tmp_path):
     assert decoded(tmp_path / "data")["valid"] == ["".join(" ".join(line.split()) + "\n" for line in lines)]
 
 
+@pytest.mark.slow
 def test_the_command_prepares_the_standard_library_and_prints_the_next_command(tmp_path):
     command = [sys.executable, "-m", "txl_dist.prepare", f"data.dir={tmp_path}/data"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}

@@ -69,6 +69,7 @@ def test_three_epochs_and_a_restart_with_half_the_ranks():
         assert len(touched) == SHARDS
 
 
+@pytest.mark.slow
 def test_shuffled_documents_are_read_once_in_the_third_epoch():
     plan = plan_of("documents")
     change = np.zeros(SHARDS * SHARD_TOKENS + 1, np.int32)

@@ -21,7 +21,7 @@ from txl_dist.checkpoint.retention import Retention
 from txl_dist.cli import CONF
 from txl_dist.config.schema import CheckpointConfig, LengthsConfig, ModelConfig
 from txl_dist.errors import UserError, describe_os_error
-from txl_dist.models.transformer_xl import parameter_shapes
+from txl_dist.models.registry import parameter_shapes
 from txl_dist.runs.load import load_model
 
 NUMBERS = {"state": {"step": 7.0}, "group": {}, "loss_scaler": {}}

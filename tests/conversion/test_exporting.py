@@ -121,6 +121,7 @@ def log_probs(model, stream):
     return torch.cat(out, dim=1)
 
 
+@pytest.mark.slow
 def test_transformers_5_computes_our_numbers(case):
     run_dir, folder, computed, _ = case
     stream = load_file(folder / "input.safetensors")["stream"]

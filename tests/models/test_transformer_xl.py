@@ -9,6 +9,7 @@ from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion.weights import from_hugging_face
+from txl_dist.models.base import Runtime
 from txl_dist.models.layers import dropout
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.layers.state import KVCache, concat_lanes
@@ -43,10 +44,10 @@ BASE = ModelConfig(
 )
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> TransformerXL:
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, **runtime: bool) -> TransformerXL:
     """A model whose weights are large enough for every one of them to matter."""
     torch.manual_seed(seed)
-    model = TransformerXL(config, VOCAB).to(dtype)
+    model = TransformerXL(config, VOCAB, Runtime(**runtime)).to(dtype)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, float("layer_norm.weight" in name), 0.4)
     return model
@@ -306,8 +307,7 @@ def test_activation_checkpointing_changes_nothing(share):
     config = replace(BASE, dropout=share, dropatt=share, cutoffs=[10, 20], div_val=2)
     results = []
     for activation_checkpointing in (False, True):
-        model = build(config, torch.float32)
-        model.activation_checkpointing = activation_checkpointing
+        model = build(config, torch.float32, activation_checkpointing=activation_checkpointing)
         memory, loss = model.empty_memory(LANES), 0
         for step in range(2):
             inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=7)
@@ -321,8 +321,7 @@ def test_activation_checkpointing_changes_nothing(share):
 def test_activation_checkpointing_keeps_less():
     kept = {}
     for activation_checkpointing in (False, True):
-        model = build(BASE)
-        model.activation_checkpointing = activation_checkpointing
+        model = build(BASE, activation_checkpointing=activation_checkpointing)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             model(tokens(LANES, 5), tokens(LANES, 5), from_start(5), model.empty_memory(LANES))

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from txl_dist.config.schema import ModelConfig
 from txl_dist.data.index import Index
-from txl_dist.models.flops import training_flops
+from txl_dist.models import registry
 
 STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
 
@@ -23,7 +23,8 @@ def test_mfu_is_the_share_of_all_devices_peak(run, small, metrics, dataset, tmp_
     command = [*small, *options, f"run.dir={tmp_path}", "train.stop_at=3", "engine.peak_tflops=0.002"]
     printed = run("txl_dist.train", *command, processes=processes).stdout
     model = ModelConfig(**OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml").model))
-    flops_per_token = training_flops(model, Index.open(str(dataset)).vocab_size, lanes=8) / (8 * 16)
+    built = registry.build(model, Index.open(str(dataset)).vocab_size)
+    flops_per_token = built.training_flops(lanes=8) / (8 * 16)
     lines = [line for line in metrics(tmp_path) if "train/tokens_per_second" in line]
     assert len(lines) == 3
     for line in lines:

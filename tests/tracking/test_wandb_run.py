@@ -310,6 +310,7 @@ def test_a_full_disk_stops_wandb_only(start, tmp_path, capfd):
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
+@pytest.mark.slow
 def test_a_broken_package_is_left_out_and_not_imported_where_it_is_disabled(run, small, metrics, tmp_path):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/__init__.py").write_text("print('imported')\nraise RuntimeError('broken')\n")

@@ -20,7 +20,7 @@ from torch import Tensor
 from txl_dist.config.schema import ModelConfig
 from txl_dist.errors import ConfigError
 from txl_dist.files.parsing import shown
-from txl_dist.models.transformer_xl import parameter_shapes
+from txl_dist.models.registry import parameter_shapes
 
 LAYER = {
     "attention.r_net.weight": "dec_attn.r_net.weight",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from txl_dist import __version__
 from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.checkpoint.writer import AsyncCheckpointer
-from txl_dist.config.schema import LANE_KEYS, EngineConfig, ModelConfig, TrainJob
+from txl_dist.config.schema import LANE_KEYS, EngineConfig, TrainJob
 from txl_dist.data.lanes import BEGINNING, LaneSplit, Origin
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.distributed.process_group import ProcessGroup
@@ -27,9 +27,11 @@ from txl_dist.engine.memory import Memory
 from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.sharded_state import ShardedState
 from txl_dist.evaluation.likelihood import Score
+from txl_dist.models import registry
+from txl_dist.models.base import LanguageModel, Runtime
 from txl_dist.models.layers.backends import default_backend
 from txl_dist.models.layers.dropout import Noise
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.objectives.causal_lm import CausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,12 +45,14 @@ class LocalModule:
         layers: their numbers in the whole model.
         module: what DeepSpeed wraps to run the model.
         names: of all parameters of the whole model, which checkpoints know them by.
+        training_flops: of a step of the whole model, on all lanes.
     """
 
-    model: TransformerXL
+    model: LanguageModel
     layers: range
     module: nn.Module
     names: dict[nn.Parameter, str]
+    training_flops: float
 
 
 class Engine(ABC):
@@ -60,8 +64,10 @@ class Engine(ABC):
         step: optimizer steps done.
         learning_rate: of the last step.
         dropped_tokens: of the last step's global batch, lost with damaged samples (data.on_error=skip_sample).
+        objective: turns what the model predicts into the loss.
         loss_weight: turns a mean over all positions into a mean over the scored ones of the global batch.
         num_parameters: of the whole model.
+        training_flops: that the whole model needs in a step.
         checkpointer: writes what `save` has copied.
         guard: judges the steps.
         precision: fp32, bf16 or fp16.
@@ -77,11 +83,13 @@ class Engine(ABC):
         self.learning_rate = 0.0
         self.dropped_tokens = 0
         self.loss_weight = 1.0
+        self.objective = CausalLM(job.first_scored)
         self.precision = resolve_precision(job.engine)
         self.guard = AnomalyGuard(
             job.guard, job.run.dir, group, self.lanes, job.data.num_lanes, fp16=self.precision == "fp16"
         )
         self.num_parameters = sum(parameter.numel() for parameter in local.names)
+        self.training_flops = local.training_flops
         self.model = local.model
         self.layers = local.layers
         parameters = {local.names[parameter]: parameter for parameter in self.model.parameters()}
@@ -89,7 +97,7 @@ class Engine(ABC):
         self.deepspeed = self._initialize_deepspeed(local.module)
         self.state = ShardedState(self.deepspeed, self.optimizer, parameters)
         self._own_grad_norm: float | Tensor = 0.0  # of ZeRO 0, where DeepSpeed has none
-        self.memory = self.empty_memory(job.model)
+        self.memory = self.empty_memory()
         if checkpoint:
             self._restore(checkpoint)
         self.checkpointer = AsyncCheckpointer(job.run.dir, job.checkpoint, self.step, group)
@@ -162,11 +170,11 @@ class Engine(ABC):
             return "sdpa (whose dropout is another under another split)"
         return self.attention_backend
 
-    def empty_memory(self, config: ModelConfig) -> Memory:
+    def empty_memory(self) -> Memory:
         """Return the memory of this rank's layers and lanes before the first token."""
         lanes = self.split.lanes(self.group.rank)
         dtype = DTYPES[self.precision]
-        return Memory(self.layers, lanes, config.mem_len, config.d_model, self.group.device, dtype)
+        return Memory(self.layers, lanes, self.model.state_shape, self.group.device, dtype)
 
     @property
     def tokens(self) -> int:
@@ -228,7 +236,7 @@ class Engine(ABC):
         is the same under every split. It is 0 where all tokens of a step are lost.
         """
         scored = torch.from_numpy(segment.targets != NOT_SCORED)
-        in_loss = scored[:, self.job.first_scored :]
+        in_loss = self.objective.counted(scored)
         counts = torch.tensor([scored.numel(), scored.sum(), in_loss.numel(), in_loss.sum()])
         torch.distributed.all_reduce(counts)  # a pipeline's first and last stage count each token: all are doubled
         tokens, tokens_kept, positions, positions_kept = counts.tolist()
@@ -335,16 +343,11 @@ def lane_split(job: TrainJob, group: ProcessGroup) -> LaneSplit:
     return LaneSplit(job.data.num_lanes, group.size, job.engine.gradient_accumulation, job.engine.pipeline_stages)
 
 
-def build_model(job: TrainJob, vocab_size: int, checkpoint: Checkpoint | None) -> TransformerXL:
+def build_model(job: TrainJob, vocab_size: int, checkpoint: Checkpoint | None) -> LanguageModel:
     """Build the whole model on the CPU, with a checkpoint's weights or those that run.seed draws."""
     torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
-    model = TransformerXL(job.model, vocab_size)
-    model.activation_checkpointing = job.engine.activation_checkpointing
-    for attention in model.attentions():
-        attention.backend = job.engine.attention
-    if job.engine.compile:
-        for layer in model.layers:
-            layer.compile()
+    runtime = Runtime(job.engine.attention, job.engine.activation_checkpointing, job.engine.compile)
+    model = registry.build(job.model, vocab_size, runtime)
     if checkpoint:
         checkpoint.load_weights(model)
     return model

@@ -7,7 +7,7 @@ Rows = slice | Tensor  # a Tensor: int64 [rows], the numbers of the rows
 
 
 class Memory:
-    """Store what some layers remember of some lanes: [lanes, mem_len, d_model] per layer, oldest state first.
+    """Store what some layers remember of some lanes: [lanes, *shape] per layer.
 
     Double-buffered: reads see the last committed step, writes go to the next one, and `commit`, once per step, makes
     them current. So a recomputation within a step (activation checkpointing) reads what the first computation read, and
@@ -18,20 +18,18 @@ class Memory:
             (layer, lane).
     """
 
-    def __init__(
-        self, layers: range, lanes: range, mem_len: int, d_model: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, layers: range, lanes: range, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         self.layers = layers
         self.lanes = lanes
-        self.current = torch.zeros((len(layers), len(lanes), mem_len, d_model), device=device, dtype=dtype)
+        self.current = torch.zeros((len(layers), len(lanes), *shape), device=device, dtype=dtype)
         self.next = torch.zeros_like(self.current)
 
     def read(self, rows: Rows) -> list[Tensor]:
-        """Return the committed memory of some rows: for each layer [rows, mem_len, d_model]."""
+        """Return the committed memory of some rows: for each layer [rows, *shape]."""
         return list(self.current[:, rows])
 
     def write(self, rows: Rows, memory: list[Tensor]) -> None:
-        """Store the next step's memory of some rows: for each layer [rows, mem_len, d_model]."""
+        """Store the next step's memory of some rows: for each layer [rows, *shape]."""
         for layer, states in enumerate(memory):
             self.next[layer, rows] = states
 
@@ -40,7 +38,7 @@ class Memory:
         self.current, self.next = self.next, self.current
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return each memory under its identity: `layer.L.lane.N` -> [mem_len, d_model]."""
+        """Return each memory under its identity: `layer.L.lane.N` -> [*shape]."""
         return {
             f"layer.{layer}.lane.{lane}": self.current[i, row]
             for i, layer in enumerate(self.layers)

@@ -30,7 +30,7 @@ def score_micro_batches(
     """Read segments in order, each micro-batch of lanes with a memory of its own.
 
     Args:
-        forward: runs the model, as `TransformerXL.forward`.
+        forward: runs the model, as `LanguageModel.forward`.
         caches: the empty memory of each micro-batch; they are used up.
         device: of the losses.
 

@@ -35,9 +35,9 @@ from txl_dist.engine.deepspeed_internals import (
 from txl_dist.engine.engine import Engine, LocalModule, build_model, lane_split, parameter_names
 from txl_dist.engine.memory import Memory
 from txl_dist.engine.micro_batches import row_slices, segment_tensors
-from txl_dist.models.flops import flops
+from txl_dist.models.base import LanguageModel
 from txl_dist.models.layers.dropout import Noise
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.objectives.causal_lm import CausalLM
 
 StageInput = tuple[Tensor, Tensor, Tensor]  # tokens or hidden states, lookback, rows
 
@@ -53,21 +53,17 @@ class Stage(nn.Module):
         lane_losses: to which the last stage appends the losses of a micro-batch's lanes.
     """
 
-    def __init__(self, model: TransformerXL, layers: range, is_first: bool, is_last: bool, first_scored: int):
+    def __init__(self, model: LanguageModel, layers: range, is_first: bool, is_last: bool, objective: CausalLM):
         super().__init__()
         self.model = model
         self.is_first = is_first
         self.is_last = is_last
-        self.first_scored = first_scored
+        self.objective = objective
         self.noise: Noise | None = None
         self.memory: Memory | None = None
         self.loss_weight = 1.0
         self.lane_losses: list[Tensor] = []
-        model.layers = model.layers[layers.start : layers.stop]
-        if not is_first:
-            del model.embedding
-        if not is_last:
-            del model.softmax
+        model.keep_stage(layers, is_first, is_last)
 
     def forward(self, stage_input: StageInput) -> StageInput:
         """Run this stage's layers on a micro-batch, and write the new memory of its rows.
@@ -94,9 +90,9 @@ class Stage(nn.Module):
         nats = self.model.predict(hidden, targets, self.noise and self.noise.of_rows(rows))
         if not self.training:
             return nats.double().sum()
-        weighted = nats[:, self.first_scored :] * self.loss_weight
-        self.lane_losses.append(weighted.detach().mean(dim=1))
-        return weighted.mean()
+        loss, lane_losses = self.objective.loss(nats, self.loss_weight)
+        self.lane_losses.append(lane_losses)
+        return loss
 
 
 class Pipeline(PipelineModule):
@@ -142,17 +138,17 @@ class PipelineEngine(Engine):
         number = split.stage(group.rank)
         model = build_model(job, vocab_size, checkpoint)
         names = parameter_names(model)
-        self.stage_layers = job.engine.stage_layers or balance_layers(
-            flops(job.model, vocab_size, split.micro_batch), split.stages
-        )
-        tied = tied_parameters(model)
+        self.stage_layers = job.engine.stage_layers or balance_layers(model.flops(split.micro_batch), split.stages)
+        tied = model.tied_parameters()
+        training_flops = model.training_flops(job.data.num_lanes)
         end = sum(self.stage_layers[: number + 1])
         layers = range(end - self.stage_layers[number], end)
-        self.stage = Stage(model, layers, number == 0, number == split.stages - 1, job.first_scored)
+        objective = CausalLM(job.first_scored)
+        self.stage = Stage(model, layers, number == 0, number == split.stages - 1, objective)
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group
         pipeline = Pipeline(self.stage, number, split.stages)
         pipeline.tie(tied)
-        super().__init__(job, group, LocalModule(model, layers, pipeline, names), checkpoint)
+        super().__init__(job, group, LocalModule(model, layers, pipeline, names, training_flops), checkpoint)
         if not (self.stage.is_first or self.stage.is_last):
             self.lanes = range(0)  # what a middle stage reads comes from the stage before
 
@@ -166,7 +162,7 @@ class PipelineEngine(Engine):
 
     def score(self, segments: Iterable[Segment]) -> tuple[Tensor, int]:
         """Return the nats and the number of the scored tokens of this rank's lanes on the last stage; 0 on others."""
-        memory = self.empty_memory(self.model.config)
+        memory = self.empty_memory()
         self.stage.memory = memory
         self.stage.noise = None
         nats = torch.zeros((), dtype=torch.float64, device=self.group.device)
@@ -202,12 +198,6 @@ class PipelineEngine(Engine):
             f"{super().__str__()}, {stages} stages of {'+'.join(map(str, self.stage_layers))} layers "
             f"(idle {idle:.0%} of a step of {micro_batches} micro-batches)"
         )
-
-
-def tied_parameters(model: TransformerXL) -> list[nn.Parameter]:
-    """Return the softmax's parameters that are the embedding's as well."""
-    embedding = set(model.embedding.parameters())
-    return [parameter for parameter in model.softmax.parameters() if parameter in embedding]
 
 
 def balance_layers(costs: list[float], stages: int) -> list[int]:

@@ -20,7 +20,8 @@ class ZeroEngine(Engine):
     def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, checkpoint: Checkpoint | None):
         forget_pipeline_grid()
         model = build_model(job, vocab_size, checkpoint)
-        local = LocalModule(model, range(len(model.layers)), model, parameter_names(model))
+        training_flops = model.training_flops(job.data.num_lanes)
+        local = LocalModule(model, range(len(model.layers)), model, parameter_names(model), training_flops)
         super().__init__(job, group, local, checkpoint)
 
     def forward_backward_step(self, segment: Segment) -> Tensor:
@@ -31,10 +32,10 @@ class ZeroEngine(Engine):
             state = self.memory.read(rows)
             nats, memory = self.deepspeed(*segment_tensors(segment, rows), state, noise.of_rows(rows))
             self.memory.write(rows, memory)
-            weighted = nats[:, self.job.first_scored :] * self.loss_weight
-            losses.append(weighted.mean())
-            self.guard.lane_losses.append(weighted.detach().mean(dim=1))
-            self.deepspeed.backward(losses[-1])
+            loss, lane_losses = self.objective.loss(nats, self.loss_weight)
+            losses.append(loss)
+            self.guard.lane_losses.append(lane_losses)
+            self.deepspeed.backward(loss)
             self.deepspeed.step()
         return torch.stack(losses).detach().mean()
 

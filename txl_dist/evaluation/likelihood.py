@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.base import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def perplexity(nats: float) -> float:
 
 
 @torch.no_grad()
-def score(model: TransformerXL, segments: Iterable[Segment], device: torch.device, lanes: int) -> Score:
+def score(model: LanguageModel, segments: Iterable[Segment], device: torch.device, lanes: int) -> Score:
     """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing."""
     memory = model.empty_cache(lanes, device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -58,7 +58,7 @@ def score(model: TransformerXL, segments: Iterable[Segment], device: torch.devic
 
 @torch.no_grad()
 def losses_in_context(
-    model: TransformerXL,
+    model: LanguageModel,
     stream: np.ndarray,
     positions: np.ndarray,
     context: int,

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from txl_dist.models.base import LanguageModel
 from txl_dist.models.layers.state import KVCache, LayerState, concat_lanes
-from txl_dist.models.transformer_xl import TransformerXL
 
 
 class Memory:
@@ -23,7 +23,7 @@ class Memory:
         self._states: list[LayerState] | None = states
 
     @classmethod
-    def empty(cls, model: TransformerXL, lanes: int) -> "Memory":
+    def empty(cls, model: LanguageModel, lanes: int) -> "Memory":
         """Return the memory of lanes that begin."""
         return cls(model.empty_cache(lanes), torch.zeros(lanes, dtype=torch.int64))
 
@@ -54,7 +54,7 @@ class Memory:
 
 
 @torch.no_grad()
-def read(model: TransformerXL, tokens: Tensor, memory: Memory) -> Iterator[tuple[Tensor, Memory]]:
+def read(model: LanguageModel, tokens: Tensor, memory: Memory) -> Iterator[tuple[Tensor, Memory]]:
     """Read tokens in segments of model.config.tgt_len.
 
     Args:

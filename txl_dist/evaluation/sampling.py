@@ -11,7 +11,7 @@ from torch import Tensor
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.base import LanguageModel
 
 # Below it, log-probabilities divided by the temperature leave float32; it counts as 0: the likeliest token.
 MIN_TEMPERATURE = 1e-6
@@ -39,7 +39,7 @@ class Sampler:
 
 @torch.no_grad()
 def continuations(
-    model: TransformerXL, prompts: list[list[int]], sampler: Sampler, seed: int = 1
+    model: LanguageModel, prompts: list[list[int]], sampler: Sampler, seed: int = 1
 ) -> Iterator[list[int]]:
     """Continue all prompts (lists of tokens) side by side, without end; yield the next token of each.
 
@@ -57,7 +57,7 @@ def continuations(
         log_probs = log_probs[:, -1]
 
 
-def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, Memory]:
+def prefill(model: LanguageModel, prompt: list[int]) -> tuple[Tensor, Memory]:
     """Read a prompt; return the log-probabilities of the next token, [1, vocab_size], and the memory."""
     readings = read(model, torch.tensor([prompt]), Memory.empty(model, lanes=1))
     log_probs, memory = deque(readings, maxlen=1).pop()
@@ -65,7 +65,7 @@ def prefill(model: TransformerXL, prompt: list[int]) -> tuple[Tensor, Memory]:
 
 
 def complete(
-    model: TransformerXL, completions: Sequence["Completion"], sampler: Sampler, seed: int, max_tokens: int
+    model: LanguageModel, completions: Sequence["Completion"], sampler: Sampler, seed: int, max_tokens: int
 ) -> Iterator[list[str]]:
     """Continue prompts until all their documents have ended, or by `max_tokens`; yield the new text of each."""
     stream = continuations(model, [completion.prompt for completion in completions], sampler, seed)

@@ -14,7 +14,7 @@ from txl_dist.config.schema import CheckpointChoice, LengthsConfig
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.base import LanguageModel
 from txl_dist.runs.load import AS_TRAINED, load_model, load_tokenizer
 
 
@@ -30,7 +30,7 @@ class TokenScore(NamedTuple):
 class Scorer:
     """A trained model and its tokenizer. A text is read as the beginning of a document: after `<eos>`."""
 
-    model: TransformerXL
+    model: LanguageModel
     tokenizer: Tokenizer
 
     @classmethod

@@ -17,7 +17,7 @@ from txl_dist.data.segments import whole_split
 from txl_dist.data.text_size import size_of_text
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.likelihood import Score, losses_in_context, perplexity, score
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.base import LanguageModel
 from txl_dist.runs.load import load_model, open_data
 from txl_dist.tracking.console import PlainConsole
 
@@ -67,7 +67,7 @@ def evaluate_run_or_error(job: EvaluateJob, run: str) -> dict[str, Any]:
         return {"run": run, "error": str(error)}
 
 
-def score_with_memory(job: EvaluateJob, model: TransformerXL, index: Index, tokens: int, reset: ResetMemory) -> Score:
+def score_with_memory(job: EvaluateJob, model: LanguageModel, index: Index, tokens: int, reset: ResetMemory) -> Score:
     """Score the first tokens of a split segment by segment, each lane with its memory."""
     lanes = range(min(job.num_lanes, tokens))
     segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes, tokens=tokens)
@@ -76,7 +76,7 @@ def score_with_memory(job: EvaluateJob, model: TransformerXL, index: Index, toke
 
 
 def score_by_sliding_window(
-    job: EvaluateJob, model: TransformerXL, index: Index, tokens: int, reset: ResetMemory
+    job: EvaluateJob, model: LanguageModel, index: Index, tokens: int, reset: ResetMemory
 ) -> Score:
     """Score the first tokens of a split one by one, each from the tgt_len tokens before it.
 

@@ -17,7 +17,8 @@ from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
 from txl_dist.evaluation.sampling import Completion, Sampler, complete
 from txl_dist.evaluation.scoring import Scorer, TokenScore
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models import registry
+from txl_dist.models.base import LanguageModel
 from txl_dist.runs.load import load_model, load_tokenizer, ready_to_evaluate
 
 Text = str | bytes
@@ -31,7 +32,7 @@ class TrainedModel:
         model: the torch module; its parameters have the names that checkpoints know them by.
     """
 
-    model: TransformerXL
+    model: LanguageModel
     tokenizer: Tokenizer
 
     @property
@@ -123,7 +124,7 @@ def import_model(path: str, lengths: LengthsConfig) -> TrainedModel:
     chosen = ConvertedModelConfig(**asdict(lengths), cutoffs=None, pre_lnorm=None)
     job = ConvertJob(run="none", from_=path, to=None, tokenizer_from=None, checkpoint=None, model=chosen)
     imported = read_model(job, open_import_source(Path(path)))
-    model = TransformerXL(imported.config, imported.source.vocab_size)
+    model = registry.build(imported.config, imported.source.vocab_size)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(imported.weights[name])

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from txl_dist.config.schema import ModelConfig
-from txl_dist.errors import ConfigError
-from txl_dist.files.parsing import describe
+from txl_dist.models.base import DEFAULT_RUNTIME, LanguageModel, Runtime
 from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, to_device
 from txl_dist.models.layers.attention import (
     AbsoluteAttention,
@@ -32,6 +30,7 @@ from txl_dist.models.layers.attention import (
     encode_distances,
 )
 from txl_dist.models.layers.backends import AttentionWindow
+from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise, assign_places
 from txl_dist.models.layers.state import LayerState, StateT
 
@@ -55,8 +54,12 @@ class FeedForward(nn.Module):
         hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner, noise)), noise)
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
 
+    def products(self, positions: int) -> list[Product]:
+        """List the products of matrices for so many positions, of all lanes."""
+        return [Product(2 * positions * self.inner.in_features * self.inner.out_features)] * 2
 
-def build_attention(config: ModelConfig, layer: int) -> Attention:
+
+def build_attention(config: ModelConfig, layer: int, backend: str = "auto") -> Attention:
     """Build a layer's attention, of the variant that model.attention names; `layer` counts from 0."""
     sizes = (config.d_model, config.n_head, config.d_head)
     options: dict[str, Any] = {
@@ -64,6 +67,7 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
         "dropatt": config.dropatt,
         "variational": config.variational,
         "pre_lnorm": config.pre_lnorm,
+        "backend": backend,
     }
     if config.attention == "relative":
         return RelativeAttention(*sizes, **options)
@@ -77,9 +81,9 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
 class Layer(nn.Module):
     """Attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig, number: int):
+    def __init__(self, config: ModelConfig, number: int, backend: str):
         super().__init__()
-        self.attention = build_attention(config, number)
+        self.attention = build_attention(config, number, backend)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -89,57 +93,30 @@ class Layer(nn.Module):
         hidden, new_memory = self.attention(hidden, memory, encoding, window, noise)
         return self.feed_forward(hidden, noise), new_memory
 
-
-class Uninitialised(TorchFunctionMode):
-    """Skip all initialisation: on the meta device the first random number costs a second of imports."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else options["tensor"]
-        return function(*args, **options)
+    def products(self, lanes: int, config: ModelConfig) -> list[Product]:
+        """List the products of matrices when `lanes` read a segment after a full memory."""
+        attention = self.attention.products(lanes, config.tgt_len, config.mem_len, config.same_length)
+        return [*attention, *self.feed_forward.products(lanes * config.tgt_len)]
 
 
-def parameter_shapes(config: ModelConfig, vocab_size: int, at_most: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a model's parameters, without allocating memory for them.
+class TransformerXL(LanguageModel):
+    """Embedding, layers with memory, and softmax, adaptive or not."""
 
-    Raises:
-        ConfigError: where a model of this config would have more than `at_most` parameter tensors, or one larger
-            than a tensor can be.
-    """
-    clusters = len(config.cutoffs) if config.div_val > 1 else 0
-    if config.n_layer + clusters > at_most:
-        sizes = f"model.n_layer={config.n_layer} and {clusters} model.cutoffs"
-        raise ConfigError([f"{sizes}: there are only {at_most} tensors for them"])
-    try:
-        with torch.device("meta"), Uninitialised():
-            model = TransformerXL(config, vocab_size)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError([f"model: no tensor can have the sizes of this config ({describe(error)})"]) from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-class TransformerXL(nn.Module):
-    """The language model: at each token the distribution of the next one.
-
-    Attributes:
-        activation_checkpointing: in training keep no activations within the layers; recompute them in backward.
-    """
-
-    def __init__(self, config: ModelConfig, vocab_size: int):
-        super().__init__()
-        self.config = config
-        self.activation_checkpointing = False
+    def __init__(self, config: ModelConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME):
+        super().__init__(config, vocab_size, runtime)
         self.embedding = AdaptiveEmbedding(
             vocab_size, config.d_model, config.cutoffs, config.div_val, config.dropout_words
         )
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.n_layer))
+        self.layers = nn.ModuleList(Layer(config, number, runtime.attention) for number in range(config.n_layer))
         self.softmax = AdaptiveSoftmax(self.embedding, config.tie_weights, config.tie_projections)
         self.dropout = Dropout(config.dropout, config.variational)
         self.input_dropout = self.build_dropout(config.dropout_input)
         self.output_dropout = self.build_dropout(config.dropout_output)
         assign_places(self)
         self.initialise()
+        if runtime.compile:
+            for layer in self.layers:
+                layer.compile()
 
     def build_dropout(self, p: float | None) -> Dropout:
         """Build a dropout with a probability of its own, or with the model's where that is None."""
@@ -156,35 +133,6 @@ class TransformerXL(nn.Module):
                 nn.init.normal_(parameter, 0.0, 0.01)
             else:
                 nn.init.normal_(parameter, 0.0, self.config.init_std)
-
-    def forward(
-        self,
-        inputs: Tensor,
-        targets: Tensor | None,
-        lookback: Tensor,
-        memory: Sequence[StateT],
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, list[StateT]]:
-        """Read a segment of any length. Its integers may be on the CPU: then nothing synchronises with the GPU.
-
-        Args:
-            inputs: int64 [lanes, length].
-            targets: int64 [lanes, length], the token to be predicted at each position; -100: not scored.
-                None: return the whole distribution.
-            lookback: int64 [lanes, length], how many tokens back each position may look: the number of tokens before it
-                in its document, or in its stream since the last reset. What the memory holds beyond has no effect.
-            memory: for each layer [lanes, mem_len, d_model], as the segment before has returned it; at first
-                `empty_memory`. In evaluation `empty_cache`.
-            noise: the randomness of the lanes at this step; needed for dropout, in training only.
-
-        Returns:
-            The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
-            [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
-        """
-        hidden, new_memory = self.through_layers(self.embed(inputs, noise), lookback, memory, noise)
-        return self.predict(hidden, targets, noise), new_memory
-
-    # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
 
     def embed(self, inputs: Tensor, noise: Noise | None = None) -> Tensor:
         """Embed tokens: int64 [lanes, length] -> [lanes, length, d_model]."""
@@ -232,9 +180,9 @@ class TransformerXL(nn.Module):
         window: AttentionWindow,
         noise: Noise | None = None,
     ) -> tuple[Tensor, Any]:
-        """Run one layer, in training without keeping its activations where `activation_checkpointing` is set."""
+        """Run one layer, in training without keeping its activations if `runtime.activation_checkpointing` is set."""
         result: tuple[Tensor, Any]
-        if self.activation_checkpointing and self.training:
+        if self.runtime.activation_checkpointing and self.training:
             result = checkpoint(
                 *(layer, hidden, memory, encoding, window, noise),
                 use_reentrant=False,
@@ -244,29 +192,35 @@ class TransformerXL(nn.Module):
             result = layer(hidden, memory, encoding, window, noise)
         return result
 
-    def empty_memory(self, lanes: int) -> list[Tensor]:
-        """Return each layer's memory before the first token, [lanes, mem_len, d_model]."""
-        return [attention.empty_memory(lanes, self.config.mem_len) for attention in self.attentions()]
+    def products(self, lanes: int) -> list[list[Product]]:
+        """List the products of the embedding, of each layer and of the softmax, when `lanes` read one segment."""
+        tokens = lanes * self.config.tgt_len
+        counts = self.embedding.expected_counts(tokens)
+        layers = [layer.products(lanes, self.config) for layer in self.layers if isinstance(layer, Layer)]
+        return [self.embedding.products(counts), *layers, self.softmax.products([tokens, *counts[1:]])]
+
+    def keep_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
+        """Leave out what other stages of a pipeline compute; the first has the embedding, the last the softmax."""
+        self.layers = self.layers[layers.start : layers.stop]
+        if not is_first:
+            del self.embedding
+        if not is_last:
+            del self.softmax
+
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """Return the softmax's parameters that are the embedding's as well."""
+        embedding = set(self.embedding.parameters())
+        return [parameter for parameter in self.softmax.parameters() if parameter in embedding]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Return [mem_len, d_model]: a layer remembers its own last inputs, oldest first."""
+        return self.config.mem_len, self.config.d_model
 
     def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[LayerState]:
-        """Return an empty key/value cache for evaluation (hidden states for variants that cannot cache).
-
-        As long as it is in use weights must not change, and no segment may be read twice.
-
-        Args:
-            device: where the model computes, if that is not where its weights are.
-        """
+        """Return an empty key/value cache for evaluation; hidden states for variants that cannot cache."""
         device = device or next(self.parameters()).device
         return [attention.empty_cache(lanes, self.config.mem_len, device) for attention in self.attentions()]
-
-    def store_long_rows(self) -> None:
-        """Store every matrix with its longer side contiguous; values and shapes stay.
-
-        On a CPU products with one token, which generation consists of, are then up to twice as fast.
-        """
-        for parameter in self.parameters():
-            if parameter.dim() == 2 and parameter.size(0) > parameter.size(1):
-                parameter.data = parameter.data.T.contiguous().T
 
     def attentions(self) -> list[Attention]:
         """Return the attention sublayers of all layers that are here."""

@@ -18,14 +18,15 @@ from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import sha256_of_file
-from txl_dist.models.transformer_xl import TransformerXL, parameter_shapes
+from txl_dist.models import registry
+from txl_dist.models.base import LanguageModel
 
 AS_TRAINED = LengthsConfig(None, None, None, None)
 
 
 def load_model(
     run: str, which: CheckpointChoice = None, lengths: LengthsConfig = AS_TRAINED, average: bool = False
-) -> tuple[TransformerXL, Checkpoint]:
+) -> tuple[LanguageModel, Checkpoint]:
     """Load the model of a run's checkpoint, in evaluation mode, on the GPU where there is one.
 
     Args:
@@ -48,12 +49,12 @@ def load_model(
     if problems:
         raise ConfigError(problems)
     check_shapes(checkpoint, config, vocab_size)
-    model = TransformerXL(config, vocab_size)
+    model = registry.build(config, vocab_size)
     checkpoint.load_weights(model, average)
     return ready_to_evaluate(model), checkpoint
 
 
-def ready_to_evaluate(model: TransformerXL) -> TransformerXL:
+def ready_to_evaluate(model: LanguageModel) -> LanguageModel:
     """Put a model on the GPU where there is one, in evaluation mode; on a CPU store it for speed."""
     if torch.cuda.is_available():
         model.cuda()
@@ -69,7 +70,7 @@ def check_shapes(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -
         UserError: with the first weight that has another shape.
     """
     shapes = checkpoint.shapes("weights")
-    for name, shape in parameter_shapes(config, vocab_size, len(shapes)).items():
+    for name, shape in registry.parameter_shapes(config, vocab_size, len(shapes)).items():
         if shapes.get(name) != shape:
             stored = list(shapes.get(name, []))
             raise UserError(f"{checkpoint.path}: its weights of {name} are {stored}, not {list(shape)}")

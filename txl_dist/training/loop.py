@@ -20,7 +20,6 @@ from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
 from txl_dist.files.lock import Lock
-from txl_dist.models.flops import training_flops
 from txl_dist.runs.finished import mark_finished
 from txl_dist.runs.resume import write_run
 from txl_dist.tracking.dropped_samples import DroppedSamples
@@ -69,9 +68,8 @@ class Training:
         self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
         self.segments = training_segments(job, index, self.engine, self.stop)
         self.dropped = DroppedSamples(self.segments.reader, group, self.tracker.reporter)
-        flops = training_flops(job.model, index.vocab_size, job.data.num_lanes)
         peak = total_peak_flops(job.engine, self.engine.precision, group)
-        self.meter = ThroughputMeter(self.segments, self.start, job.tokens_per_step, flops, peak)
+        self.meter = ThroughputMeter(self.segments, self.start, job.tokens_per_step, self.engine.training_flops, peak)
 
     def run(self) -> bool:
         """Train to the last step that is asked for; after the run's last one evaluate the test split.

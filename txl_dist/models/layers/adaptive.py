@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from txl_dist.models.layers.cost import Product, zipf_share
 from txl_dist.models.layers.dropout import Noise, WordDropout
 
 
@@ -35,6 +36,16 @@ class VocabularyClusters(nn.Module):
         self.div_val = div_val
         self.starts = [0, *cutoffs]
         self.sizes = [end - start for start, end in zip(self.starts, [*cutoffs, vocab_size], strict=True)]
+
+    def expected_counts(self, tokens: int) -> list[float]:
+        """Return how many of so many tokens each cluster has, where frequencies follow Zipf's law."""
+        ends = [*self.cutoffs, self.vocab_size]
+        return [tokens * zipf_share(start, end, self.vocab_size) for start, end in zip(self.starts, ends, strict=True)]
+
+    def width(self, cluster: int) -> int:
+        """Return the width of a cluster's table."""
+        width: int = self.d_model // self.div_val**cluster
+        return width
 
     def tables(self) -> list[Tensor]:
         """Return each cluster's table, [size, width]."""
@@ -71,10 +82,9 @@ class AdaptiveEmbedding(VocabularyClusters):
         super().__init__(vocab_size, d_model, cutoffs, div_val)
         self.word_dropout = WordDropout(dropout_words)
         for i, size in enumerate(self.sizes if div_val > 1 else [vocab_size]):
-            width = d_model // div_val**i
-            self.register_parameter(f"table_{i}", nn.Parameter(torch.empty(size, width)))
+            self.register_parameter(f"table_{i}", nn.Parameter(torch.empty(size, self.width(i))))
             if div_val > 1:
-                self.register_parameter(f"projection_{i}", nn.Parameter(torch.empty(d_model, width)))
+                self.register_parameter(f"projection_{i}", nn.Parameter(torch.empty(d_model, self.width(i))))
 
     def forward(self, tokens: Tensor, noise: Noise | None = None) -> Tensor:
         """Embed int64 [lanes, length], on the weights' device or the CPU, as [lanes, length, d_model]."""
@@ -85,6 +95,12 @@ class AdaptiveEmbedding(VocabularyClusters):
             embedded = self.embed_by_cluster(tokens.flatten()).view(*tokens.shape, self.d_model)
         scaled: Tensor = self.word_dropout(embedded * self.d_model**0.5, to_device(tokens, table.device), noise)
         return scaled
+
+    def products(self, counts: list[float]) -> list[Product]:
+        """List the products of matrices for so many tokens of each cluster; a lookup costs nothing."""
+        if self.div_val == 1:
+            return []
+        return [Product(2 * count * self.d_model * self.width(i)) for i, count in enumerate(counts)]
 
     def embed_by_cluster(self, tokens: Tensor) -> Tensor:
         """Embed int64 [n] as [n, d_model], each token by its cluster's table and projection."""
@@ -131,6 +147,21 @@ class AdaptiveSoftmax(VocabularyClusters):
         if targets is None:
             return self.log_probs(hidden)
         return self.nll(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+
+    def products(self, counts: list[float]) -> list[Product]:
+        """List the products of matrices.
+
+        Args:
+            counts: for how many positions each cluster's distribution is needed: for all, that of the first one, which
+                has an entry for each other cluster.
+        """
+        products = []
+        for i, (size, count) in enumerate(zip(self.sizes, counts, strict=True)):
+            outputs = size + len(self.cutoffs) if i == 0 else size
+            products.append(Product(2 * count * self.width(i) * outputs))
+            if self.div_val > 1:
+                products.append(Product(2 * count * self.d_model * self.width(i)))
+        return products
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Compute the negative log-likelihood of targets, int64 [n], after hidden states [n, d_model]: [n]."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend
+from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Noise
 from txl_dist.models.layers.state import KVCache, LayerState, RelativeTerms
 
@@ -66,14 +67,15 @@ class Attention(nn.Module, ABC):
         dropatt: probability to drop an attention probability.
         variational: whether dropout is the same at all positions of a segment.
         pre_lnorm: normalise what enters the sublayer, not what leaves it.
+        backend: a key of `backends.BACKENDS`, or auto.
 
     Attributes:
-        backend: a key of `backends.BACKENDS`, or auto.
         cacheable: whether keys and values stay the same from segment to segment.
+        learns_positions: whether learned positions are added to the memory.
     """
 
-    backend = "auto"
     cacheable = True
+    learns_positions = False
 
     def __init__(
         self,
@@ -85,12 +87,14 @@ class Attention(nn.Module, ABC):
         dropatt: float,
         variational: bool,
         pre_lnorm: bool,
+        backend: str = "auto",
     ):
         super().__init__()
         self.d_model = d_model
         self.n_head = n_head
         self.d_head = d_head
         self.pre_lnorm = pre_lnorm
+        self.backend = backend
         width = n_head * d_head
         self.q_net = nn.Linear(d_model, width, bias=False)
         self.kv_net = nn.Linear(d_model, 2 * width, bias=False)
@@ -154,6 +158,35 @@ class Attention(nn.Module, ABC):
         hidden = hidden + self.dropout(self.o_net(attended.flatten(-2)), noise)
         return (hidden if self.pre_lnorm else self.layer_norm(hidden)), new_memory
 
+    def products(self, lanes: int, length: int, mem_len: int, same_length: bool) -> list[Product]:
+        """List the products of matrices when `lanes` read a segment after a full memory."""
+        keys = mem_len + length
+        project = self.projection_cost
+        attend = self.pair_cost * lanes * length  # all queries with one key each
+        # The memory has no gradient, but where parameters stand between it and its keys and values.
+        gradients = 2 if self.pre_lnorm or self.learns_positions else 1
+        return [
+            *[Product(project * lanes * length)] * 4,  # q, k, v, output
+            *[Product(project * lanes * mem_len, gradients)] * 2,  # k and v of the memory
+            *[Product(attend * keys, visible=seen_keys(length, mem_len, same_length) / keys)] * 2,  # content, values
+        ]
+
+    def position_product(self, lanes: int, length: int, mem_len: int, same_length: bool) -> Product:
+        """Return the product of all queries for position with r."""
+        columns = mem_len + length + 1
+        visible = seen_keys(length, mem_len, same_length) / columns
+        return Product(self.pair_cost * lanes * length * columns, visible=visible)
+
+    @property
+    def projection_cost(self) -> int:
+        """Return the operations of one state by one of the weights."""
+        return 2 * self.d_model * self.n_head * self.d_head
+
+    @property
+    def pair_cost(self) -> int:
+        """Return the operations of a query with one key."""
+        return 2 * self.n_head * self.d_head
+
     def normed(self, states: Tensor) -> Tensor:
         """Return the projections' input: [lanes, length, d_model], normalised here with pre_lnorm."""
         return self.layer_norm(states) if self.pre_lnorm else states
@@ -163,14 +196,10 @@ class Attention(nn.Module, ABC):
         split: Tensor = x.unflatten(-1, (-1, self.d_head))
         return split
 
-    def empty_memory(self, lanes: int, mem_len: int) -> Tensor:
-        """Return the memory before the first token, [lanes, mem_len, d_model]: zeros, which the window hides."""
-        return self.kv_net.weight.new_zeros(lanes, mem_len, self.d_model)
-
     def empty_cache(self, lanes: int, mem_len: int, device: torch.device) -> LayerState:
         """Return an empty key/value cache on a device; hidden states for variants that cannot cache."""
         if not self.cacheable:
-            return self.empty_memory(lanes, mem_len).to(device)
+            return self.kv_net.weight.new_zeros(lanes, mem_len, self.d_model, device=device)
         shape = (2, self.n_head, lanes, mem_len, self.d_head)
         return KVCache(self.kv_net.weight.new_zeros(shape, device=device))
 
@@ -188,6 +217,11 @@ def remember(memory: Tensor, hidden: Tensor) -> Tensor:
     mem_len = memory.size(1)
     length = hidden.size(1)
     return torch.cat([memory[:, length:], hidden[:, max(0, length - mem_len) :].detach()], dim=1)
+
+
+def seen_keys(length: int, mem_len: int, same_length: bool) -> float:
+    """Return how many keys a query may see, on average, once the memory is full."""
+    return mem_len if same_length else mem_len + (length + 1) / 2
 
 
 class RelativeAttention(Attention):
@@ -211,6 +245,12 @@ class RelativeAttention(Attention):
         r = self.heads(self.r_net(encoding))
         return r.movedim(0, 1).contiguous().movedim(1, 0), None  # each head contiguous: products are faster so
 
+    def products(self, lanes: int, length: int, mem_len: int, same_length: bool) -> list[Product]:
+        """List those of all attention, that of positions, and W_r R, which all lanes share."""
+        r = Product(self.projection_cost * (mem_len + length + 1), gradients=1)
+        sizes = (lanes, length, mem_len, same_length)
+        return [*super().products(*sizes), self.position_product(*sizes), r]
+
 
 class ShawAttention(Attention):
     """Score (query + u) key + query a_distance + b_distance: learned distances (Shaw et al. 2018, section 3.2).
@@ -232,6 +272,11 @@ class ShawAttention(Attention):
     def relative_terms(self, encoding: Tensor) -> RelativeTerms:
         """Look up a [keys + 1, n_head, d_head] and b [keys + 1, n_head] of the distances [keys + 1]."""
         return self.a[:, encoding].movedim(0, 1), self.b[:, encoding].T
+
+    def products(self, lanes: int, length: int, mem_len: int, same_length: bool) -> list[Product]:
+        """List those of all attention, and that of positions."""
+        sizes = (lanes, length, mem_len, same_length)
+        return [*super().products(*sizes), self.position_product(*sizes)]
 
 
 class AbsoluteAttention(Attention):
@@ -264,6 +309,8 @@ class SinusoidalAttention(AbsoluteAttention):
 
 class LearnedPositionsAttention(SinusoidalAttention):
     """Add learned positions, each layer its own (Al-Rfou et al. 2018, section 3); else as SinusoidalAttention."""
+
+    learns_positions = True
 
     def __init__(self, d_model: int, n_head: int, d_head: int, max_distance: int, **options: Any):
         super().__init__(d_model, n_head, d_head, **options)

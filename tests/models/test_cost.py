@@ -4,16 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from txl_dist.models.flops import (
-    embedding_products,
-    flops,
-    layer_products,
-    products_by_part,
-    softmax_products,
-    training_flops,
-    zipf_share,
-)
+from txl_dist.models.base import Runtime
 from txl_dist.models.layers.backends import AttentionWindow
+from txl_dist.models.layers.cost import zipf_share
+from txl_dist.models.registry import Uninitialised
 from txl_dist.models.transformer_xl import TransformerXL
 
 LANES, VOCAB = 3, 200
@@ -35,10 +29,9 @@ def training(products):
     return sum(product.training for product in products)
 
 
-def training_step(config):
+def training_step(model):
     """A forward and a backward of a model with one softmax, which reads a full memory."""
-    model = TransformerXL(config, VOCAB)
-    tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
+    tokens = torch.zeros(LANES, model.config.tgt_len, dtype=torch.int64)
     lookback = torch.full_like(tokens, 1000)
     return lambda: model(tokens, tokens, lookback, model.empty_memory(LANES))[0].mean().backward()
 
@@ -51,7 +44,7 @@ def test_a_layer(make_config, attention, mem_len):
     hidden = torch.zeros(LANES, config.tgt_len, config.d_model)
     encoding, visible = model.positions_and_window(hidden, torch.zeros(LANES, config.tgt_len, dtype=torch.int64))
     memory = torch.zeros(LANES, mem_len, config.d_model)
-    products = layer_products(config, LANES)
+    products = model.layers[0].products(LANES, config)
     assert counted(lambda: model.layers[0](hidden, memory, encoding, visible)) == forward(products)
 
 
@@ -61,8 +54,8 @@ def test_embedding_and_softmax_with_known_clusters(make_config):
     tokens = torch.tensor([[0] * 4 + [60] * 2 + [150]] * LANES)
     in_cluster = [4 * LANES, 2 * LANES, LANES]
     hidden = torch.zeros(LANES, 7, 24, requires_grad=True)
-    embedding = embedding_products(config, in_cluster)
-    softmax = softmax_products(config, [50, 70, 80], [7 * LANES, *in_cluster[1:]])
+    embedding = model.embedding.products(in_cluster)
+    softmax = model.softmax.products([7 * LANES, *in_cluster[1:]])
     assert counted(lambda: model.embedding(tokens)) == forward(embedding)
     assert counted(lambda: model.softmax(hidden, tokens)) == forward(softmax)
     assert counted(lambda: model.embedding(tokens).sum().backward()) == training(embedding)
@@ -73,7 +66,7 @@ def test_a_whole_model_with_one_softmax(make_config):
     config = make_config()
     model = TransformerXL(config, VOCAB)
     tokens = torch.zeros(LANES, 7, dtype=torch.int64)
-    by_part = flops(config, VOCAB, LANES)
+    by_part = model.flops(LANES)
     assert counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))) == sum(by_part)
     assert len(by_part) == config.n_layer + 2
 
@@ -84,9 +77,10 @@ def test_a_whole_model_with_one_softmax(make_config):
 def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm):
     """Every operation that runs is counted; the model needs only those of pairs that the mask leaves visible."""
     config = make_config(attention=attention, mem_len=mem_len, same_length=same_length, pre_lnorm=pre_lnorm)
-    products = sum(products_by_part(config, VOCAB, LANES), [])
+    model = TransformerXL(config, VOCAB)
+    products = sum(model.products(LANES), [])
     with FlopCounterMode(display=False) as counter:
-        training_step(config)()
+        training_step(model)()
     runs = counter.get_total_flops()
     assert runs == training(products)
 
@@ -95,22 +89,22 @@ def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm
     pairs = int(AttentionWindow(lookback, mem_len).visible.sum())
     for_each_pair = 3 if attention in ("relative", "shaw") else 2  # content, values, position
     seen = 3 * for_each_pair * 2 * config.n_head * config.d_head * pairs * config.n_layer  # backward is twice a forward
-    assert training_flops(config, VOCAB, LANES) == pytest.approx(runs - of_scores + seen, rel=1e-12)
+    assert model.training_flops(LANES) == pytest.approx(runs - of_scores + seen, rel=1e-12)
 
 
 def test_recomputation_is_not_counted_as_the_models(make_config):
     config = make_config()
-    model = TransformerXL(config, VOCAB)
-    model.activation_checkpointing = True
+    model = TransformerXL(config, VOCAB, Runtime(activation_checkpointing=True))
     tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
     runs = counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))[0].mean().backward())
-    products = sum(products_by_part(config, VOCAB, LANES), [])
-    assert runs > training(products) > training_flops(config, VOCAB, LANES)
+    products = sum(model.products(LANES), [])
+    assert runs > training(products) > model.training_flops(LANES)
 
 
 def test_lanes_cost_alike_but_share_r(make_config):
     config = make_config()
-    one, two, three = (training_flops(config, VOCAB, lanes) for lanes in (1, 2, 3))
+    model = TransformerXL(config, VOCAB)
+    one, two, three = (model.training_flops(lanes) for lanes in (1, 2, 3))
     assert three - two == two - one
     r = 2 * (2 * config.d_model * 20 * (11 + 7 + 1)) * config.n_layer  # a forward and one gradient
     assert 2 * one - two == r
@@ -144,7 +138,9 @@ def test_lanes_cost_alike_but_share_r(make_config):
 )
 def test_the_papers_large_models(make_config, sizes, vocab_size, lanes, projections, attention, head):
     config = make_config(**sizes)
-    a_token = training_flops(config, vocab_size, lanes) / (lanes * config.tgt_len) / 1e9
+    with torch.device("meta"), Uninitialised():
+        model = TransformerXL(config, vocab_size)
+    a_token = model.training_flops(lanes) / (lanes * config.tgt_len) / 1e9
     assert a_token == pytest.approx(projections + attention + head, rel=1e-2)
 
 
