@@ -67,7 +67,7 @@ class VocabularyClusters(nn.Module):
             int64 [count] for each cluster, possibly none; on the tokens' device.
         """
         bounds = torch.tensor(self.starts[1:], dtype=torch.int64, device=tokens.device)
-        cluster = torch.bucketize(tokens, bounds, right=True)
+        cluster = torch.bucketize(tokens.contiguous(), bounds, right=True)
         return [(cluster == i).nonzero().squeeze(1) for i in range(first, len(self.sizes))]
 
 

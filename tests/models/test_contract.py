@@ -1,0 +1,218 @@
+"""What is asked of every architecture in conf/model/, dropout on; and that models which break it are found."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from txl_dist.config.schema import ModelConfig
+from txl_dist.models.base import Runtime
+from txl_dist.models.layers.dropout import Noise
+from txl_dist.models.registry import MODELS
+from txl_dist.models.transformer_xl import TransformerXL
+
+torch.set_num_threads(1)
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("conf/model/*.yaml"))
+SMALL = {"n_layer": 3, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 5, "mem_len": 12}
+LANES, VOCAB, LENGTH = 4, 40, 12
+TOKENS = torch.randint(VOCAB, (LANES, LENGTH), generator=torch.Generator().manual_seed(0))
+TARGETS = torch.randint(VOCAB, (LANES, LENGTH), generator=torch.Generator().manual_seed(1))
+LOOKBACK = torch.arange(LENGTH).expand(LANES, LENGTH)
+ALL = slice(LANES)
+
+
+def make_config(path, **changes):
+    """The config of a file in conf/model/, small, with every kind of dropout."""
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    drops = {field.name: 0.3 for field in fields(ModelConfig) if field.name.startswith(("dropout", "dropatt"))}
+    return ModelConfig(**values | SMALL | drops | changes)
+
+
+def build(model_class, config, **runtime):
+    """A model in float64 whose weights are large enough for every one of them to matter."""
+    torch.manual_seed(0)
+    model = model_class(config, VOCAB, Runtime(**runtime)).double()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, float("norm" in name and "weight" in name), 0.3)
+    return model
+
+
+def read(model, lengths=(5, 4, 3), rows=ALL, noisy=True, memory=None):
+    """Read lanes in segments; return the losses, and the memory at the end."""
+    lanes = len(TOKENS[rows])
+    memory = model.empty_memory(lanes) if memory is None else memory
+    losses = []
+    start = 0
+    for step, length in enumerate(lengths):
+        part = (rows, slice(start, start + length))
+        noise = Noise.of_step(1, step, range(LANES)).of_rows(rows) if noisy else None
+        nats, memory = model(TOKENS[part], TARGETS[part], LOOKBACK[part], memory, noise)
+        losses.append(nats)
+        start += length
+    return torch.cat(losses, dim=1), memory
+
+
+def assert_near(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def ask_repetition(model_class, config):
+    """A forward writes nothing: the same input gives the same bits, whatever was read in between."""
+    model = build(model_class, config)
+    first, memory = read(model)
+    read(model, rows=slice(1, 3))
+    again, same = read(model)
+    assert torch.equal(first, again) and all(map(torch.equal, memory, same))
+    assert not any(states.requires_grad for states in memory)
+
+
+def ask_lanes(model_class, config):
+    """A lane is the same whoever it is computed with: losses, states and dropout."""
+    model = build(model_class, config)
+    losses, memory = read(model)
+    for rows in (slice(0, 1), slice(1, 4), torch.tensor([3, 1])):
+        some_losses, some_memory = read(model, rows=rows)
+        assert_near(some_losses, losses[rows])
+        for states, all_states in zip(some_memory, memory, strict=True):
+            assert_near(states, all_states[rows])
+
+
+def ask_segments(model_class, config):
+    """Segments with a memory of all before them are one pass."""
+    model = build(model_class, config).eval()
+    expected, _ = read(model, [LENGTH], noisy=False)
+    for lengths in ([5, 4, 3], [1] * LENGTH):
+        assert_near(read(model, lengths, noisy=False)[0], expected)
+
+
+def ask_caches(model_class, config):
+    """Evaluation by caches gives the numbers of evaluation by memories."""
+    model = build(model_class, config).eval()
+    assert_near(read(model, noisy=False, memory=model.empty_cache(LANES))[0], read(model, noisy=False)[0])
+
+
+def ask_activation_checkpointing(model_class, config):
+    """Recomputed activations give the same gradients to the bit."""
+    gradients = []
+    for recompute in (False, True):
+        model = build(model_class, config, activation_checkpointing=recompute)
+        read(model)[0].sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients)) and all(gradient.any() for gradient in gradients[0])
+
+
+def ask_stages(model_class, config):
+    """Cut anywhere, the stages together are the whole."""
+    losses, memory = read(build(model_class, config), [LENGTH])
+    noise = Noise.of_step(1, 0, range(LANES))
+    for cut in range(config.n_layer + 1):
+        stages = [build(model_class, config) for _ in range(2)]
+        stages[0].keep_stage(range(cut), is_first=True, is_last=False)
+        stages[1].keep_stage(range(cut, config.n_layer), is_first=False, is_last=True)
+        states = build(model_class, config).empty_memory(LANES)
+        hidden, lower = stages[0].through_layers(stages[0].embed(TOKENS, noise), LOOKBACK, states[:cut], noise)
+        hidden, upper = stages[1].through_layers(hidden, LOOKBACK, states[cut:], noise)
+        assert_near(stages[1].predict(hidden, TARGETS, noise), losses)
+        for actual, expected in zip([*lower, *upper], memory, strict=True):
+            assert actual.shape[1:] == stages[1].state_shape
+            assert_near(actual, expected)
+
+
+def ask_cost(model_class, config):
+    """The operations that the model counts are those that torch counts, in a forward and in a backward."""
+    model = build(model_class, config)
+    with FlopCounterMode(display=False) as counter:
+        losses, _ = read(model, [config.tgt_len])
+        forward = counter.get_total_flops()
+        losses.mean().backward()
+    products = [product for part in model.products(LANES) for product in part]
+    assert forward == sum(model.flops(LANES)) == sum(product.forward for product in products)
+    assert counter.get_total_flops() == sum(product.training for product in products)
+
+
+QUESTIONS = [
+    ask_repetition,
+    ask_lanes,
+    ask_segments,
+    ask_caches,
+    ask_activation_checkpointing,
+    ask_stages,
+    ask_cost,
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ask", QUESTIONS)
+def test_every_architecture_keeps_the_contract(ask, path):
+    config = make_config(path)
+    ask(MODELS[config.name], config)
+
+
+class StateOfAnotherLane(TransformerXL):
+    """Writes each state under the lane after its own."""
+
+    def through_layers(self, *args):
+        hidden, memory = super().through_layers(*args)
+        return hidden, [states.roll(1, 0) for states in memory]
+
+
+class HiddenState(TransformerXL):
+    """Remembers something beside its memory."""
+
+    past = 0.0
+
+    def embed(self, *args):
+        embedded = super().embed(*args) + self.past
+        self.past = 0.1 * float(embedded.detach().mean())
+        return embedded
+
+
+class CostOff(TransformerXL):
+    """Forgets one product of the head."""
+
+    def products(self, lanes):
+        *parts, _ = super().products(lanes)
+        return [*parts, []]
+
+
+class DropoutByDraw(TransformerXL):
+    """Drops what torch's generator says, which belongs to no lane."""
+
+    def predict(self, hidden, *args):
+        return super().predict(F.dropout(hidden, 0.1, self.training), *args)
+
+
+class DropoutByRow(TransformerXL):
+    """Drops by the row within the micro-batch, as if it was the lane."""
+
+    def embed(self, inputs, noise=None):
+        by_row = noise and Noise.of_step(0, 0, range(len(inputs)))
+        return super().embed(inputs, by_row)
+
+
+class CutOff(TransformerXL):
+    """Forgets in a pipeline that its stages have other layers."""
+
+    def keep_stage(self, layers, is_first, is_last):
+        super().keep_stage(range(len(layers)), is_first, is_last)
+
+
+BROKEN = {
+    StateOfAnotherLane: ask_lanes,
+    HiddenState: ask_repetition,
+    CostOff: ask_cost,
+    DropoutByDraw: ask_repetition,
+    DropoutByRow: ask_lanes,
+    CutOff: ask_stages,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_model_that_breaks_the_contract_is_found(broken):
+    with pytest.raises(AssertionError):
+        BROKEN[broken](broken, make_config(CONFIGS[0]))
