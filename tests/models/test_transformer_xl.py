@@ -362,7 +362,7 @@ def test_a_step_never_synchronises_with_a_gpu(case):
     drops = dict.fromkeys(["dropout", "dropatt", "dropout_words"], 0.1)
     model = build(replace(BASE, **CASES[case], **drops)).to("meta")
     inputs, targets, lookback = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)
-    noise = Noise.of_step(0, 0, range(LANES), "meta")
+    noise = Noise.of_step(0, 0, range(LANES), torch.device("meta"))
     nll, _ = model(inputs, targets, lookback, model.empty_memory(LANES), noise)
     nll.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from txl_dist.config.schema import ModelConfig
 from txl_dist.models.base import DEFAULT_RUNTIME, LanguageModel, Runtime
-from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, to_device
+from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from txl_dist.models.layers.attention import (
     AbsoluteAttention,
     Attention,
@@ -33,6 +33,7 @@ from txl_dist.models.layers.backends import AttentionWindow
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise, assign_places
 from txl_dist.models.layers.state import LayerState, StateT
+from txl_dist.models.layers.transfer import to_device
 
 
 class FeedForward(nn.Module):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from txl_dist.models.layers.cost import Product, zipf_share
 from txl_dist.models.layers.dropout import Noise, WordDropout
+from txl_dist.models.layers.transfer import to_device
 
 
 class VocabularyClusters(nn.Module):
@@ -217,10 +218,3 @@ def logits(hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | Non
         hidden = hidden @ projection
     scores = F.linear(hidden, table, bias)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without synchronising (pinned, non-blocking)."""
-    if device.type == "cuda" and tensor.device.type == "cpu":  # a copy from pageable memory would synchronise
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

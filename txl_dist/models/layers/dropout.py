@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from txl_dist.models.layers.transfer import to_device
+
+CPU = torch.device("cpu")
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -32,10 +35,10 @@ class Noise:
     shared: Tensor
 
     @classmethod
-    def of_step(cls, seed: int, step: int, lanes: Iterable[int], device: torch.device | str = "cpu") -> "Noise":
+    def of_step(cls, seed: int, step: int, lanes: Iterable[int], device: torch.device = CPU) -> "Noise":
         """Return the randomness of a run's step, counted from 0, for lanes of these numbers."""
         seeds = [hash64(f"{seed} {step} {lane}") for lane in (*lanes, "all")]
-        return cls(*torch.tensor(seeds).to(device).split([len(seeds) - 1, 1]))
+        return cls(*to_device(torch.tensor(seeds), device).split([len(seeds) - 1, 1]))
 
     def of_rows(self, rows: slice | Tensor) -> "Noise":
         """Return that of some of the lanes."""
