@@ -92,12 +92,14 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record: errors to standard error, all else to standard output."""
+        # With its line end in one write: torchrun's children do not buffer, and all write to the same file.
+        line = f"{self.format(record)}\n"
         if record.levelno >= logging.ERROR:
             with contextlib.suppress(OSError):
-                print(self.format(record), file=sys.stderr, flush=True)
+                print(line, end="", file=sys.stderr, flush=True)
         else:
             with output_optional():
-                print(self.format(record), flush=True)
+                print(line, end="", flush=True)
 
 
 class RankFile(logging.FileHandler):
