@@ -50,7 +50,7 @@ def test_a_download_that_cannot_be_resumed_begins_anew(server, tmp_path):
     assert path.read_bytes() == CONTENT
     path.unlink()
     partial.write_bytes(b"of another version")
-    download(Download(server.url("a.bin")), path, ignored)  # nothing would tell the halves apart
+    download(Download(server.url("a.bin")), path, ignored)  # nothing would distinguish the halves
     assert path.read_bytes() == CONTENT and server.asked == ["bytes=1000-", None]
 
 
