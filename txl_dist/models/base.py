@@ -38,6 +38,7 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         config: the hyper-parameters; its lengths may be others from one segment to the next.
+        vocab_size: of the distribution that it predicts.
         layers: those that are here; a pipeline stage has some of them.
     """
 

@@ -147,7 +147,7 @@ def drop(x: Tensor, mask: Mask, variational: bool = False) -> Tensor:
 def factors(seeds: Tensor, shape: list[int], p: float, dtype: torch.dtype) -> Tensor:
     """Draw what numbers are multiplied by, 0 or 1 / (1 - p): int64 [lanes] -> [lanes, *shape].
 
-    By numpy, which draws five times as fast as torch on a CPU.
+    By numpy, whose generator is faster than torch's on a CPU (benchmarks/README.md).
     """
     drawn = np.empty([len(seeds), prod(shape)], np.float32)
     dropped_below = np.uint32(min(round(p * 2**32), 2**32 - 1))
