@@ -1,6 +1,5 @@
 """A run of several processes that halts at a certain moment, until a test lets it continue."""
 
-import signal
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("halted_run.py")
@@ -18,9 +17,3 @@ class Halt:
 
     def release(self):
         self.file.with_suffix(".over").touch()
-
-
-def has_pending(pid, name):
-    """Return whether a process has received a signal, which it holds back."""
-    status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return bool(int(status["ShdPnd"], 16) & 1 << signal.Signals[name] - 1)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.halt import SCRIPT, Halt, has_pending
+from tests.distributed.halt import SCRIPT, Halt
 from tests.distributed.slurm_cluster import MISSING, Cluster
 from txl_dist.checkpoint.format import steps
+from txl_dist.distributed.preemption import is_stopping
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -115,7 +116,7 @@ def stopped(cluster, small, tmp_path_factory):
         if halt:
             job.until(halt.is_reached)
         cluster.call(*STOPS[name], job.id)
-        job.until(lambda job=job, name=name: all(has_pending(task, name) for task in job.tasks()))
+        job.until(lambda job=job: all(map(is_stopping, job.tasks())))
         if halt:
             halt.release()
         job.until(lambda job=job: "Stopped by" in job.output())
