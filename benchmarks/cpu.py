@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from txl_dist.cli import CONF, keep_freed_memory
-from txl_dist.config.schema import ModelConfig, OptimizerConfig
+from txl_dist.config.schema import OptimizerConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
@@ -36,7 +36,7 @@ from txl_dist.data.segments import Segments
 from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 TURNS = 5
 Rates = Iterator[float]  # tokens per second, turn by turn
@@ -55,7 +55,9 @@ DROPOUT = {"dropout": 0.1, "dropatt": 0.1}
 def our_model(vocab_size: int, **shape: Any) -> TransformerXL:
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
     keep_freed_memory()
-    return TransformerXL(ModelConfig(**defaults | {"dropout": 0.0, "tgt_len": 128, "mem_len": 128} | shape), vocab_size)
+    return TransformerXL(
+        TransformerXLConfig(**defaults | {"dropout": 0.0, "tgt_len": 128, "mem_len": 128} | shape), vocab_size
+    )
 
 
 def their_model(tgt_len: int = 128, mem_len: int = 128, **shape: Any) -> torch.nn.Module:

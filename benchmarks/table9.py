@@ -21,9 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from txl_dist.cli import CONF
-from txl_dist.config.schema import ModelConfig
 from txl_dist.evaluation.likelihood import losses_in_context
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 PAPER = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}  # how many times as fast, by the length of attention
 SEGMENT = 128
@@ -33,7 +32,7 @@ TURNS = 3
 
 def model(**options: object) -> TransformerXL:
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
-    built = TransformerXL(ModelConfig(**defaults | options), VOCAB).eval()
+    built = TransformerXL(TransformerXLConfig(**defaults | options), VOCAB).eval()
     return built.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -14,6 +14,10 @@ import yaml
 from pydantic import BeforeValidator
 
 from txl_dist.config import schema
+from txl_dist.config.sections import AnyModel
+from txl_dist.config.types import MayChange
+from txl_dist.models import registry
+from txl_dist.models.config import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
 CONF = REPO / "conf"
@@ -105,7 +109,13 @@ def join_comment(lines: list[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- types
 
-NAMES = {bool: "boolean", int: "integer", float: "number", str: "text", type(None): "`null`"}
+NAMES = {bool: "boolean", int: "integer", float: "number", str: "text", type(None): "`null`", Any: "any value"}
+CHANGES = {
+    MayChange.NEVER: "",
+    MayChange.EVALUATION: "in evaluation",
+    MayChange.LANES: "in evaluation; in training with `run.on_lane_change=reset_memory`",
+    MayChange.ALWAYS: "at every start",
+}
 LARGE = 10**9  # upper limits from here on only say how a number is stored
 
 
@@ -119,6 +129,8 @@ def find_type(kind: Any, key: str) -> Any:
 
 def find_class(kind: Any, choice: str) -> Any:
     """Return the config class of a group's choice, among those that an annotation offers."""
+    if kind == AnyModel:
+        return registry.find(choice).Config
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     classes = get_args(kind) if is_union(kind) else [kind]
@@ -227,16 +239,16 @@ def merge(files: dict[str, dict[str, Key]]) -> dict[str, Key]:
 
 
 def table(kind: Any, keys: dict[str, Key], prefix: str = "") -> Iterator[str]:
-    """Yield the rows of keys; a length without a comment means what it means in the model."""
+    """Yield the rows of keys; those of a model with what may change them."""
     if not keys:
         return
-    _, model = read_conf(CONF / "model" / "transformer_xl.yaml")
-    yield "| key | type | default | meaning |"
-    yield "|---|---|---|---|"
+    marks = kind.may_change() if issubclass(kind, ModelConfig) else {}
+    yield "| key | type | default | meaning |" + (" may change |" if marks else "")
+    yield "|---|---|---|---|" + ("---|" if marks else "")
     for key, (default, meaning) in keys.items():
         shown = "required" if default == "???" else str(default) if "`" in str(default) else f"`{default}`"
-        meaning = escape(meaning or model[key.rpartition(".")[2]].meaning)
-        yield f"| `{prefix}{key}` | {describe_type(find_type(kind, key))} | {shown} | {meaning} |"
+        row = f"| `{prefix}{key}` | {describe_type(find_type(kind, key))} | {shown} | {escape(meaning)} |"
+        yield f"{row} {CHANGES[marks[key]]} |" if marks else row
     yield ""
 
 

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from tests.warm_python import warm_python
 from txl_dist.checkpoint.format import latest
 from txl_dist.cli import CONF
-from txl_dist.config.schema import ModelConfig
 from txl_dist.data.index import Index
+from txl_dist.models.transformer_xl import TransformerXLConfig
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -186,7 +186,7 @@ SIZES = {"n_layer": 2, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, 
 def make_config():
     """The default model, without dropout and small; `options` change it."""
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
-    return lambda **options: ModelConfig(**{**defaults, **SIZES, "dropout": 0.0, **options})
+    return lambda **options: TransformerXLConfig(**{**defaults, **SIZES, "dropout": 0.0, **options})
 
 
 @pytest.fixture

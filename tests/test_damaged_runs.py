@@ -15,14 +15,14 @@ import torch
 
 from txl_dist.checkpoint.format import find_checkpoint, latest, steps
 from txl_dist.config.parse import parse_config
-from txl_dist.config.schema import GenerateJob, LengthsConfig
+from txl_dist.config.schema import GenerateJob
 from txl_dist.errors import UserError
 from txl_dist.generate import generate
 from txl_dist.runs.load import load_model
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-LENGTHS = LengthsConfig(None, None, None, None)
+LENGTHS = {}
 LATEST, OLDER = "checkpoints/step-000000015", "checkpoints/step-000000010"
 WEIGHTS, OPTIMIZER, MEMORY = (f"{kind}-00000.safetensors" for kind in ("weights", "optimizer", "memory"))
 

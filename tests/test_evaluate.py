@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from txl_dist.checkpoint.format import directory, latest, open_checkpoint
-from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
 from txl_dist.errors import ConfigError
 from txl_dist.runs.load import explain_missing_average, find_data, load_model
 
-LENGTHS = LengthsConfig(None, None, None, None)
+LENGTHS = {}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_segments_with_memory_score_as_one_long_forward(run, trained_run, datase
     total = index.splits["valid"].tokens
     tokens = torch.from_numpy(SampleReader(index, "valid").tokens(0, total).astype(np.int64))[None]
     inputs = torch.cat([torch.full((1, 1), index.eos), tokens[:, :-1]], dim=1)
-    lengths = LengthsConfig(total, 0, None, None)
+    lengths = {"tgt_len": total, "mem_len": 0}
     model, _ = load_model(str(trained_run), None, lengths)
     with torch.no_grad():
         nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])

@@ -7,7 +7,6 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from txl_dist.cli import CONF
-from txl_dist.config.checks import model_fits_together
 from txl_dist.config.schema import TrainJob
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -44,7 +43,7 @@ def test_every_experiment_is_tested():
 def test_it_has_the_published_number_of_parameters(name):
     job = composed(name)
     total, in_layers, vocab_size = PUBLISHED[name]
-    assert not list(model_fits_together(job.model)) and job.run.dir == f"runs/{name}"
+    assert not list(job.model.problems()) and job.run.dir == f"runs/{name}"
     with torch.device("meta"):
         model = TransformerXL(job.model, vocab_size)
     own_u_and_v = (job.model.n_layer - 1) * 2 * job.model.n_head * job.model.d_head

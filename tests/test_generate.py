@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.tokenizers import BytesTokenizer, WordTokenizer
 from txl_dist.errors import UserError
 from txl_dist.evaluation.sampling import Completion, Sampler, continuations
@@ -17,7 +16,7 @@ def trained_run(run, small, tmp_path_factory):
     return run_dir
 
 
-LENGTHS = LengthsConfig(None, 200, None, None)
+LENGTHS = {"mem_len": 200}
 
 
 def sampled(run_dir, prompts, count=30, temperature=0.0, seed=1):

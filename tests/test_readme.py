@@ -19,6 +19,8 @@ from pydantic import TypeAdapter
 from torch.distributed.run import get_args_parser
 
 from txl_dist.config.overrides import CONF, CommandLine
+from txl_dist.models import registry
+from txl_dist.models.config import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")])
@@ -162,6 +164,8 @@ def keys_of(kind, prefix=""):
         hint = get_type_hints(kind)[field.name]
         key = prefix + field.name.removesuffix("_")
         classes = [choice for choice in (hint, *get_args(hint)) if is_dataclass(choice)]
+        if hint is ModelConfig:
+            classes = [registry.find(name).Config for name in registry.names()]
         for config_class in classes:
             yield from keys_of(config_class, f"{key}.")
         if not classes and not (field.name == "name" and get_origin(hint) is Literal):  # the choice of a group

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.config.schema import LengthsConfig
 from txl_dist.evaluation.scoring import Scorer
 
 TEXT = "the and of the\nabcd"
@@ -22,8 +21,8 @@ def trained_run(request, run, small, tmp_path_factory):
 
 def test_scores_are_those_of_one_forward(trained_run):
     """Read segments of 5 tokens with a memory of all before them."""
-    scores, next_log_probs = Scorer.open(str(trained_run), lengths=LengthsConfig(5, 30, None, None)).read(TEXT)
-    scorer = Scorer.open(str(trained_run), lengths=LengthsConfig(None, 0, None, None))
+    scores, next_log_probs = Scorer.open(str(trained_run), changes={"tgt_len": 5, "mem_len": 30}).read(TEXT)
+    scorer = Scorer.open(str(trained_run), changes={"mem_len": 0})
     inputs = torch.tensor([[scorer.tokenizer.eos, *TEXT.encode()]])
     with torch.no_grad():
         log_probs, _ = scorer.model(inputs, None, torch.arange(inputs.size(1))[None], scorer.model.empty_memory(1))

@@ -10,7 +10,6 @@ import torch
 
 from tests.conftest import without_torchrun
 from txl_dist.checkpoint.format import latest
-from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
@@ -146,7 +145,7 @@ def test_other_lanes_start_at_the_same_share_of_the_epoch(run, small, metrics, d
 
     # By hand: the same weights, new memories, and each lane at its share of the text.
     run("txl_dist.train", *still, f"run.dir={fresh}", "train.stop_at=1")
-    model, _ = load_model(str(fresh), None, LengthsConfig(24, 30, None, None))
+    model, _ = load_model(str(fresh), None, {"tgt_len": 24, "mem_len": 30})
     index = Index.open(str(dataset))
     stream = SampleReader(index, "train")
     size = index.splits["train"].tokens
@@ -229,7 +228,7 @@ def test_only_the_second_half_counts_where_it_is_asked_for(run, small, metrics, 
     still = [*small, "optimizer.lr=1e-30", "train.loss=second_half", "train.stop_at=3", f"run.dir={tmp_path}"]
     run("txl_dist.train", *still)
     logged = [line["train/loss"] for line in metrics(tmp_path) if "train/loss" in line]
-    model, _ = load_model(str(tmp_path), None, LengthsConfig(None, None, None, None))
+    model, _ = load_model(str(tmp_path), None, {})
     index = Index.open(str(dataset))
     plan = LanePlan(index.splits["train"].document_starts, 8, 16, seed=1)
     memory = model.empty_memory(8)

@@ -1,6 +1,6 @@
 """Distributed training of language models with memory: Transformer-XL and its kin."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from txl_dist.evaluation.trained_model import TrainedModel
@@ -13,10 +13,7 @@ def load(
     checkpoint: int | Literal["best"] | None = None,
     *,
     average: bool = False,
-    tgt_len: int | None = None,
-    mem_len: int | None = None,
-    clamp_len: int | None = None,
-    same_length: bool | None = None,
+    **changes: Any,
 ) -> "TrainedModel":
     """Load a trained model with its tokenizer, on the GPU where there is one.
 
@@ -24,13 +21,12 @@ def load(
         path: a run directory; or a folder or file that `txl-convert` imports, which then is not written anywhere.
         checkpoint: a step of the run, "best" (of the lowest loss on valid), or None: the latest valid one.
         average: load the averaged weights that optimizer.average_from has kept.
-        tgt_len, mem_len, clamp_len, same_length: lengths to read with; None: those of training.
+        changes: keys of the model that are read with other values than in training, such as mem_len=1600; None: as in
+            training.
 
     Raises:
-        UserError: where nothing can be loaded from there, or the lengths do not fit together.
+        UserError: where nothing can be loaded from there, or the model cannot be read so.
     """
-    from txl_dist.config.schema import LengthsConfig
     from txl_dist.evaluation import trained_model  # with torch: not for --help
 
-    lengths = LengthsConfig(tgt_len, mem_len, clamp_len, same_length)
-    return trained_model.load(str(path), checkpoint, average, lengths)
+    return trained_model.load(str(path), checkpoint, average, changes)

@@ -1,16 +1,15 @@
 """Print the loss of runs' checkpoints on a split: txl-evaluate run=RUN_DIR split=test."""
 
 import json
-from dataclasses import fields
 from typing import Any
 
 from rich.table import Column, Table
 
 from txl_dist.cli import command
-from txl_dist.config.schema import EvaluateJob, LengthsConfig
+from txl_dist.config.schema import EvaluateJob
 from txl_dist.tracking.console import PlainConsole
 
-LENGTHS = [field.name for field in fields(LengthsConfig)]
+PHRASES = ["bits_per_byte", "bits_per_character", "word_perplexity", "tokens_per_second", "sliding_window"]
 COMPARED = ["step", "tgt_len", "mem_len", "loss", "word_perplexity", "bits_per_character"]
 
 
@@ -58,8 +57,8 @@ def compare(scores: list[dict[str, Any]]) -> None:
 
 
 def title(key: str) -> str:
-    """Return the label of a number; lengths keep the names that they have as keys."""
-    return key if key in LENGTHS else key.replace("_", " ")
+    """Return the label of a number; keys of the config keep their names."""
+    return key.replace("_", " ") if key in PHRASES else key
 
 
 def number(value: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from txl_dist.config.checks import continues
+from txl_dist.config.identity import refused_changes
 from txl_dist.config.overrides import CONF, spell_out
 from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import (
@@ -21,8 +21,8 @@ from txl_dist.config.schema import (
     ReclJob,
     ScoreJob,
     TrainJob,
-    checked_path,
 )
+from txl_dist.config.types import checked_path
 from txl_dist.errors import ConfigError
 
 JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}
@@ -206,7 +206,7 @@ def test_another_optimizer_continues_where_its_states_are_of_the_same_kind(small
     job = compose_job("train", *small)
     started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": before, "average_from": None}}
     given = job.run, job.data, job.model, replace(job.optimizer, name=now)
-    problems = list(continues(started, *given))
+    problems = list(refused_changes(started, *given))
     assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
 
 

@@ -141,7 +141,7 @@ def test_a_module_within_itself_is_refused(tmp_path):
         {"dropout": float("nan")},
         {"tie_projs": 3, "div_val": 2, "cutoffs": [3]},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:60],
 )
 def test_a_config_that_asks_for_another_model_than_its_tensors_is_refused(changes, tmp_path):
     for number, folder in enumerate([save_folder(hugging_face_model(), tmp_path / "hf"), exported(tmp_path)]):

@@ -13,7 +13,7 @@ from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from txl_dist.checkpoint.format import latest
 from txl_dist.config.parse import parse_config
-from txl_dist.config.schema import ConvertJob, LengthsConfig
+from txl_dist.config.schema import ConvertJob
 from txl_dist.convert import convert
 from txl_dist.errors import UserError
 from txl_dist.runs.load import load_model
@@ -43,8 +43,7 @@ def refusal(*args, **values):
 
 
 def load_run(run_dir, **lengths):
-    given = LengthsConfig(**(dict(tgt_len=None, mem_len=None, clamp_len=None, same_length=None) | lengths))
-    return load_model(str(run_dir), None, given)[0]
+    return load_model(str(run_dir), None, lengths)[0]
 
 
 def load_weights(run_dir):

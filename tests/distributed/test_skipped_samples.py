@@ -9,7 +9,6 @@ import torch
 
 from tests.conftest import without_torchrun
 from txl_dist.checkpoint.format import latest
-from txl_dist.config.schema import LengthsConfig
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
@@ -105,7 +104,7 @@ def test_the_loss_is_the_mean_of_what_is_scored_and_nothing_attends_to_a_gap(run
     """By hand, with a learning rate of (almost) nothing, and memories of gaps made unbearable."""
     run_dir = runs[0] / "still"
     folder, samples = harmed
-    model, _ = load_model(str(run_dir), None, LengthsConfig(None, None, None, None))
+    model, _ = load_model(str(run_dir), None, {})
     index = Index.open(str(folder))
     plan = LanePlan(index.splits["train"].document_starts, LANES, TGT_LEN, seed=1)
     reader = SampleReader(index, "train", fill_value=NOT_SCORED)

@@ -15,11 +15,10 @@ from safetensors.torch import save
 
 import txl_dist
 from txl_dist.checkpoint.format import CheckpointWriter, latest
-from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion.weights import hugging_face_shapes
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 from .isolate import call, command
 
@@ -67,7 +66,7 @@ def untrained(folder: Path, tokenizer: str) -> None:
     like = latest(folder / "run-bytes")
     run = folder / f"run-{tokenizer}"
     config = like.config | {"data": like.config["data"] | {"dir": str(folder / tokenizer)}}
-    model = TransformerXL(ModelConfig(**config["model"]), index.vocab_size)
+    model = TransformerXL(TransformerXLConfig(**config["model"]), index.vocab_size)
     writer = CheckpointWriter(str(run), like.step, rank=0)
     writer.add("weights", dict(model.named_parameters()))
     for kind in ("optimizer", "memory"):
@@ -85,7 +84,7 @@ def done(folder: Path, run) -> None:
 
 def third_party(folder: Path) -> None:
     """Make Hugging Face's folder (both formats, parts), the authors' and NVIDIA's files, a pickled vocabulary."""
-    config = ModelConfig(name="transformer_xl", tie_weights=True, tie_projections=True, **MODEL)
+    config = TransformerXLConfig(name="transformer_xl", tie_weights=True, tie_projections=True, **MODEL)
     torch.manual_seed(1)
     tensors = {name: torch.randn(shape) for name, shape in hugging_face_shapes(config, len(WORDS)).items()}
     for name in [name for name in tensors if name.startswith("crit.out_") and not name.endswith("bias")]:

@@ -9,11 +9,10 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from txl_dist.config.schema import ModelConfig
+from txl_dist.models import registry
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers.dropout import Noise
-from txl_dist.models.registry import MODELS
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 torch.set_num_threads(1)
 
@@ -29,8 +28,8 @@ ALL = slice(LANES)
 def make_config(path, **changes):
     """The config of a file in conf/model/, small, with every kind of dropout."""
     values = OmegaConf.to_container(OmegaConf.load(path))
-    drops = {field.name: 0.3 for field in fields(ModelConfig) if field.name.startswith(("dropout", "dropatt"))}
-    return ModelConfig(**values | SMALL | drops | changes)
+    drops = {field.name: 0.3 for field in fields(TransformerXLConfig) if field.name.startswith(("dropout", "dropatt"))}
+    return TransformerXLConfig(**values | SMALL | drops | changes)
 
 
 def build(model_class, config, **runtime):
@@ -150,7 +149,7 @@ QUESTIONS = [
 @pytest.mark.parametrize("ask", QUESTIONS)
 def test_every_architecture_keeps_the_contract(ask, path):
     config = make_config(path)
-    ask(MODELS[config.name], config)
+    ask(registry.find(config.name), config)
 
 
 class StateOfAnotherLane(TransformerXL):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers.backends import AttentionWindow
 from txl_dist.models.layers.cost import zipf_share
-from txl_dist.models.registry import Uninitialised
+from txl_dist.models.shapes import Uninitialised
 from txl_dist.models.transformer_xl import TransformerXL
 
 LANES, VOCAB = 3, 200

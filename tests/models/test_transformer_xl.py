@@ -7,20 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
-from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion.weights import from_hugging_face
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers import dropout
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.layers.state import KVCache, concat_lanes
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 torch.set_num_threads(1)
 
 VOCAB, LANES = 50, 3
 FAR = 10**6  # a lookback beyond any memory
 NOISE = Noise.of_step(0, 0, range(LANES))
-BASE = ModelConfig(
+BASE = TransformerXLConfig(
     name="transformer_xl",
     n_layer=2,
     d_model=16,
@@ -44,7 +43,9 @@ BASE = ModelConfig(
 )
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, **runtime: bool) -> TransformerXL:
+def build(
+    config: TransformerXLConfig, dtype: torch.dtype = torch.float64, seed: int = 0, **runtime: bool
+) -> TransformerXL:
     """A model whose weights are large enough for every one of them to matter."""
     torch.manual_seed(seed)
     model = TransformerXL(config, VOCAB, Runtime(**runtime)).to(dtype)
@@ -76,7 +77,7 @@ def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory=None, 
 # ------------------------------------------------------------------------------------------- the reference
 
 
-def reference(config: ModelConfig, dtype: torch.dtype) -> TransfoXLLMHeadModel:
+def reference(config: TransformerXLConfig, dtype: torch.dtype) -> TransfoXLLMHeadModel:
     theirs = TransfoXLLMHeadModel(
         TransfoXLConfig(
             vocab_size=VOCAB,

@@ -3,9 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from txl_dist.config.schema import ModelConfig
 from txl_dist.data.index import Index
 from txl_dist.models import registry
+from txl_dist.models.transformer_xl import TransformerXLConfig
 
 STAGES = ["engine.pipeline_stages=2", "engine.gradient_accumulation=2"]
 
@@ -22,7 +22,7 @@ def test_mfu_is_the_share_of_all_devices_peak(run, small, metrics, dataset, tmp_
     """The model's operations are the same however it is split; two devices have twice the peak of one."""
     command = [*small, *options, f"run.dir={tmp_path}", "train.stop_at=3", "engine.peak_tflops=0.002"]
     printed = run("txl_dist.train", *command, processes=processes).stdout
-    model = ModelConfig(**OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml").model))
+    model = TransformerXLConfig(**OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml").model))
     built = registry.build(model, Index.open(str(dataset)).vocab_size)
     flops_per_token = built.training_flops(lanes=8) / (8 * 16)
     lines = [line for line in metrics(tmp_path) if "train/tokens_per_second" in line]

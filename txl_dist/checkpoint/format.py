@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from txl_dist.checkpoint.manifest import ImportedManifest, Manifest
-from txl_dist.config.schema import CheckpointChoice
-from txl_dist.errors import UserError
+from txl_dist.config.types import CheckpointChoice
+from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import remove, rename, sha256_of_file, sha256_of_json, sync
 from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
 
@@ -386,6 +386,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         schema = ImportedManifest if "imported" in manifest["state"] else Manifest
         schema.model_validate(manifest)
         checkpoint = Checkpoint(path, manifest["state"], manifest["config"], manifest["data"], manifest["files"])
+    except ConfigError as error:
+        raise UserError(f"{file}: holds a config that cannot be read: {error.problems[0]}") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     except PARSE_ERRORS as error:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from txl_dist.config.schema import ModelConfig
+from txl_dist.config.sections import AnyModel
 from txl_dist.files.parsing import FileName, Number, Sha256, Size, Version
 
 PositiveInt = Annotated[Size, Field(ge=1)]
@@ -90,7 +90,7 @@ class EngineSection(BaseModel):
 class Config(BaseModel):
     run: RunSection
     data: DataSection
-    model: ModelConfig
+    model: AnyModel
     optimizer: OptimizerSection
     train: TrainSection
     engine: EngineSection
@@ -137,7 +137,7 @@ class ImportedDataSection(BaseModel):
 
 
 class ImportedConfig(BaseModel):
-    model: ModelConfig
+    model: AnyModel
     data: ImportedDataSection
 
 

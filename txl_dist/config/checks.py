@@ -7,20 +7,17 @@ could be parsed.
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from math import lcm
 from shutil import which
-from typing import Any
 
+from txl_dist.config.identity import refused_changes
 from txl_dist.config.schema import (
-    LANE_KEYS,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
-    LengthsConfig,
-    ModelConfig,
+    ModelChanges,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -28,10 +25,11 @@ from txl_dist.config.schema import (
     TrainConfig,
     TrainJob,
 )
+from txl_dist.config.sections import changed_model
 from txl_dist.data.index import Index
 from txl_dist.distributed.launcher import launcher_env
-from txl_dist.errors import UserError
-from txl_dist.files.parsing import shown
+from txl_dist.errors import ConfigError, UserError
+from txl_dist.models.config import ModelConfig
 from txl_dist.tracking.weights_and_biases import refused_settings
 
 
@@ -81,42 +79,15 @@ def stages_can_be_cut(engine: EngineConfig, model: ModelConfig) -> Iterator[str]
 
 def model_fits_together(model: ModelConfig) -> Iterator[str]:
     """Check the hyper-parameters against each other."""
-    yield from lengths_fit_together("model", model)
-    if sorted(set(model.cutoffs)) != model.cutoffs:
-        yield f"model.cutoffs={shown(model.cutoffs)}: must increase"
-    if model.div_val > 1 and not model.cutoffs:
-        yield (
-            f"model.div_val={model.div_val}: narrows the embeddings of clusters, but model.cutoffs is empty; "
-            "give cutoffs, or model.div_val=1"
-        )
-    width = model.d_model
-    for _ in model.cutoffs:
-        width //= model.div_val
-    if width < 1:
-        yield (
-            f"model.div_val={model.div_val}: leaves no dimension of model.d_model={model.d_model} for cluster "
-            f"{len(model.cutoffs)}; give a smaller one, or fewer model.cutoffs"
-        )
+    yield from model.problems()
 
 
-def evaluation_fits_together(model: ModelConfig, evaluation: LengthsConfig) -> Iterator[str]:
-    """Check the lengths of evaluation, where they are not those of training."""
-    evaluated = evaluation.of(model)
-    if evaluated != model:
-        yield from lengths_fit_together("evaluation", evaluated)
-
-
-def lengths_fit_together(section: str, model: ModelConfig) -> Iterator[str]:
-    """Check the lengths of a model, as given in `section`."""
-    if model.clamp_len == 0:
-        yield (
-            f"{section}.clamp_len=0: would make all distances equal; give -1 (no clamping) or a distance of 1 or more"
-        )
-    if model.same_length and model.mem_len == 0:
-        yield (
-            f"{section}.same_length=true: every token attends to mem_len tokens, but {section}.mem_len=0; "
-            "give a memory, or false"
-        )
+def evaluation_fits_together(model: ModelConfig, evaluation: ModelChanges) -> Iterator[str]:
+    """Check what evaluation reads otherwise than training."""
+    try:
+        changed_model(model, evaluation, "evaluation")
+    except ConfigError as error:
+        yield from error.problems
 
 
 def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterator[str]:
@@ -256,8 +227,7 @@ def data_are_there(data: DataConfig, model: ModelConfig, checkpoint: CheckpointC
             yield f"data.num_lanes={data.num_lanes}: more lanes than the split {name} has tokens ({split.tokens:,})"
     if checkpoint.keep_best and "valid" not in index.splits:
         yield f"checkpoint.keep_best=true: {data.dir} has no valid split to find the best by; give false"
-    if model.cutoffs and model.cutoffs[-1] >= index.vocab_size:
-        yield f"model.cutoffs={model.cutoffs}: must stay below the vocabulary of {index.vocab_size:,} in {data.dir}"
+    yield from (f"{problem} in {data.dir}" for problem in model.vocabulary_problems(index.vocab_size))
 
 
 def run_continues_itself(
@@ -280,7 +250,7 @@ def run_continues_itself(
             "give another run.dir"
         )
         return
-    yield from continues(checkpoint.config, run, data, model, optimizer)
+    yield from refused_changes(checkpoint.config, run, data, model, optimizer)
 
 
 def skipped_steps_can_be_read(run: RunConfig) -> Iterator[str]:
@@ -291,55 +261,6 @@ def skipped_steps_can_be_read(run: RunConfig) -> Iterator[str]:
         read_skipped_steps(run.dir)
     except UserError as error:
         yield str(error)
-
-
-def continues(
-    started: Mapping[str, Any], run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
-) -> Iterator[str]:
-    """Yield what a config changes, but must not, of the config that a checkpoint was made with.
-
-    Args:
-        started: the checkpoint's config, as nested dicts.
-    """
-    given = {"run": asdict(run), "data": asdict(data), "model": asdict(model), "optimizer": asdict(optimizer)}
-    trained_by = started["optimizer"]["name"]
-    if KINDRED[trained_by] != KINDRED[optimizer.name]:
-        yield (
-            f"optimizer.name={optimizer.name}: the run in {run.dir} was trained with {trained_by}, whose states are of "
-            f"another kind; give optimizer={trained_by}, or another run.dir for another run"
-        )
-    for section, key in [*IDENTITY, *LANE_KEYS]:
-        now = given[section][key]
-        before = started[section].get(key, now)
-        if before == now:
-            continue
-        change = f"{section}.{key}={now}: the run in {run.dir} was started with {before}"
-        if (section, key) in IDENTITY:
-            yield f"{change}; give that, or another run.dir for another run"
-        elif run.on_lane_change == "refuse":
-            yield (
-                f"{change}, and its memory belongs to those lanes, at their positions in the data; give that, or "
-                "run.on_lane_change=reset_memory to resume at the same share of the epoch with empty memories, "
-                "or another run.dir for another run"
-            )
-
-
-# Optimizers that keep the same states: one continues where the other has stopped.
-KINDRED = {"adam": "adam", "adamw": "adam", "lamb": "lamb"}
-
-# Keys of the model that may change: regularization, and those of the lanes, which run.on_lane_change covers.
-MODEL_KEYS = [field.name for field in fields(ModelConfig)]
-MAY_CHANGE = {key for key in MODEL_KEYS if key.startswith("drop")} | {"variational"}
-MAY_CHANGE |= {key for section, key in LANE_KEYS if section == "model"}
-
-# The identity of a run: with another value its weights, its memory or its position in the data would not fit.
-IDENTITY = [
-    ("run", "seed"),
-    ("data", "order"),
-    ("data", "reset_memory"),
-    ("optimizer", "average_from"),
-    *(("model", key) for key in sorted(MODEL_KEYS) if key not in MAY_CHANGE),
-]
 
 
 Check = Callable[..., Iterator[str]]

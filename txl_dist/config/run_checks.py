@@ -8,17 +8,17 @@ from itertools import chain
 from pathlib import Path
 
 from txl_dist.config.schema import (
-    CheckpointChoice,
-    ConvertedModelConfig,
     ConvertJob,
     EvaluateJob,
     GenerateJob,
     InspectJob,
-    LengthsConfig,
+    ModelChanges,
     ReclJob,
     ScoreJob,
 )
-from txl_dist.errors import UserError
+from txl_dist.config.sections import changed_model, parse_model
+from txl_dist.config.types import CheckpointChoice
+from txl_dist.errors import ConfigError, UserError
 
 
 def run_is_there(run: str, checkpoint: CheckpointChoice) -> Iterator[str]:
@@ -26,12 +26,19 @@ def run_is_there(run: str, checkpoint: CheckpointChoice) -> Iterator[str]:
     yield from run_problems(run, checkpoint)
 
 
-def some_run_is_there(run: list[str], checkpoint: CheckpointChoice) -> Iterator[str]:
+def model_can_be_read_so(run: str, checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:
+    """Check what is to be read otherwise than in training."""
+    yield from change_problems(run, checkpoint, model)
+
+
+def some_run_is_there(run: list[str], checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:
     """Refuse runs of which none can be evaluated; where some can, the rows of the others say why not."""
     yield from patterns_match(run)
-    problems = [list(run_problems(path, checkpoint)) for path in run_dirs(run)]
+    problems = [
+        list(run_problems(path, checkpoint)) or list(change_problems(path, checkpoint, model)) for path in run_dirs(run)
+    ]
     if all(problems):
-        yield from chain(*problems)
+        yield from dict.fromkeys(chain(*problems))
 
 
 def all_runs_are_there(run: list[str]) -> Iterator[str]:
@@ -80,22 +87,39 @@ def run_problems(path: str, which: CheckpointChoice) -> Iterator[str]:
                 )
 
 
+def change_problems(path: str, which: CheckpointChoice, changes: ModelChanges) -> Iterator[str]:
+    """Yield what cannot be changed of a run's model, where its checkpoint can be read."""
+    from txl_dist.checkpoint.format import directory, latest, open_checkpoint
+
+    if not changes:
+        return
+    try:
+        checkpoint = open_checkpoint(directory(path, which)) if isinstance(which, int) else latest(path)
+    except UserError:  # which is reported where the checkpoint is chosen
+        return
+    if checkpoint is not None:
+        try:
+            changed_model(parse_model(checkpoint.config["model"]), changes)
+        except ConfigError as error:
+            yield from error.problems
+
+
 def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
     """Check that there is a longer context to compare the shortest one with."""
     if max_context < 2 * step:
         yield f"max_context={max_context}: must be at least two steps of {step}, to compare a context with a longer one"
 
 
-def window_has_no_memory(sliding_window: bool, model: LengthsConfig) -> Iterator[str]:
+def window_has_no_memory(sliding_window: bool, model: ModelChanges) -> Iterator[str]:
     """Check that a sliding window is not given a memory, which it does not use."""
-    if sliding_window and model.mem_len is not None:
+    if sliding_window and model.get("mem_len") is not None:
         yield (
-            f"model.mem_len={model.mem_len}: a sliding window reads without memory; give its length as model.tgt_len"
+            f"model.mem_len={model['mem_len']}: a sliding window reads without memory; give its length as model.tgt_len"
         )
 
 
 def conversion_has_one_direction(
-    run: str, from_: str | None, to: str | None, tokenizer_from: str | None, model: ConvertedModelConfig
+    run: str, from_: str | None, to: str | None, tokenizer_from: str | None
 ) -> Iterator[str]:
     """Check that a model is either imported or exported, and that nothing is overwritten."""
     if (from_ is None) == (to is None):
@@ -108,25 +132,23 @@ def conversion_has_one_direction(
         yield f"{key}={target}: is there already, and nothing is overwritten; give another folder"
     if from_ is not None and not Path(from_).exists():
         yield f"from={from_}: there is no such file or folder"
-    if to is not None:
-        given = {"tokenizer_from": tokenizer_from, "model.cutoffs": model.cutoffs, "model.pre_lnorm": model.pre_lnorm}
-        for key, value in given.items():
-            if value is not None:
-                yield f"{key}={value}: is for from=PATH, because a run has its own; leave it out"
+    if to is not None and tokenizer_from is not None:
+        yield f"tokenizer_from={tokenizer_from}: is for from=PATH, because a run has its own; leave it out"
 
 
-def exported_run_is_there(run: str, to: str | None, checkpoint: CheckpointChoice) -> Iterator[str]:
-    """Check that the chosen checkpoint of a run to be exported can be read."""
+def exported_run_is_there(run: str, to: str | None, checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:
+    """Check that the chosen checkpoint of a run to be exported can be read, and its model changed so."""
     if to is not None:
         yield from run_problems(run, checkpoint)
+        yield from change_problems(run, checkpoint, model)
 
 
 Check = Callable[..., Iterator[str]]
 CHECKS: dict[type, list[Check]] = {
     EvaluateJob: [some_run_is_there, window_has_no_memory],
-    GenerateJob: [run_is_there],
+    GenerateJob: [run_is_there, model_can_be_read_so],
     InspectJob: [run_is_there],
-    ScoreJob: [run_is_there],
+    ScoreJob: [run_is_there, model_can_be_read_so],
     ReclJob: [all_runs_are_there, there_are_two_contexts],
     ConvertJob: [conversion_has_one_direction, exported_run_is_there],
 }

@@ -1,77 +1,40 @@
 """The schema of conf/: the types and limits of its values. conf/*.yaml explains each key where it stands.
 
-What must hold of several values together is in checks.py and run_checks.py.
+The section of a model is described beside the model. What must hold of several values together is in checks.py and
+run_checks.py.
 """
 
-import os
-from dataclasses import asdict, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, Strict
+from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
-SCHEMA = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # a folder may be named 2024
+from txl_dist.config.sections import AnyModel, changed_model
+from txl_dist.config.types import (
+    INT32_MAX,
+    LANES,
+    NEVER,
+    SCHEMA,
+    CheckpointChoice,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    PathList,
+    PathStr,
+    Positive,
+    PositiveInt,
+    Prompts,
+    RunDir,
+    RunDirs,
+    Seconds,
+    Seed,
+    Size,
+    StrictBool,
+    Workers,
+)
+from txl_dist.models.config import ModelConfig
 
-INT32_MAX = 2**31 - 1
-INT64_MAX = 2**63 - 1
-FLOAT32_MAX = 3.4e38
-
-
-def listed(value: object) -> object:
-    """Let a single text stand for a list of it."""
-    return [value] if isinstance(value, str) else value
-
-
-def checked_path(value: str) -> str:
-    """Expand `~`; where no such user is known, it is the beginning of a name."""
-    if not value.strip():
-        raise PydanticCustomError("path", "is empty; give a path")
-    if "\0" in value:
-        raise PydanticCustomError("path", "holds a NUL character; give a path")
-    path = os.path.expanduser(value)
-    return os.path.abspath(path) if path.startswith("~") else path
-
-
-def checked_run(path: str) -> str:
-    """Refuse names that safetensors cannot open."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError(
-            "run", "is not UTF-8, and safetensors opens no such file; give another name"
-        ) from None
-    return path
-
-
-# Strict: "12" is not accepted as a number, nor 1 as true.
-StrictBool = Annotated[bool, Strict()]
-PositiveInt = Annotated[int, Strict(), Field(ge=1, le=INT64_MAX)]
-NonNegativeInt = Annotated[int, Strict(), Field(ge=0, le=INT64_MAX)]
-Size = Annotated[int, Strict(), Field(ge=1, le=INT32_MAX)]  # of a dimension of tensors
-SizeOrZero = Annotated[int, Strict(), Field(ge=0, le=INT32_MAX)]
-Clamp = Annotated[int, Strict(), Field(ge=-1, le=INT32_MAX)]
-Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch takes
-Workers = Annotated[int, Strict(), Field(ge=1, le=1024)]
-Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
-NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
-Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
-Seconds = Annotated[float, Strict(), Field(gt=0, le=1e9, allow_inf_nan=False)]
-Prompts = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
-PathStr = Annotated[str, AfterValidator(checked_path)]  # or a URL, or a glob
-PathList = Annotated[list[PathStr], Field(min_length=1), BeforeValidator(listed)]
-RunDir = Annotated[PathStr, AfterValidator(checked_run)]
-RunDirs = Annotated[list[RunDir], Field(min_length=1), BeforeValidator(listed)]
-
-
-def step_or_best(value: object) -> object:
-    """Accept a step, "best" or None."""
-    if value is None or value == "best" or (type(value) is int and value >= 0):
-        return value
-    raise PydanticCustomError("which", "should be a step, best (the lowest loss on valid), or null (the latest)")
-
-
-CheckpointChoice = Annotated[int | Literal["best"] | None, PlainValidator(step_or_best)]  # of a run's checkpoints
+ModelChanges = dict[str, Any]  # keys of a trained model's section that are to be others now; null: as trained
 
 
 # ------------------------------------------------------------------------------------------------------ prepare
@@ -171,12 +134,12 @@ class PrepareJob:
 class RunConfig:
     """The run directory is the run's identity: starting with the same `dir` again resumes the run.
 
-    on_lane_change: whether it may be resumed with other lanes (another value of LANE_KEYS), at the same share of the
-    epoch but with empty memories.
+    on_lane_change: whether it may be resumed with other lanes (another value of a key that is marked LANES), at the
+    same share of the epoch but with empty memories.
     """
 
     dir: RunDir
-    seed: Seed
+    seed: Annotated[Seed, NEVER]
     on_lane_change: Literal["refuse", "reset_memory"]
 
 
@@ -189,62 +152,11 @@ class DataConfig:
     """
 
     dir: PathStr
-    num_lanes: Size
-    order: Literal["corpus", "documents"]
-    reset_memory: Literal["never", "document"]
+    num_lanes: Annotated[Size, LANES]
+    order: Annotated[Literal["corpus", "documents"], NEVER]
+    reset_memory: Annotated[Literal["never", "document"], NEVER]
     workers: Workers  # background threads that read ahead; the batches do not depend on their number
     on_error: Literal["fail", "skip_sample"] = "fail"
-
-
-@dataclass(config=SCHEMA, frozen=True, kw_only=True)
-class ModelConfig:
-    """Transformer-XL's hyper-parameters, by the paper's names (Dai et al. 2019, section 3 and the authors' code).
-
-    attention: how positions are encoded: relative (the paper's), shaw (Shaw et al. 2018), absolute (Vaswani et al.
-    2017), al_rfou (Al-Rfou et al. 2018). A vanilla Transformer is one of the latter two with mem_len 0.
-
-    A key that checkpoints of earlier versions lack has a default: the value that they were trained with.
-    """
-
-    name: Literal["transformer_xl"]
-    n_layer: Size
-    d_model: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX, multiple_of=2)]
-    n_head: Size
-    d_head: Size
-    d_inner: Size
-    attention: Literal["relative", "shaw", "absolute", "al_rfou"] = "relative"
-    max_distance: Size = 1023  # shaw, al_rfou: the largest distance with an embedding of its own
-    tgt_len: Size  # tokens in a segment
-    mem_len: SizeOrZero  # hidden states remembered per layer and lane
-    clamp_len: Clamp  # larger distances are treated as this one; -1: no clamping
-    same_length: StrictBool  # every token attends to mem_len tokens, itself included
-    dropout: Fraction
-    dropatt: Fraction  # of the attention's probabilities
-    dropout_words: Fraction = 0.0  # of the words of the vocabulary, each at all its positions in a segment
-    dropout_input: Fraction | None = None  # of the embedded tokens; null: as dropout
-    dropout_ff: Fraction | None = None  # within the feed-forward sublayers; null: as dropout
-    dropout_output: Fraction | None = None  # before the softmax; null: as dropout
-    variational: StrictBool = False  # all dropouts use one mask for all positions of a segment
-    div_val: Size  # each cluster's embedding is this much narrower than the one before
-    cutoffs: list[PositiveInt]  # the adaptive clusters' first tokens; empty: one full softmax
-    tie_weights: StrictBool  # the softmax uses the embedding's table
-    tie_projections: StrictBool  # ... and the tail clusters the embedding's projections
-    pre_lnorm: StrictBool
-    init_std: Positive
-
-
-@dataclass(config=SCHEMA, frozen=True)
-class LengthsConfig:
-    """Lengths that may differ from training's; null: as in training."""
-
-    tgt_len: Size | None
-    mem_len: SizeOrZero | None
-    clamp_len: Clamp | None
-    same_length: StrictBool | None
-
-    def of(self, model: ModelConfig) -> ModelConfig:
-        """Return the model with these lengths."""
-        return replace(model, **{key: value for key, value in asdict(self).items() if value is not None})
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -262,7 +174,7 @@ class OptimizerConfig:
     weight_decay: NonNegative
     clip: NonNegative  # largest norm of the gradient of all parameters; 0: no clipping
     lr_scale: dict[str, Positive]
-    average_from: PositiveInt | None
+    average_from: Annotated[PositiveInt | None, NEVER]
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -362,12 +274,12 @@ class TrainJob:
 
     run: RunConfig
     data: DataConfig
-    model: ModelConfig
+    model: AnyModel
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
-    evaluation: LengthsConfig
+    evaluation: ModelChanges
     engine: EngineConfig
     guard: GuardConfig
     tracking: TrackingConfig
@@ -378,13 +290,14 @@ class TrainJob:
         return self.data.num_lanes * self.model.tgt_len
 
     @property
+    def evaluated_model(self) -> ModelConfig:
+        """Return the model as evaluation reads it."""
+        return changed_model(self.model, self.evaluation, "evaluation")
+
+    @property
     def first_scored(self) -> int:
         """Return the first position of a segment that counts in the loss of training."""
         return self.model.tgt_len // 2 if self.train.loss == "second_half" else 0
-
-
-# (section, key) of what defines the lanes of a run: with another value their memory has no meaning.
-LANE_KEYS = [("data", "num_lanes"), ("model", "tgt_len"), ("model", "mem_len")]
 
 
 # -------------------------------------------------------------------------- evaluate, generate, inspect, convert
@@ -407,7 +320,7 @@ class EvaluateJob:
     sliding_window: StrictBool
     data_dir: PathStr | None
     average: StrictBool
-    model: LengthsConfig
+    model: ModelChanges
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -423,7 +336,7 @@ class GenerateJob:
     seed: Seed
     checkpoint: CheckpointChoice
     average: StrictBool
-    model: LengthsConfig
+    model: ModelChanges
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -446,7 +359,7 @@ class ScoreJob:
     format: Literal["table", "json"]
     checkpoint: CheckpointChoice
     average: StrictBool
-    model: LengthsConfig
+    model: ModelChanges
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -467,14 +380,6 @@ class ReclJob:
 
 
 @dataclass(config=SCHEMA, frozen=True)
-class ConvertedModelConfig(LengthsConfig):
-    """Null: as the run was trained, or as the source of an import says; what that does not say must be given."""
-
-    cutoffs: list[PositiveInt] | None
-    pre_lnorm: StrictBool | None
-
-
-@dataclass(config=SCHEMA, frozen=True)
 class ConvertJob:
     """Import a model as a run (`from_`; the key is `from`) or export a run (`to`); exactly one of them is given."""
 
@@ -483,4 +388,4 @@ class ConvertJob:
     to: RunDir | None
     tokenizer_from: PathStr | None
     checkpoint: CheckpointChoice
-    model: ConvertedModelConfig
+    model: ModelChanges

@@ -6,16 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from txl_dist.checkpoint.format import find_checkpoint, save_tensors
-from txl_dist.config.checks import model_fits_together
-from txl_dist.config.schema import ConvertJob, ModelConfig
+from txl_dist.config.schema import ConvertJob
+from txl_dist.config.sections import changed_model, parse_model
 from txl_dist.data import tokenizers
 from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.errors import ConfigError
 from txl_dist.files.atomic import new_folder
 from txl_dist.files.lock import Lock
+from txl_dist.models.transformer_xl import TransformerXLConfig
 from txl_dist.runs.load import load_tokenizer
 
 HUB = Path(__file__).parent / "hub"
@@ -31,8 +30,10 @@ def export_checkpoint(job: ConvertJob, target: Path, lock: Lock) -> None:
         UserError: where the checkpoint is damaged, or its model is not one that can be exported.
     """
     checkpoint = find_checkpoint(job.run, job.checkpoint, contents=True)
-    config = job.model.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
-    problems = list(model_fits_together(config))
+    config = changed_model(parse_model(checkpoint.config["model"]), job.model)
+    if not isinstance(config, TransformerXLConfig):
+        raise ConfigError([f"run={job.run}: holds a model of {config.name}, for which there is no exported form"])
+    problems = []
     if config.attention != "relative":
         problems.append(f"model.attention={config.attention}: a folder is exported with relative attention only")
     if config.mem_len == 0:
@@ -52,7 +53,7 @@ def export_checkpoint(job: ConvertJob, target: Path, lock: Lock) -> None:
     print(f"Next: AutoModelForCausalLM.from_pretrained({quoted}, trust_remote_code=True)")
 
 
-def hub_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+def hub_config(config: TransformerXLConfig, vocab_size: int) -> dict[str, Any]:
     """Return the content of config.json: our hyper-parameters, and where transformers finds the model's code."""
     values = asdict(config) | {"vocab_size": vocab_size, "dtype": "float32", "model_type": "txl_dist"}
     del values["name"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from txl_dist import __version__
 from txl_dist.checkpoint.format import CheckpointWriter
-from txl_dist.config.checks import model_fits_together
 from txl_dist.config.quoting import command_to_paste
-from txl_dist.config.schema import ConvertJob, ModelConfig
+from txl_dist.config.schema import ConvertJob
+from txl_dist.config.sections import describe_unknown_key, describe_wrong_values
 from txl_dist.conversion import vocabularies
 from txl_dist.conversion.sources import ImportSource, open_import_source
 from txl_dist.conversion.weights import to_parameters
@@ -24,6 +25,7 @@ from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import new_folder
 from txl_dist.files.lock import Lock
 from txl_dist.files.parsing import shown
+from txl_dist.models.transformer_xl import TransformerXLConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ImportedModel:
     """A model that was made elsewhere; its weights have our parameters' names."""
 
     source: ImportSource
-    config: ModelConfig
+    config: TransformerXLConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
 
@@ -107,39 +109,50 @@ def find_tokenizer(job: ConvertJob, source: ImportSource) -> Tokenizer:
     return tokenizer
 
 
-def model_config(job: ConvertJob, source: ImportSource) -> ModelConfig:
+def model_config(job: ConvertJob, source: ImportSource) -> TransformerXLConfig:
     """Combine the hyper-parameters that the source states with those of the job, which come first.
 
     Raises:
-        ConfigError: for those that neither gives, and those that do not fit together.
+        ConfigError: for those that neither gives, and those that are wrong or do not fit together.
     """
-    from_job = {key: value for key, value in asdict(job.model).items() if value is not None}
+    accepted = [*TransformerXLConfig.read_otherwise(), "cutoffs", "pre_lnorm"]
+    unknown = [key for key in job.model if key not in accepted]
+    if unknown:
+        keys = [f"model.{key}" for key in accepted]
+        raise ConfigError([describe_unknown_key(f"model.{key}", keys) for key in unknown])
+    from_job = {key: value for key, value in job.model.items() if value is not None}
     values = {"name": "transformer_xl"} | source.hyper_parameters | from_job
-    missing = [field.name for field in fields(ModelConfig) if field.name not in values and field.default is MISSING]
+    required = [field.name for field in fields(TransformerXLConfig) if field.default is MISSING]
+    missing = [key for key in required if key not in values]
     if missing:
         raise ConfigError(
             [f"model.{key}: is missing; {job.from_} does not state it: give model.{key}=..." for key in missing]
         )
     try:
-        config = TypeAdapter(ModelConfig).validate_python(values)
+        config = TypeAdapter(TransformerXLConfig).validate_python(values)
     except ValidationError as error:
-        problems = []
-        for detail in error.errors()[:5]:
-            key = ".".join(map(str, detail["loc"]))
-            problems.append(f"{job.from_}: states {key}={shown(detail['input'])}: {detail['msg']}")
-        raise ConfigError(problems) from error
-    problems = list(model_fits_together(config))
-    if config.cutoffs and config.cutoffs[-1] >= source.vocab_size:
-        problems.append(
-            f"model.cutoffs={shown(config.cutoffs)}: must stay below the vocabulary of {source.vocab_size:,}"
-        )
+        raise ConfigError(wrong_values(job, from_job, values, error)) from error
+    problems = [*config.problems(), *config.vocabulary_problems(source.vocab_size)]
     if problems:
         raise ConfigError(problems)
     return config
 
 
+def wrong_values(
+    job: ConvertJob, from_job: dict[str, Any], values: dict[str, Any], error: ValidationError
+) -> list[str]:
+    """Describe the first wrong hyper-parameters: by their keys where the job gives them, else by the source."""
+    if any(detail["loc"][0] in from_job for detail in error.errors()):
+        return list(describe_wrong_values("model", TransformerXLConfig, values, error))[:5]
+    problems = []
+    for detail in error.errors()[:5]:
+        key = ".".join(map(str, detail["loc"]))
+        problems.append(f"{job.from_}: states {key}={shown(detail['input'])}: {detail['msg']}")
+    return problems
+
+
 def write_checkpoint(
-    run_dir: Path, job: ConvertJob, source: ImportSource, config: ModelConfig, weights: dict[str, Tensor]
+    run_dir: Path, job: ConvertJob, source: ImportSource, config: TransformerXLConfig, weights: dict[str, Tensor]
 ) -> None:
     """Write a checkpoint of step 0 that holds weights alone, and no dataset that the model was trained on."""
     dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).is_dir() else None

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from txl_dist.config.schema import ModelConfig
 from txl_dist.conversion import pickles, vocabularies, weights
 from txl_dist.conversion.pickles import Inert
 from txl_dist.conversion.weights import Naming
 from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
+from txl_dist.models.transformer_xl import TransformerXLConfig
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def open_folder(path: Path) -> ImportSource:
     config = read_json(path / "config.json")
     kind = config["model_type"]
     if kind == "txl_dist":
-        hyper_parameters = {field.name: config[field.name] for field in fields(ModelConfig) if field.name in config}
+        hyper_parameters = {
+            field.name: config[field.name] for field in fields(TransformerXLConfig) if field.name in config
+        }
         return ImportSource(
             title="a folder of txl_dist",
             tensors=read_folder(path),

@@ -17,10 +17,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from txl_dist.config.schema import ModelConfig
 from txl_dist.errors import ConfigError
 from txl_dist.files.parsing import shown
-from txl_dist.models.registry import parameter_shapes
+from txl_dist.models.shapes import parameter_shapes
+from txl_dist.models.transformer_xl import TransformerXLConfig
 
 LAYER = {
     "attention.r_net.weight": "dec_attn.r_net.weight",
@@ -38,7 +38,7 @@ LAYER = {
 }
 
 
-def from_hugging_face(theirs: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def from_hugging_face(theirs: Callable[[str], Tensor], config: TransformerXLConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield our names and values, tied ones under both names.
 
     Args:
@@ -63,7 +63,7 @@ def from_hugging_face(theirs: Callable[[str], Tensor], config: ModelConfig) -> I
         yield "softmax.cluster_bias", theirs("crit.cluster_bias")
 
 
-def hugging_face_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def hugging_face_shapes(config: TransformerXLConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of Hugging Face's tensors, tied ones under both names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for l in range(config.n_layer):
@@ -85,7 +85,7 @@ def hugging_face_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple
     return shapes
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: TransformerXLConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors in one of Hugging Face's layers."""
     d_model = config.d_model
     d_inner = config.d_inner
@@ -208,7 +208,7 @@ def is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def to_parameters(
-    tensors: Mapping[str, Tensor], naming: Naming | None, config: ModelConfig, vocab_size: int
+    tensors: Mapping[str, Tensor], naming: Naming | None, config: TransformerXLConfig, vocab_size: int
 ) -> dict[str, Tensor]:
     """Convert a file's tensors into our parameters, in float32.
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from txl_dist import __version__
 from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.checkpoint.writer import AsyncCheckpointer
-from txl_dist.config.schema import LANE_KEYS, EngineConfig, TrainJob
+from txl_dist.config.identity import lanes_changed
+from txl_dist.config.schema import EngineConfig, TrainJob
 from txl_dist.data.lanes import BEGINNING, LaneSplit, Origin
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.distributed.process_group import ProcessGroup
@@ -29,7 +30,6 @@ from txl_dist.engine.sharded_state import ShardedState
 from txl_dist.evaluation.likelihood import Score
 from txl_dist.models import registry
 from txl_dist.models.base import LanguageModel, Runtime
-from txl_dist.models.layers.backends import default_backend
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.causal_lm import CausalLM
 
@@ -129,8 +129,7 @@ class Engine(ABC):
         self.step = checkpoint.step
         self.guard.losses.extend(checkpoint.state.get("losses", []))
         self.state.restore(checkpoint)
-        now = asdict(self.job)
-        if any(checkpoint.config[section][key] != now[section][key] for section, key in LANE_KEYS):
+        if lanes_changed(checkpoint.config, self.job):
             self.origin = Origin(checkpoint.step, checkpoint.state["tokens"])
             return  # other lanes begin with empty memories
         self.origin = Origin(**checkpoint.state.get("origin", {}))
@@ -152,23 +151,11 @@ class Engine(ABC):
 
     def __str__(self) -> str:
         """Return the model's size and the split, for people to read."""
+        runtime = self.model.describe_runtime(self.group.device, DTYPES[self.precision])
         return (
             f"{self.num_parameters:,} parameters, {self.group.size} x {self.group.device.type}, {self.precision}, "
-            f"attention by {self.describe_attention()}, ZeRO {self.job.engine.zero_stage}"
+            f"{runtime}ZeRO {self.job.engine.zero_stage}"
         )
-
-    @property
-    def attention_backend(self) -> str:
-        """Return engine.attention; `auto` is the fastest backend of this device and precision."""
-        if self.job.engine.attention != "auto":
-            return self.job.engine.attention
-        return default_backend(self.group.device, DTYPES[self.precision], self.job.model.dropatt)
-
-    def describe_attention(self) -> str:
-        """Return the backend, and a warning where its dropout does not belong to lanes."""
-        if self.attention_backend == "sdpa" and self.job.model.dropatt:
-            return "sdpa (whose dropout is another under another split)"
-        return self.attention_backend
 
     def empty_memory(self) -> Memory:
         """Return the memory of this rank's layers and lanes before the first token."""
@@ -285,13 +272,11 @@ class Engine(ABC):
         Memories are new ones: those of training stay as they are.
         """
         self.deepspeed.eval()
-        self.model.config = self.job.evaluation.of(self.job.model)
         try:
             # Compiled layers would be compiled anew for each length, as their caches grow.
-            with torch.compiler.set_stance("force_eager"):
+            with self.model.reading_as(self.job.evaluated_model), torch.compiler.set_stance("force_eager"):
                 nats, tokens = self.group.sum(*self.score(segments))
         finally:
-            self.model.config = self.job.model
             self.deepspeed.train()
         return Score(nats, int(tokens))
 

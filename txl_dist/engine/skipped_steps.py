@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from txl_dist.config.schema import SCHEMA, PositiveInt
+from txl_dist.config.types import SCHEMA, PositiveInt
 from txl_dist.errors import UserError, describe_os_error
 from txl_dist.files.atomic import atomic_file
 

@@ -87,8 +87,7 @@ def losses_in_context(
     lookback = torch.from_numpy(np.minimum(history, offsets).clip(min=0))
     targets = torch.from_numpy(stream[positions])[:, None]
 
-    mem_len = model.config.mem_len
-    length = model.config.tgt_len if mem_len else context
+    length = model.config.tgt_len if model.config.lookback else context
     memory = model.empty_cache(len(positions))
     hidden = torch.empty(0)
     # The first segment may be shorter: the last one ends with the context.

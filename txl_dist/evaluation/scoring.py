@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from txl_dist.config.schema import CheckpointChoice, LengthsConfig
+from txl_dist.config.schema import ModelChanges
+from txl_dist.config.types import CheckpointChoice
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
 from txl_dist.models.base import LanguageModel
-from txl_dist.runs.load import AS_TRAINED, load_model, load_tokenizer
+from txl_dist.runs.load import load_model, load_tokenizer
 
 
 class TokenScore(NamedTuple):
@@ -35,20 +36,20 @@ class Scorer:
 
     @classmethod
     def open(
-        cls, run: str, which: CheckpointChoice = None, lengths: LengthsConfig = AS_TRAINED, average: bool = False
+        cls, run: str, which: CheckpointChoice = None, changes: ModelChanges | None = None, average: bool = False
     ) -> "Scorer":
         """Load the checkpoint of a run.
 
         Args:
             run: the run directory.
             which: a step, "best", or None for the latest valid checkpoint.
-            lengths: that differ from training's.
+            changes: keys of the model that are read with other values than in training, such as mem_len.
             average: load the averaged weights.
 
         Raises:
             UserError: where the checkpoint or the tokenizer cannot be read.
         """
-        model, checkpoint = load_model(run, which, lengths, average)
+        model, checkpoint = load_model(run, which, changes, average)
         return cls(model, load_tokenizer(run, checkpoint))
 
     def read(self, text: str | bytes) -> tuple[list[TokenScore], Tensor]:

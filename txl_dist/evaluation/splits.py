@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
 from rich.progress import track
 
 from txl_dist.config.run_checks import run_problems
-from txl_dist.config.schema import EvaluateJob, LengthsConfig
+from txl_dist.config.schema import EvaluateJob
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import ResetMemory
 from txl_dist.data.samples import SampleReader
@@ -29,15 +28,18 @@ def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
 
     Raises:
         UserError: where the checkpoint or its data cannot be read.
-        ConfigError: where lengths do not fit together, or the data are not those of the run.
+        ConfigError: where the model cannot be read so, or the data are not those of the run.
     """
-    lengths = replace(job.model, mem_len=0, same_length=False) if job.sliding_window else job.model
-    model, checkpoint = load_model(run, job.checkpoint, lengths, job.average)
+    model, checkpoint = load_model(run, job.checkpoint, job.model, job.average)
+    config = model.config.without_memory() if job.sliding_window else model.config
+    if config is None:
+        raise ConfigError([f"sliding_window=true: {model.config.name} cannot read a segment alone; leave it out"])
     index = open_data(run, checkpoint, job.split, job.data_dir)
     tokens = min(job.max_tokens or index.splits[job.split].tokens, index.splits[job.split].tokens)
     score_split = score_by_sliding_window if job.sliding_window else score_with_memory
     start = time.perf_counter()
-    result = score_split(job, model, index, tokens, checkpoint.config["data"]["reset_memory"])
+    with model.reading_as(config):
+        result = score_split(job, model, index, tokens, checkpoint.config["data"]["reset_memory"])
     seconds = time.perf_counter() - start
     size = size_of_text(index, job.split, tokens)
     return {
@@ -52,7 +54,7 @@ def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
         "word_perplexity": perplexity(result.nats / size.words) if size.words else None,
         "tokens_per_second": tokens / seconds,
         "step": checkpoint.step,
-        **{field.name: getattr(model.config, field.name) for field in fields(LengthsConfig)},
+        **{key: getattr(config, key) for key in config.read_otherwise()},
         "sliding_window": job.sliding_window,
     }
 

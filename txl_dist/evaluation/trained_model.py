@@ -1,14 +1,15 @@
 """A trained model in Python: `txl_dist.load` returns one (docs/python.md)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from txl_dist.config.run_checks import run_problems
-from txl_dist.config.schema import CheckpointChoice, ConvertedModelConfig, ConvertJob, LengthsConfig, ModelConfig
+from txl_dist.config.run_checks import change_problems, run_problems
+from txl_dist.config.schema import ConvertJob, ModelChanges
+from txl_dist.config.types import CheckpointChoice
 from txl_dist.conversion.importing import read_model
 from txl_dist.conversion.sources import open_import_source
 from txl_dist.data.tokenizers import Tokenizer
@@ -19,6 +20,7 @@ from txl_dist.evaluation.sampling import Completion, Sampler, complete
 from txl_dist.evaluation.scoring import Scorer, TokenScore
 from txl_dist.models import registry
 from txl_dist.models.base import LanguageModel
+from txl_dist.models.config import ModelConfig
 from txl_dist.runs.load import load_model, load_tokenizer, ready_to_evaluate
 
 Text = str | bytes
@@ -37,7 +39,7 @@ class TrainedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """Return the model's hyper-parameters, with the lengths by which it reads."""
+        """Return the model's hyper-parameters, with the values by which it reads."""
         return self.model.config
 
     def encode(self, text: Text) -> Tensor:
@@ -106,23 +108,22 @@ class TrainedModel:
         return [completion.text for completion in completions]
 
 
-def load(path: str, which: CheckpointChoice, average: bool, lengths: LengthsConfig) -> TrainedModel:
+def load(path: str, which: CheckpointChoice, average: bool, changes: ModelChanges) -> TrainedModel:
     """Load a run's checkpoint, or a third-party one; arguments and errors are those of `txl_dist.load`."""
     if Path(path).is_file() or Path(path, "config.json").is_file():
         if which is not None or average:
             raise UserError(f"{path}: is not a run directory; checkpoint and average choose among what a run has saved")
-        return import_model(path, lengths)
-    problems = list(run_problems(path, which))
+        return import_model(path, changes)
+    problems = [*run_problems(path, which), *change_problems(path, which, changes)]
     if problems:
         raise ConfigError(problems)
-    model, checkpoint = load_model(path, which, lengths, average)
+    model, checkpoint = load_model(path, which, changes, average)
     return TrainedModel(model, load_tokenizer(path, checkpoint))
 
 
-def import_model(path: str, lengths: LengthsConfig) -> TrainedModel:
+def import_model(path: str, changes: ModelChanges) -> TrainedModel:
     """Load a third-party checkpoint, without making it a run."""
-    chosen = ConvertedModelConfig(**asdict(lengths), cutoffs=None, pre_lnorm=None)
-    job = ConvertJob(run="none", from_=path, to=None, tokenizer_from=None, checkpoint=None, model=chosen)
+    job = ConvertJob(run="none", from_=path, to=None, tokenizer_from=None, checkpoint=None, model=changes)
     imported = read_model(job, open_import_source(Path(path)))
     model = registry.build(imported.config, imported.source.vocab_size)
     with torch.no_grad():

@@ -1,13 +1,14 @@
 """What engine, evaluation and generation know of a model, whatever its architecture."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from txl_dist.config.schema import ModelConfig
+from txl_dist.models.config import ModelConfig
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.layers.state import LayerState, StateT
@@ -37,11 +38,13 @@ class LanguageModel(nn.Module, ABC):
     Memory is an argument and a result: a forward in training writes nothing, and may be repeated without harm.
 
     Attributes:
+        Config: the architecture's section of the config.
         config: the hyper-parameters; its lengths may be others from one segment to the next.
         vocab_size: of the distribution that it predicts.
         layers: those that are here; a pipeline stage has some of them.
     """
 
+    Config: type[ModelConfig]
     layers: nn.ModuleList
 
     def __init__(self, config: ModelConfig, vocab_size: int, runtime: Runtime):
@@ -76,6 +79,16 @@ class LanguageModel(nn.Module, ABC):
         """
         hidden, new_memory = self.through_layers(self.embed(inputs, noise), lookback, memory, noise)
         return self.predict(hidden, targets, noise), new_memory
+
+    @contextmanager
+    def reading_as(self, config: ModelConfig) -> Iterator[None]:
+        """Read with the values of another config where those may differ (`ModelConfig.read_otherwise`), for a while."""
+        trained = self.config
+        self.config = config
+        try:
+            yield
+        finally:
+            self.config = trained
 
     # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
 
@@ -138,6 +151,10 @@ class LanguageModel(nn.Module, ABC):
         Args:
             device: where the model computes, if that is not where its weights are.
         """
+
+    def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return what people should know of how the model computes on a device, with a comma behind it; or nothing."""
+        return ""
 
     def store_long_rows(self) -> None:
         """Store every matrix with its longer side contiguous; values and shapes stay.

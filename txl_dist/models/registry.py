@@ -1,48 +1,55 @@
-"""The architectures that model.name can name."""
+"""The architectures that model.name can name: those of this folder, and those that other packages bring along.
 
-from typing import Any
+Another package names its models in the entry-point group `txl_dist.models` of its pyproject.toml:
 
-import torch
-from torch.overrides import TorchFunctionMode
+    [project.entry-points."txl_dist.models"]
+    mine = "my_package.my_module:MyModel"
 
-from txl_dist.config.schema import ModelConfig
-from txl_dist.errors import ConfigError
-from txl_dist.files.parsing import describe
-from txl_dist.models.base import DEFAULT_RUNTIME, LanguageModel, Runtime
-from txl_dist.models.transformer_xl import TransformerXL
+A module is imported when its architecture is asked for, not before: with it comes torch.
+"""
 
-MODELS: dict[str, type[LanguageModel]] = {"transformer_xl": TransformerXL}
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
+from txl_dist.models.config import ModelConfig
 
-def build(config: ModelConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME) -> LanguageModel:
-    """Build a model on the CPU, with weights drawn from torch's generator."""
-    return MODELS[config.name](config, vocab_size, runtime)
+if TYPE_CHECKING:
+    from txl_dist.models.base import LanguageModel, Runtime
 
-
-class Uninitialised(TorchFunctionMode):
-    """Skip all initialisation: on the meta device the first random number costs a second of imports."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else options["tensor"]
-        return function(*args, **options)
+GROUP = "txl_dist.models"
+OURS = [EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP)]
 
 
-def parameter_shapes(config: ModelConfig, vocab_size: int, at_most: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a model's parameters, without allocating memory for them.
+@cache
+def architectures() -> dict[str, EntryPoint]:
+    """Return where the class of each architecture is; ours come before those of others with the same name."""
+    return {entry.name: entry for entry in [*entry_points(group=GROUP), *OURS]}
+
+
+def names() -> list[str]:
+    """List what model.name can be."""
+    return sorted(architectures())
+
+
+def find(name: str) -> "type[LanguageModel]":
+    """Return the class of an architecture.
 
     Raises:
-        ConfigError: where a model of this config would have more than `at_most` parameter tensors, or one larger
-            than a tensor can be.
+        LookupError: where none of this name is installed, or its package cannot be imported.
     """
-    clusters = len(config.cutoffs) if config.div_val > 1 else 0
-    if config.n_layer + clusters > at_most:
-        sizes = f"model.n_layer={config.n_layer} and {clusters} model.cutoffs"
-        raise ConfigError([f"{sizes}: there are only {at_most} tensors for them"])
+    entry = architectures().get(name)
+    if entry is None:
+        raise LookupError(f"is not an architecture that is installed here; these are: {', '.join(names())}")
     try:
-        with torch.device("meta"), Uninitialised():
-            model = build(config, vocab_size)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError([f"model: no tensor can have the sizes of this config ({describe(error)})"]) from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model: type[LanguageModel] = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise LookupError(f"{entry.value} cannot be imported: {error}") from error
+    return model
+
+
+def build(config: ModelConfig, vocab_size: int, runtime: "Runtime | None" = None) -> "LanguageModel":
+    """Build a model on the CPU, with weights drawn from torch's generator."""
+    from txl_dist.models.base import DEFAULT_RUNTIME
+
+    return find(config.name)(config, vocab_size, runtime or DEFAULT_RUNTIME)

@@ -9,15 +9,32 @@ A layer remembers of each lane its own last mem_len *inputs*, oldest first. Memo
 forward in training writes nothing, and may be repeated (activation checkpointing, pipelines) without harm.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from txl_dist.config.schema import ModelConfig
+from txl_dist.config.types import (
+    ALWAYS,
+    EVALUATION,
+    INT32_MAX,
+    LANES,
+    SCHEMA,
+    Fraction,
+    Positive,
+    PositiveInt,
+    Size,
+    SizeOrZero,
+    StrictBool,
+)
+from txl_dist.files.parsing import shown
 from txl_dist.models.base import DEFAULT_RUNTIME, LanguageModel, Runtime
+from txl_dist.models.config import ModelConfig
 from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from txl_dist.models.layers.attention import (
     AbsoluteAttention,
@@ -29,17 +46,101 @@ from txl_dist.models.layers.attention import (
     clip_distances,
     encode_distances,
 )
-from txl_dist.models.layers.backends import AttentionWindow
+from txl_dist.models.layers.backends import AttentionWindow, default_backend
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise, assign_places
 from txl_dist.models.layers.state import LayerState, StateT
 from txl_dist.models.layers.transfer import to_device
 
+Clamp = Annotated[int, Strict(), Field(ge=-1, le=INT32_MAX)]
+Probability = Annotated[Fraction, ALWAYS]
+ProbabilityOrDropout = Annotated[Fraction | None, ALWAYS]
+
+
+@dataclass(config=SCHEMA, frozen=True, kw_only=True)
+class TransformerXLConfig(ModelConfig):
+    """Transformer-XL's hyper-parameters, by the paper's names (Dai et al. 2019, section 3 and the authors' code).
+
+    attention: how positions are encoded: relative (the paper's), shaw (Shaw et al. 2018), absolute (Vaswani et al.
+    2017), al_rfou (Al-Rfou et al. 2018). A vanilla Transformer is one of the latter two with mem_len 0.
+    """
+
+    name: Literal["transformer_xl"]
+    d_model: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX, multiple_of=2)]
+    n_head: Size
+    d_head: Size
+    d_inner: Size
+    attention: Literal["relative", "shaw", "absolute", "al_rfou"] = "relative"
+    max_distance: Size = 1023  # shaw, al_rfou: the largest distance with an embedding of its own
+    mem_len: Annotated[SizeOrZero, LANES]  # hidden states remembered per layer and lane
+    clamp_len: Annotated[Clamp, EVALUATION]  # larger distances are treated as this one; -1: no clamping
+    same_length: Annotated[StrictBool, EVALUATION]  # every token attends to mem_len tokens, itself included
+    dropout: Probability
+    dropatt: Probability  # of the attention's probabilities
+    dropout_words: Probability = 0.0  # of the words of the vocabulary, each at all its positions in a segment
+    dropout_input: ProbabilityOrDropout = None  # of the embedded tokens; null: as dropout
+    dropout_ff: ProbabilityOrDropout = None  # within the feed-forward sublayers; null: as dropout
+    dropout_output: ProbabilityOrDropout = None  # before the softmax; null: as dropout
+    variational: Annotated[StrictBool, ALWAYS] = False  # all dropouts use one mask for all positions of a segment
+    div_val: Size  # each cluster's embedding is this much narrower than the one before
+    cutoffs: list[PositiveInt]  # the adaptive clusters' first tokens; empty: one full softmax
+    tie_weights: StrictBool  # the softmax uses the embedding's table
+    tie_projections: StrictBool  # ... and the tail clusters the embedding's projections
+    pre_lnorm: StrictBool
+    init_std: Positive
+
+    @property
+    def lookback(self) -> int:
+        """Return mem_len: every layer remembers so many tokens."""
+        return self.mem_len
+
+    @property
+    def fewest_tensors(self) -> int:
+        """Return the number of layers and of clusters with a table of their own."""
+        return self.n_layer + (len(self.cutoffs) if self.div_val > 1 else 0)
+
+    def problems(self, section: str = "model") -> Iterator[str]:
+        """Yield what does not fit together, by the keys of the section in which it is given."""
+        if self.clamp_len == 0:
+            yield (
+                f"{section}.clamp_len=0: would make all distances equal; give -1 (no clamping) or a distance of 1 or "
+                "more"
+            )
+        if self.same_length and self.mem_len == 0:
+            yield (
+                f"{section}.same_length=true: every token attends to mem_len tokens, but {section}.mem_len=0; "
+                "give a memory, or false"
+            )
+        if sorted(set(self.cutoffs)) != self.cutoffs:
+            yield f"{section}.cutoffs={shown(self.cutoffs)}: must increase"
+        if self.div_val > 1 and not self.cutoffs:
+            yield (
+                f"{section}.div_val={self.div_val}: narrows the embeddings of clusters, but {section}.cutoffs is "
+                f"empty; give cutoffs, or {section}.div_val=1"
+            )
+        width = self.d_model
+        for _ in self.cutoffs:
+            width //= self.div_val
+        if width < 1:
+            yield (
+                f"{section}.div_val={self.div_val}: leaves no dimension of {section}.d_model={self.d_model} for "
+                f"cluster {len(self.cutoffs)}; give a smaller one, or fewer {section}.cutoffs"
+            )
+
+    def vocabulary_problems(self, vocab_size: int) -> Iterator[str]:
+        """Yield whether a cluster begins beyond the vocabulary."""
+        if self.cutoffs and self.cutoffs[-1] >= vocab_size:
+            yield f"model.cutoffs={shown(self.cutoffs)}: must stay below the vocabulary of {vocab_size:,}"
+
+    def without_memory(self) -> "TransformerXLConfig":
+        """Return the model that reads each segment alone."""
+        return replace(self, mem_len=0, same_length=False)
+
 
 class FeedForward(nn.Module):
     """The position-wise feed-forward sublayer, with residual connection and layer normalisation."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: TransformerXLConfig):
         super().__init__()
         self.inner = nn.Linear(config.d_model, config.d_inner)
         self.outer = nn.Linear(config.d_inner, config.d_model)
@@ -60,7 +161,7 @@ class FeedForward(nn.Module):
         return [Product(2 * positions * self.inner.in_features * self.inner.out_features)] * 2
 
 
-def build_attention(config: ModelConfig, layer: int, backend: str = "auto") -> Attention:
+def build_attention(config: TransformerXLConfig, layer: int, backend: str = "auto") -> Attention:
     """Build a layer's attention, of the variant that model.attention names; `layer` counts from 0."""
     sizes = (config.d_model, config.n_head, config.d_head)
     options: dict[str, Any] = {
@@ -82,7 +183,7 @@ def build_attention(config: ModelConfig, layer: int, backend: str = "auto") -> A
 class Layer(nn.Module):
     """Attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig, number: int, backend: str):
+    def __init__(self, config: TransformerXLConfig, number: int, backend: str):
         super().__init__()
         self.attention = build_attention(config, number, backend)
         self.feed_forward = FeedForward(config)
@@ -94,7 +195,7 @@ class Layer(nn.Module):
         hidden, new_memory = self.attention(hidden, memory, encoding, window, noise)
         return self.feed_forward(hidden, noise), new_memory
 
-    def products(self, lanes: int, config: ModelConfig) -> list[Product]:
+    def products(self, lanes: int, config: TransformerXLConfig) -> list[Product]:
         """List the products of matrices when `lanes` read a segment after a full memory."""
         attention = self.attention.products(lanes, config.tgt_len, config.mem_len, config.same_length)
         return [*attention, *self.feed_forward.products(lanes * config.tgt_len)]
@@ -103,7 +204,10 @@ class Layer(nn.Module):
 class TransformerXL(LanguageModel):
     """Embedding, layers with memory, and softmax, adaptive or not."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME):
+    Config = TransformerXLConfig
+    config: TransformerXLConfig
+
+    def __init__(self, config: TransformerXLConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME):
         super().__init__(config, vocab_size, runtime)
         self.embedding = AdaptiveEmbedding(
             vocab_size, config.d_model, config.cutoffs, config.div_val, config.dropout_words
@@ -222,6 +326,14 @@ class TransformerXL(LanguageModel):
         """Return an empty key/value cache for evaluation; hidden states for variants that cannot cache."""
         device = device or next(self.parameters()).device
         return [attention.empty_cache(lanes, self.config.mem_len, device) for attention in self.attentions()]
+
+    def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return the attention backend, and a warning where its dropout does not belong to lanes."""
+        backend = self.runtime.attention
+        if backend == "auto":
+            backend = default_backend(device, dtype, self.config.dropatt)
+        warning = " (whose dropout is another under another split)" if backend == "sdpa" and self.config.dropatt else ""
+        return f"attention by {backend}{warning}, "
 
     def attentions(self) -> list[Attention]:
         """Return the attention sublayers of all layers that are here."""

@@ -9,45 +9,42 @@ index = open_data("runs/mine", checkpoint, split="valid")
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 
 from txl_dist.checkpoint.format import Checkpoint, find_checkpoint
-from txl_dist.config.checks import model_fits_together
-from txl_dist.config.schema import CheckpointChoice, LengthsConfig, ModelConfig
+from txl_dist.config.schema import ModelChanges
+from txl_dist.config.sections import changed_model, parse_model
+from txl_dist.config.types import CheckpointChoice
 from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import sha256_of_file
 from txl_dist.models import registry
 from txl_dist.models.base import LanguageModel
-
-AS_TRAINED = LengthsConfig(None, None, None, None)
+from txl_dist.models.config import ModelConfig
+from txl_dist.models.shapes import parameter_shapes
 
 
 def load_model(
-    run: str, which: CheckpointChoice = None, lengths: LengthsConfig = AS_TRAINED, average: bool = False
+    run: str, which: CheckpointChoice = None, changes: ModelChanges | None = None, average: bool = False
 ) -> tuple[LanguageModel, Checkpoint]:
     """Load the model of a run's checkpoint, in evaluation mode, on the GPU where there is one.
 
     Args:
         run: the run directory.
         which: a step, "best", or None for the latest valid checkpoint.
-        lengths: that differ from training's.
+        changes: keys of the model that are read with other values than in training, such as mem_len.
         average: load the mean of the weights that optimizer.average_from has kept.
 
     Raises:
         UserError: where the checkpoint cannot be read.
-        ConfigError: where the lengths do not fit together, or the average was not kept.
+        ConfigError: where the changes are not possible, or the average was not kept.
     """
     checkpoint = find_checkpoint(run, which)
-    config = lengths.of(TypeAdapter(ModelConfig).validate_python(checkpoint.config["model"]))
+    config = changed_model(parse_model(checkpoint.config["model"]), changes or {})
     vocab_size = checkpoint.data["vocab_size"]
-    problems = list(model_fits_together(config))
     missing_average = explain_missing_average(checkpoint) if average else None
     if missing_average:
-        problems.append(f"average=true: {run} {missing_average}; leave it out")
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"average=true: {run} {missing_average}; leave it out"])
     check_shapes(checkpoint, config, vocab_size)
     model = registry.build(config, vocab_size)
     checkpoint.load_weights(model, average)
@@ -70,7 +67,7 @@ def check_shapes(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -
         UserError: with the first weight that has another shape.
     """
     shapes = checkpoint.shapes("weights")
-    for name, shape in registry.parameter_shapes(config, vocab_size, len(shapes)).items():
+    for name, shape in parameter_shapes(config, vocab_size, len(shapes)).items():
         if shapes.get(name) != shape:
             stored = list(shapes.get(name, []))
             raise UserError(f"{checkpoint.path}: its weights of {name} are {stored}, not {list(shape)}")

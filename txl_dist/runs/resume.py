@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from txl_dist.checkpoint.format import Checkpoint, latest
-from txl_dist.config.checks import continues
+from txl_dist.config.identity import refused_changes
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.distributed.launcher import patience
@@ -114,7 +114,7 @@ def resume_problems(job: TrainJob, index: Index, checkpoint: Checkpoint) -> list
             f"(fingerprint {index.fingerprint[:12]}, not {checkpoint.data['fingerprint'][:12]}); "
             "give that data, or another run.dir for another run"
         )
-    problems += continues(checkpoint.config, job.run, job.data, job.model, job.optimizer)
+    problems += refused_changes(checkpoint.config, job.run, job.data, job.model, job.optimizer)
     return problems
 
 

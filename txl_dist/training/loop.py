@@ -167,7 +167,7 @@ class Training:
             Preempted: on every rank, after the same segment.
         """
         data = self.job.data
-        tgt_len = self.job.evaluation.of(self.job.model).tgt_len
+        tgt_len = self.job.evaluated_model.tgt_len
         segments = whole_split(
             self.index, name, data.num_lanes, tgt_len, data.reset_memory, self.engine.lanes, data.workers
         )
@@ -235,7 +235,7 @@ def training_segments(job: TrainJob, index: Index, engine: Engine, stop: int) ->
     )
     reader = SampleReader(index, "train", fill_value=NOT_SCORED if job.data.on_error == "skip_sample" else None)
     return Segments(
-        plan, reader, engine.lanes, index.eos, engine.step, stop, workers=job.data.workers, mem_len=job.model.mem_len
+        plan, reader, engine.lanes, index.eos, engine.step, stop, workers=job.data.workers, mem_len=job.model.lookback
     )
 
 
