@@ -37,6 +37,7 @@ from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
+from txl_dist.objectives.causal_lm import CausalLM
 
 TURNS = 5
 Rates = Iterator[float]  # tokens per second, turn by turn
@@ -105,7 +106,7 @@ def our_training(lanes: int, **shape: Any) -> Rates:
     def step() -> None:
         nonlocal memory
         noise = Noise.of_step(0, next(steps), range(lanes))
-        loss, memory = model(inputs, targets, lookback, memory, noise)
+        loss, memory = model({"inputs": inputs, "targets": targets, "lookback": lookback}, memory, noise)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -149,7 +150,7 @@ def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
     @torch.no_grad()
     def read() -> None:
         nonlocal memory
-        _, memory = model(tokens, targets, lookback, memory)
+        _, memory = model({"inputs": tokens, "targets": targets, "lookback": lookback}, memory)
 
     return rates(lanes * length, read)
 
@@ -210,7 +211,7 @@ def bare_loop(data: str) -> Rates:
     def step() -> None:
         nonlocal memory
         segment = next(coming)
-        loss, memory = model(*map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback)), memory)
+        loss, memory = model(CausalLM().batch(segment), memory)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
         optimizer.step()

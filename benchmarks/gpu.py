@@ -156,7 +156,7 @@ def inference(lanes: int) -> dict[str, float]:
     def our_turn() -> None:
         nonlocal memory
         for _ in range(STEPS):
-            _, memory = ours(tokens, tokens, lookback, memory)
+            _, memory = ours({"inputs": tokens, "targets": tokens, "lookback": lookback}, memory)
 
     def their_turn() -> None:
         nonlocal mems

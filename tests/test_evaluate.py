@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.batches import batch
 from txl_dist.checkpoint.format import directory, latest, open_checkpoint
 from txl_dist.data.index import Index
 from txl_dist.data.samples import SampleReader
@@ -52,7 +53,10 @@ def test_segments_with_memory_score_as_one_long_forward(run, trained_run, datase
     lengths = {"tgt_len": total, "mem_len": 0}
     model, _ = load_model(str(trained_run), None, lengths)
     with torch.no_grad():
-        nats, _ = model.double()(inputs, tokens, torch.arange(total)[None], [m.double() for m in model.empty_memory(1)])
+        nats, _ = model.double()(
+            batch(inputs, tokens, torch.arange(total)[None]),
+            model.double().empty_memory(1),
+        )
     for tgt_len in (16, 50):
         result = evaluated(
             run, trained_run, "split=valid", "num_lanes=1", f"model.mem_len={total}", f"model.tgt_len={tgt_len}"

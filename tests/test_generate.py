@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.batches import batch
 from txl_dist.data.tokenizers import BytesTokenizer, WordTokenizer
 from txl_dist.errors import UserError
 from txl_dist.evaluation.sampling import Completion, Sampler, continuations
@@ -31,7 +32,7 @@ def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained_run):
     model, _ = load_model(str(trained_run), None, LENGTHS)
     text = torch.tensor([[*prompt, *generated]])
     with torch.no_grad():
-        log_probs, _ = model(text, None, torch.arange(text.size(1))[None], model.empty_memory(1))
+        log_probs, _ = model(batch(text, None, torch.arange(text.size(1))[None]), model.empty_memory(1))
     expected = log_probs[0, len(prompt) - 1 : -1]
     assert torch.equal(expected.argmax(-1), torch.tensor(generated))
 

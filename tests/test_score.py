@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.batches import batch
 from txl_dist.evaluation.scoring import Scorer
 
 TEXT = "the and of the\nabcd"
@@ -25,7 +26,9 @@ def test_scores_are_those_of_one_forward(trained_run):
     scorer = Scorer.open(str(trained_run), changes={"mem_len": 0})
     inputs = torch.tensor([[scorer.tokenizer.eos, *TEXT.encode()]])
     with torch.no_grad():
-        log_probs, _ = scorer.model(inputs, None, torch.arange(inputs.size(1))[None], scorer.model.empty_memory(1))
+        log_probs, _ = scorer.model(
+            batch(inputs, None, torch.arange(inputs.size(1))[None]), scorer.model.empty_memory(1)
+        )
     assert [score.token for score in scores] == list(TEXT.encode()) and "".join(score.text for score in scores) == TEXT
     expected = [log_probs[0, i, token].item() for i, token in enumerate(TEXT.encode())]
     assert [score.log_prob for score in scores] == pytest.approx(expected, rel=1e-5)

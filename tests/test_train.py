@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.batches import batch
 from tests.conftest import without_torchrun
 from txl_dist.checkpoint.format import latest
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
+from txl_dist.objectives.causal_lm import CausalLM
 from txl_dist.runs.load import load_model
 
 
@@ -155,7 +157,7 @@ def test_other_lanes_start_at_the_same_share_of_the_epoch(run, small, metrics, d
         read = torch.tensor(np.stack([stream.tokens(begin - 1, 25) for begin in begins]).astype(np.int64))
         lookback = torch.arange(step * 24, step * 24 + 24).expand(4, -1)
         with torch.no_grad():
-            loss, memory = model(read[:, :-1], read[:, 1:], lookback, memory)
+            loss, memory = model(batch(read[:, :-1], read[:, 1:], lookback), memory)
         assert lines[10 + step]["train/loss"] == pytest.approx(loss.mean().item(), rel=1e-5), step
 
 
@@ -233,9 +235,8 @@ def test_only_the_second_half_counts_where_it_is_asked_for(run, small, metrics, 
     plan = LanePlan(index.splits["train"].document_starts, 8, 16, seed=1)
     memory = model.empty_memory(8)
     for segment in Segments(plan, SampleReader(index, "train"), range(8), index.eos, 0, 3):
-        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))
         with torch.no_grad():
-            nats, memory = model(*arrays, memory)
+            nats, memory = model(CausalLM().batch(segment), memory)
         assert logged[segment.step] == pytest.approx(nats[:, 8:].mean().item(), rel=1e-5)
         assert logged[segment.step] != pytest.approx(nats.mean().item(), rel=1e-5)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.batches import batch
 from tests.conversion.third_party import (
     CASES,
     LANES,
@@ -115,7 +116,7 @@ def log_probs(model, stream):
     memory, start, out = model.empty_memory(len(stream)), 0, []
     for segment in stream.split(model.config.tgt_len, dim=1):
         lookback = torch.arange(start, start + segment.size(1)).expand_as(segment)
-        of_segment, memory = model(segment, None, lookback, memory)
+        of_segment, memory = model(batch(segment, None, lookback), memory)
         out.append(of_segment)
         start += segment.size(1)
     return torch.cat(out, dim=1)

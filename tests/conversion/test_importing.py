@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.batches import batch
 from tests.conversion.third_party import (
     CASES,
     LANES,
@@ -46,7 +47,7 @@ def test_losses_with_memory_are_hugging_faces(case, safe, tmp_path):
     for step in range(5):
         inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=50 + step)
         read = model.config.mem_len + 5 * step
-        nll, memory = model(inputs, targets, torch.arange(read, read + 5).expand(LANES, 5), memory)
+        nll, memory = model(batch(inputs, targets, torch.arange(read, read + 5).expand(LANES, 5)), memory)
         output = reference(inputs, mems=mems)
         mems = output.mems
         expected = -output.prediction_scores.gather(-1, targets[..., None]).squeeze(-1)

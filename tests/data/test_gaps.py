@@ -8,12 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.batches import batch
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segments, whole_split
 from txl_dist.errors import UserError
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.objectives.causal_lm import CausalLM
 
 LANES, TGT_LEN, MEM_LEN, SAMPLE = 8, 16, 40, 256
 ORDERS = [
@@ -133,23 +135,20 @@ def test_after_a_gap_a_model_reads_on_as_at_a_beginning(harmed, stream, make_con
     read.mem_len = config.mem_len
     memory = model.empty_memory(1)
     losses = []
-    poisoned = [torch.full_like(state, 1e6) for state in memory]
+    poisoned = [torch.full_like(state["memory"], 1e6) for state in memory]
     with torch.no_grad():
         for step in range(60):
             segment = read.read(step)
-            arrays = (
-                torch.from_numpy(array[lane : lane + 1])
-                for array in (segment.inputs, segment.targets, segment.lookback)
-            )
-            nats, memory = model(*arrays, memory)
+            one_lane = {name: field[lane : lane + 1] for name, field in CausalLM().batch(segment).items()}
+            nats, memory = model(one_lane, memory)
             losses.append(nats[0])
             if (step + 1) * TGT_LEN <= end:  # whatever is remembered of the time before
-                both = zip(memory, poisoned, strict=True)
-                memory = [torch.where(state != 0, poison, state) for state, poison in both]
+                for state, poison in zip(memory, poisoned, strict=True):
+                    state["memory"] = torch.where(state["memory"] != 0, poison, state["memory"])
         behind = torch.cat(losses)[end:]
         tokens = torch.from_numpy(stream[position[end:]])[None]
         inputs = torch.cat([torch.tensor([[read.eos]]), tokens[:, :-1]], dim=1)
-        alone, _ = model(inputs, tokens, torch.arange(tokens.size(1))[None], model.empty_memory(1))
+        alone, _ = model(batch(inputs, tokens, torch.arange(tokens.size(1))[None]), model.empty_memory(1))
     assert torch.allclose(behind, alone[0], rtol=1e-9, atol=1e-9)
 
 

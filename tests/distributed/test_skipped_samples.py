@@ -13,6 +13,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segments
+from txl_dist.objectives.causal_lm import CausalLM
 from txl_dist.runs.load import load_model
 
 HERE = Path(__file__).parent
@@ -112,14 +113,13 @@ def test_the_loss_is_the_mean_of_what_is_scored_and_nothing_attends_to_a_gap(run
     skipped = []
     losses = logged(metrics, run_dir, "train/loss")
     for segment in Segments(plan, reader, range(LANES), index.eos, 0, STEPS, mem_len=MEM_LEN):
-        arrays = map(torch.from_numpy, (segment.inputs, segment.targets, segment.lookback))
         scored = torch.from_numpy(segment.targets != NOT_SCORED)
         with torch.no_grad():
-            nats, memory = model(*arrays, memory)
+            nats, memory = model(CausalLM().batch(segment), memory)
         assert losses[segment.step] == pytest.approx((nats.sum() / scored.sum()).item(), rel=1e-5), segment.step
         skipped.append(int((~scored).sum()))
-        for states in memory:
-            states[:, -TGT_LEN:][~scored] = 1e4
+        for state in memory:
+            state["memory"][:, -TGT_LEN:][~scored] = 1e4
     assert set(reader.damaged) == set(samples) and sum(skipped) == len(samples) * SAMPLE
     assert logged(metrics, run_dir, "train/skipped_tokens") == skipped
     assert 0 in skipped and not any(

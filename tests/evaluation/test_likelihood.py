@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.batches import batch
 from txl_dist.evaluation.likelihood import losses_in_context
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -27,11 +28,11 @@ def by_hand(model, stream, position, context, start=0):
     with_eos = [EOS, *stream]
     begin = max(start, position - context + 1)
     inputs = torch.tensor([with_eos[begin : position + 1]])
-    memory = [torch.zeros(1, 0, model.config.d_model, dtype=torch.float64) for _ in model.layers]
+    memory = [{"memory": torch.zeros(1, 0, model.config.d_model, dtype=torch.float64)} for _ in model.layers]
     config = model.config
     model.config = replace(config, mem_len=0)
     with torch.no_grad():
-        log_probs, _ = model(inputs, None, torch.arange(inputs.size(1))[None], memory)
+        log_probs, _ = model(batch(inputs, None, torch.arange(inputs.size(1))[None]), memory)
     model.config = config
     return -log_probs[0, -1, stream[position]].item()
 

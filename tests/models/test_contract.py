@@ -1,6 +1,6 @@
 """What is asked of every architecture in conf/model/, dropout on; and that models which break it are found."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,17 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.batches import batch
+from tests.other_package.other_models.recurrent import Recurrent
 from txl_dist.models import registry
 from txl_dist.models.base import Runtime
-from txl_dist.models.layers.dropout import Noise
-from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
+from txl_dist.models.layers.dropout import LaneDropout, Noise
+from txl_dist.models.transformer_xl import TransformerXL
 
 torch.set_num_threads(1)
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("conf/model/*.yaml"))
+TESTS = Path(__file__).parents[1]
+CONFIGS = sorted([*TESTS.parent.glob("conf/model/*.yaml"), *TESTS.glob("other_package/*/conf/model/*.yaml")])
 SMALL = {"n_layer": 3, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 5, "mem_len": 12}
 LANES, VOCAB, LENGTH = 4, 40, 12
 TOKENS = torch.randint(VOCAB, (LANES, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -25,11 +28,18 @@ LOOKBACK = torch.arange(LENGTH).expand(LANES, LENGTH)
 ALL = slice(LANES)
 
 
+def find(path):
+    """The class of the architecture of a file in conf/model/."""
+    return Recurrent if path.stem == "recurrent" else registry.find(OmegaConf.load(path).name)
+
+
 def make_config(path, **changes):
     """The config of a file in conf/model/, small, with every kind of dropout."""
+    config_class = find(path).Config
     values = OmegaConf.to_container(OmegaConf.load(path))
-    drops = {field.name: 0.3 for field in fields(TransformerXLConfig) if field.name.startswith(("dropout", "dropatt"))}
-    return TransformerXLConfig(**values | SMALL | drops | changes)
+    drops = {field.name: 0.3 for field in fields(config_class) if field.name.startswith(("dropout", "dropatt"))}
+    small = {key: value for key, value in SMALL.items() if key in values}
+    return config_class(**values | small | drops | changes)
 
 
 def build(model_class, config, **runtime):
@@ -50,7 +60,7 @@ def read(model, lengths=(5, 4, 3), rows=ALL, noisy=True, memory=None):
     for step, length in enumerate(lengths):
         part = (rows, slice(start, start + length))
         noise = Noise.of_step(1, step, range(LANES)).of_rows(rows) if noisy else None
-        nats, memory = model(TOKENS[part], TARGETS[part], LOOKBACK[part], memory, noise)
+        nats, memory = model(batch(TOKENS[part], TARGETS[part], LOOKBACK[part]), memory, noise)
         losses.append(nats)
         start += length
     return torch.cat(losses, dim=1), memory
@@ -66,8 +76,8 @@ def ask_repetition(model_class, config):
     first, memory = read(model)
     read(model, rows=slice(1, 3))
     again, same = read(model)
-    assert torch.equal(first, again) and all(map(torch.equal, memory, same))
-    assert not any(states.requires_grad for states in memory)
+    torch.testing.assert_close((first, memory), (again, same), rtol=0, atol=0)
+    assert not any(value.requires_grad for state in memory for value in state.values())
 
 
 def ask_lanes(model_class, config):
@@ -77,8 +87,7 @@ def ask_lanes(model_class, config):
     for rows in (slice(0, 1), slice(1, 4), torch.tensor([3, 1])):
         some_losses, some_memory = read(model, rows=rows)
         assert_near(some_losses, losses[rows])
-        for states, all_states in zip(some_memory, memory, strict=True):
-            assert_near(states, all_states[rows])
+        assert_near(some_memory, [{name: value[rows] for name, value in state.items()} for state in memory])
 
 
 def ask_segments(model_class, config):
@@ -113,13 +122,30 @@ def ask_stages(model_class, config):
         stages = [build(model_class, config) for _ in range(2)]
         stages[0].keep_stage(range(cut), is_first=True, is_last=False)
         stages[1].keep_stage(range(cut, config.n_layer), is_first=False, is_last=True)
-        states = build(model_class, config).empty_memory(LANES)
-        hidden, lower = stages[0].through_layers(stages[0].embed(TOKENS, noise), LOOKBACK, states[:cut], noise)
-        hidden, upper = stages[1].through_layers(hidden, LOOKBACK, states[cut:], noise)
-        assert_near(stages[1].predict(hidden, TARGETS, noise), losses)
-        for actual, expected in zip([*lower, *upper], memory, strict=True):
-            assert actual.shape[1:] == stages[1].state_shape
-            assert_near(actual, expected)
+        batch = {"inputs": TOKENS, "lookback": LOOKBACK}
+        carry = stages[0].embed(stages[0].inputs_of(batch), noise)
+        carry, lower = stages[0].through_layers(carry, stages[0].empty_memory(LANES), noise)
+        floats, *integers = carry
+        assert floats.is_floating_point() and all(field.dtype == torch.int64 for field in integers)
+        carry, upper = stages[1].through_layers(carry, stages[1].empty_memory(LANES), noise)
+        assert_near(stages[1].predict(carry, TARGETS, noise), losses)
+        assert_near([*lower, *upper], memory)
+
+
+def ask_state_shapes(model_class, config):
+    """States have the shapes that the model announces, before and after a segment."""
+    model = build(model_class, config)
+    announced = [{name: (LANES, *shape) for name, shape in shapes.items()} for shapes in model.state_shapes()]
+    for memory in (model.empty_memory(LANES), read(model)[1]):
+        assert [{name: tuple(value.shape) for name, value in state.items()} for state in memory] == announced
+    assert len(announced) == config.n_layer
+
+
+def ask_places(model_class, config):
+    """Every dropout has a place of its own, so that no two drop alike."""
+    modules = build(model_class, config).modules()
+    places = [int(module.place) for module in modules if isinstance(module, LaneDropout)]
+    assert len(set(places)) == len(places) and 0 not in places
 
 
 def ask_cost(model_class, config):
@@ -141,6 +167,8 @@ QUESTIONS = [
     ask_caches,
     ask_activation_checkpointing,
     ask_stages,
+    ask_state_shapes,
+    ask_places,
     ask_cost,
 ]
 
@@ -148,16 +176,15 @@ QUESTIONS = [
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("ask", QUESTIONS)
 def test_every_architecture_keeps_the_contract(ask, path):
-    config = make_config(path)
-    ask(registry.find(config.name), config)
+    ask(find(path), make_config(path))
 
 
 class StateOfAnotherLane(TransformerXL):
     """Writes each state under the lane after its own."""
 
     def through_layers(self, *args):
-        hidden, memory = super().through_layers(*args)
-        return hidden, [states.roll(1, 0) for states in memory]
+        carry, memory = super().through_layers(*args)
+        return carry, [{name: value.roll(1, 0) for name, value in state.items()} for state in memory]
 
 
 class HiddenState(TransformerXL):
@@ -166,9 +193,10 @@ class HiddenState(TransformerXL):
     past = 0.0
 
     def embed(self, *args):
-        embedded = super().embed(*args) + self.past
-        self.past = 0.1 * float(embedded.detach().mean())
-        return embedded
+        hidden, lookback = super().embed(*args)
+        hidden = hidden + self.past
+        self.past = 0.1 * float(hidden.detach().mean())
+        return hidden, lookback
 
 
 class CostOff(TransformerXL):
@@ -182,16 +210,24 @@ class CostOff(TransformerXL):
 class DropoutByDraw(TransformerXL):
     """Drops what torch's generator says, which belongs to no lane."""
 
-    def predict(self, hidden, *args):
-        return super().predict(F.dropout(hidden, 0.1, self.training), *args)
+    def predict(self, carry, *args):
+        hidden, lookback = carry
+        return super().predict((F.dropout(hidden, 0.1, self.training), lookback), *args)
 
 
 class DropoutByRow(TransformerXL):
     """Drops by the row within the micro-batch, as if it was the lane."""
 
     def embed(self, inputs, noise=None):
-        by_row = noise and Noise.of_step(0, 0, range(len(inputs)))
+        by_row = noise and Noise.of_step(0, 0, range(len(inputs[0])))
         return super().embed(inputs, by_row)
+
+
+class DropoutWithoutPlaces(TransformerXL):
+    """Drops the same numbers in every layer."""
+
+    def complete(self):
+        self.initialise()
 
 
 class CutOff(TransformerXL):
@@ -201,17 +237,30 @@ class CutOff(TransformerXL):
         super().keep_stage(range(len(layers)), is_first, is_last)
 
 
+class OtherStates(TransformerXL):
+    """Remembers one token more than it announces."""
+
+    def state_shapes(self):
+        return [{"memory": (self.config.mem_len - 1, self.config.d_model)} for _ in self.layers]
+
+    def empty_memory(self, lanes, device=None):
+        with self.reading_as(replace(self.config, mem_len=self.config.mem_len + 1)):
+            return super().empty_memory(lanes, device)
+
+
 BROKEN = {
     StateOfAnotherLane: ask_lanes,
     HiddenState: ask_repetition,
     CostOff: ask_cost,
     DropoutByDraw: ask_repetition,
     DropoutByRow: ask_lanes,
+    DropoutWithoutPlaces: ask_places,
     CutOff: ask_stages,
+    OtherStates: ask_state_shapes,
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_model_that_breaks_the_contract_is_found(broken):
     with pytest.raises(AssertionError):
-        BROKEN[broken](broken, make_config(CONFIGS[0]))
+        BROKEN[broken](broken, make_config(TESTS.parent / "conf/model/transformer_xl.yaml"))

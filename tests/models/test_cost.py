@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.batches import batch
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers.backends import AttentionWindow
 from txl_dist.models.layers.cost import zipf_share
@@ -33,7 +34,7 @@ def training_step(model):
     """A forward and a backward of a model with one softmax, which reads a full memory."""
     tokens = torch.zeros(LANES, model.config.tgt_len, dtype=torch.int64)
     lookback = torch.full_like(tokens, 1000)
-    return lambda: model(tokens, tokens, lookback, model.empty_memory(LANES))[0].mean().backward()
+    return lambda: model(batch(tokens, tokens, lookback), model.empty_memory(LANES))[0].mean().backward()
 
 
 @pytest.mark.parametrize("mem_len", [0, 11])
@@ -41,11 +42,11 @@ def training_step(model):
 def test_a_layer(make_config, attention, mem_len):
     config = make_config(attention=attention, mem_len=mem_len)
     model = TransformerXL(config, VOCAB)
-    hidden = torch.zeros(LANES, config.tgt_len, config.d_model)
-    encoding, visible = model.positions_and_window(hidden, torch.zeros(LANES, config.tgt_len, dtype=torch.int64))
-    memory = torch.zeros(LANES, mem_len, config.d_model)
+    lookback = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
+    carry = torch.zeros(LANES, config.tgt_len, config.d_model), lookback
+    state = model.empty_memory(LANES)[0]
     products = model.layers[0].products(LANES, config)
-    assert counted(lambda: model.layers[0](hidden, memory, encoding, visible)) == forward(products)
+    assert counted(lambda: model.layers[0](carry, state, model.shared(carry))) == forward(products)
 
 
 def test_embedding_and_softmax_with_known_clusters(make_config):
@@ -67,7 +68,7 @@ def test_a_whole_model_with_one_softmax(make_config):
     model = TransformerXL(config, VOCAB)
     tokens = torch.zeros(LANES, 7, dtype=torch.int64)
     by_part = model.flops(LANES)
-    assert counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))) == sum(by_part)
+    assert counted(lambda: model(batch(tokens, tokens, tokens), model.empty_memory(LANES))) == sum(by_part)
     assert len(by_part) == config.n_layer + 2
 
 
@@ -96,7 +97,7 @@ def test_recomputation_is_not_counted_as_the_models(make_config):
     config = make_config()
     model = TransformerXL(config, VOCAB, Runtime(activation_checkpointing=True))
     tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
-    runs = counted(lambda: model(tokens, tokens, tokens, model.empty_memory(LANES))[0].mean().backward())
+    runs = counted(lambda: model(batch(tokens, tokens, tokens), model.empty_memory(LANES))[0].mean().backward())
     products = sum(model.products(LANES), [])
     assert runs > training(products) > model.training_flops(LANES)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
+from tests.batches import batch
 from txl_dist.conversion.weights import from_hugging_face
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers import dropout
@@ -68,7 +69,7 @@ def read(model: TransformerXL, stream: Tensor, lengths: list[int], memory=None, 
     memory, start, out = memory or model.empty_memory(len(stream)), 0, []
     for length in lengths:
         segment = stream[:, start : start + length]
-        log_probs, memory = model(segment, None, from_start(length, len(stream), start), memory, noise)
+        log_probs, memory = model(batch(segment, None, from_start(length, len(stream), start)), memory, noise)
         out.append(log_probs)
         start += length
     return torch.cat(out, dim=1)
@@ -155,8 +156,8 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
         inputs, targets = tokens(LANES, length, seed=step), tokens(LANES, length, seed=100 + step)
         targets[0, 1] = -100
         lookback = torch.full_like(inputs, FAR)  # they look at their first memory of zeros
-        nll, new_memory = model(inputs, targets, lookback, memory, NOISE)
-        log_probs, same_memory = model(inputs, None, lookback, memory, NOISE)
+        nll, new_memory = model(batch(inputs, targets, lookback), memory, NOISE)
+        log_probs, same_memory = model(batch(inputs, None, lookback), memory, NOISE)
 
         output = theirs.transformer(inputs, mems=their_memory)
         hidden = output.last_hidden_state
@@ -167,8 +168,8 @@ def test_agrees_with_the_reference(case, dtype, tolerance, monkeypatch):
         assert_near(log_probs, theirs.crit(hidden).view(LANES, length, VOCAB), tolerance, "log_probs")
         assert len(new_memory) == len(same_memory) == config.n_layer
         for ours, again, old in zip(new_memory, same_memory, output.mems or [], strict=config.mem_len > 0):
-            assert_near(ours, old.transpose(0, 1), tolerance, "memory")
-            assert torch.equal(ours, again) and not ours.requires_grad
+            assert_near(ours["memory"], old.transpose(0, 1), tolerance, "memory")
+            assert torch.equal(ours["memory"], again["memory"]) and not ours["memory"].requires_grad
         memory, their_memory = new_memory, output.mems
         loss, their_loss = loss + nll.sum(), their_loss + their_nll.sum()
 
@@ -202,8 +203,8 @@ def test_a_document_in_mid_segment_knows_nothing_of_the_one_before():
     model = build(BASE).eval()
     stream, memory = tokens(LANES, 9), model.empty_memory(LANES)
     lookback = torch.cat([from_start(4), from_start(5)], dim=1)
-    first, memory = model(stream[:, :6], None, lookback[:, :6], memory)
-    second, memory = model(stream[:, 6:], None, lookback[:, 6:], memory)
+    first, memory = model(batch(stream[:, :6], None, lookback[:, :6]), memory)
+    second, memory = model(batch(stream[:, 6:], None, lookback[:, 6:]), memory)
     apart = [read(model, stream[:, :4], [4]), read(model, stream[:, 4:], [2, 3])]
     torch.testing.assert_close(torch.cat([first, second], 1), torch.cat(apart, 1), rtol=1e-12, atol=1e-12)
 
@@ -214,14 +215,14 @@ def test_a_reset_lane_forgets_and_the_others_do_not(pre_lnorm):
     memoryless = TransformerXL(replace(BASE, pre_lnorm=pre_lnorm, mem_len=0), VOCAB).double().eval()
     memoryless.load_state_dict(model.state_dict())
     stream = tokens(LANES, 10)
-    _, memory = model(stream[:, :5], None, from_start(5), model.empty_memory(LANES))
+    _, memory = model(batch(stream[:, :5], None, from_start(5)), model.empty_memory(LANES))
     lookback = torch.cat([from_start(5, 1), from_start(5, LANES - 1, start=5)])  # lane 0 starts anew
-    log_probs, _ = model(stream[:, 5:], None, lookback, memory)
-    fresh, none = memoryless(stream[:, 5:], None, from_start(5), memoryless.empty_memory(LANES))
+    log_probs, _ = model(batch(stream[:, 5:], None, lookback), memory)
+    fresh, none = memoryless(batch(stream[:, 5:], None, from_start(5)), memoryless.empty_memory(LANES))
     kept = read(model, stream, [5, 5])[:, 5:]
     torch.testing.assert_close(log_probs, torch.cat([fresh[:1], kept[1:]]), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(fresh[1:], kept[1:], atol=1e-2)
-    assert [rows.shape for rows in none] == [(LANES, 0, BASE.d_model)] * BASE.n_layer
+    assert [state["memory"].shape for state in none] == [(LANES, 0, BASE.d_model)] * BASE.n_layer
 
 
 def test_a_window_ends_where_it_ends():
@@ -253,11 +254,11 @@ def test_absolute_positions_are_added_once_to_what_is_remembered(attention):
     model = build(replace(BASE, attention=attention)).eval()
     stream, memory = tokens(LANES, 7), model.empty_memory(LANES)
     for step in range(7):
-        _, memory = model(stream[:, step : step + 1], None, from_start(1, start=step), memory)
-        assert torch.equal(memory[0][:, -step - 1 :], model.embedding(stream[:, : step + 1]))
+        _, memory = model(batch(stream[:, step : step + 1], None, from_start(1, start=step)), memory)
+        assert torch.equal(memory[0]["memory"][:, -step - 1 :], model.embedding(stream[:, : step + 1]))
         if step == 0:
-            first = [states[:, -1].clone() for states in memory]
-        assert all(torch.equal(states[:, -step - 1], once) for states, once in zip(memory, first, strict=True))
+            first = [state["memory"][:, -1].clone() for state in memory]
+        assert all(torch.equal(state["memory"][:, -step - 1], once) for state, once in zip(memory, first, strict=True))
 
 
 @pytest.mark.parametrize("pre_lnorm", [False, True])
@@ -271,7 +272,7 @@ def test_cached_keys_and_values_change_no_number(attention, pre_lnorm):
         expected, cache = read(model, tokens(LANES, sum(lengths)), lengths), model.empty_cache(LANES)
         with_cache = read(model, tokens(LANES, sum(lengths)), lengths, cache)
         torch.testing.assert_close(with_cache, expected, rtol=1e-12, atol=1e-12)
-        cached = [isinstance(layer, KVCache) for layer in cache]
+        cached = [isinstance(state["memory"], KVCache) for state in cache]
         assert cached == {"absolute": [False, True, True], "al_rfou": [False] * 3}.get(attention, [True] * 3)
 
 
@@ -294,9 +295,9 @@ def test_lanes_that_were_read_alone_continue_together():
         parts, memories = [], []
         for lane in stream.split(1):
             memories.append(model.empty_cache(1))
-            _, memories[-1] = model(lane[:, :9], None, from_start(9, 1), memories[-1])
+            _, memories[-1] = model(batch(lane[:, :9], None, from_start(9, 1)), memories[-1])
             parts.append(read(model, lane, [9, 3])[:, 9:])
-        together, _ = model(stream[:, 9:], None, from_start(3, 2, 9), concat_lanes(memories))
+        together, _ = model(batch(stream[:, 9:], None, from_start(3, 2, 9)), concat_lanes(memories))
         torch.testing.assert_close(together, torch.cat(parts), rtol=1e-12, atol=1e-12)
 
 
@@ -312,10 +313,11 @@ def test_activation_checkpointing_changes_nothing(share):
         memory, loss = model.empty_memory(LANES), 0
         for step in range(2):
             inputs, targets = tokens(LANES, 5, seed=step), tokens(LANES, 5, seed=7)
-            nll, memory = model(inputs, targets, from_start(5, start=5 * step), memory, NOISE)
+            nll, memory = model(batch(inputs, targets, from_start(5, start=5 * step)), memory, NOISE)
             loss = loss + nll.sum()
         loss.backward()
-        results.append([nll, *memory, *(parameter.grad for parameter in model.parameters())])
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([nll, *(state["memory"] for state in memory), *gradients])
     assert all(map(torch.equal, *results))
 
 
@@ -325,7 +327,10 @@ def test_activation_checkpointing_keeps_less():
         model = build(BASE, activation_checkpointing=activation_checkpointing)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            model(tokens(LANES, 5), tokens(LANES, 5), from_start(5), model.empty_memory(LANES))
+            model(
+                batch(tokens(LANES, 5), tokens(LANES, 5), from_start(5)),
+                model.empty_memory(LANES),
+            )
         kept[activation_checkpointing] = sum(sizes)
     assert kept[True] < kept[False] / 3
 
@@ -334,7 +339,7 @@ def test_activation_checkpointing_keeps_less():
 def test_parameters_are_used_only_by_the_modules_that_own_them(case):
     """As under ZeRO-3: a parameter is there only within the forward of a module that holds it directly."""
     model = build(replace(BASE, **CASES[case])).eval()
-    expected, _ = model(tokens(LANES, 5), None, from_start(5), model.empty_memory(LANES))
+    expected, _ = model(batch(tokens(LANES, 5), None, from_start(5)), model.empty_memory(LANES))
     gathered = {parameter: parameter.data for parameter in model.parameters()}
 
     def gather(module, *_):
@@ -351,8 +356,8 @@ def test_parameters_are_used_only_by_the_modules_that_own_them(case):
         module.register_forward_pre_hook(gather)
         module.register_forward_hook(release)
     with torch.no_grad():
-        log_probs, _ = model(tokens(LANES, 5), None, from_start(5), memory)
-        nll, _ = model(tokens(LANES, 5), tokens(LANES, 5), from_start(5), memory)
+        log_probs, _ = model(batch(tokens(LANES, 5), None, from_start(5)), memory)
+        nll, _ = model(batch(tokens(LANES, 5), tokens(LANES, 5), from_start(5)), memory)
     assert torch.equal(log_probs, expected)
     torch.testing.assert_close(nll, -expected.gather(-1, tokens(LANES, 5)[..., None]).squeeze(-1))
 
@@ -364,13 +369,17 @@ def test_a_step_never_synchronises_with_a_gpu(case):
     model = build(replace(BASE, **CASES[case], **drops)).to("meta")
     inputs, targets, lookback = tokens(LANES, 5), tokens(LANES, 5, seed=2), from_start(5)
     noise = Noise.of_step(0, 0, range(LANES), torch.device("meta"))
-    nll, _ = model(inputs, targets, lookback, model.empty_memory(LANES), noise)
+    nll, _ = model(batch(inputs, targets, lookback), model.empty_memory(LANES), noise)
     nll.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    model.eval()(inputs, None, lookback, model.empty_cache(LANES))
+    model.eval()(batch(inputs, None, lookback), model.empty_cache(LANES))
     if case != "full softmax":
         with pytest.raises(NotImplementedError, match="nonzero"):
-            model.train()(inputs.to("meta"), targets.to("meta"), lookback, model.empty_memory(LANES), noise)
+            model.train()(
+                batch(inputs.to("meta"), targets.to("meta"), lookback),
+                model.empty_memory(LANES),
+                noise,
+            )
 
 
 def test_nothing_is_dropped_in_evaluation():
@@ -392,8 +401,11 @@ def test_bfloat16_is_near_and_its_losses_are_float32():
         model.to(dtype)
         memory = model.empty_memory(LANES)
         for step in range(2):
-            nll[dtype], memory = model(tokens(LANES, 5), tokens(LANES, 5), from_start(5, start=5 * step), memory)
-        assert nll[dtype].dtype == torch.float32 and all(rows.dtype == dtype for rows in memory)
+            nll[dtype], memory = model(
+                batch(tokens(LANES, 5), tokens(LANES, 5), from_start(5, start=5 * step)),
+                memory,
+            )
+        assert nll[dtype].dtype == torch.float32 and all(state["memory"].dtype == dtype for state in memory)
         nll[dtype].sum().backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     torch.testing.assert_close(nll[torch.bfloat16], nll[torch.float32], rtol=0.03, atol=0.03)

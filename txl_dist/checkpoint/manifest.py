@@ -1,11 +1,12 @@
 """The schema of checkpoint.json: a manifest that passes it has every key that is read later, whoever wrote it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from txl_dist.config.sections import AnyModel
+from txl_dist.config.sections import parse_model
 from txl_dist.files.parsing import FileName, Number, Sha256, Size, Version
+from txl_dist.models import registry
 
 PositiveInt = Annotated[Size, Field(ge=1)]
 TensorFile = Annotated[str, Field(pattern=r"^(weights|optimizer|memory)-\d{5,}\.safetensors$", max_length=255)]
@@ -71,6 +72,22 @@ class DataSection(BaseModel):
     reset_memory: Literal["never", "document"]
 
 
+class ModelSection(BaseModel):
+    """The section of a model; all of it is checked where its architecture is installed."""
+
+    name: str
+    n_layer: PositiveInt
+    tgt_len: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def fits_its_architecture(cls, values: Any) -> Any:
+        """Parse the section; without the architecture that cannot be, which is no damage."""
+        if isinstance(values, dict) and registry.is_installed(values.get("name")):
+            parse_model(values)
+        return values
+
+
 class OptimizerSection(BaseModel):
     name: str
     average_from: PositiveInt | None = None
@@ -90,7 +107,7 @@ class EngineSection(BaseModel):
 class Config(BaseModel):
     run: RunSection
     data: DataSection
-    model: AnyModel
+    model: ModelSection
     optimizer: OptimizerSection
     train: TrainSection
     engine: EngineSection
@@ -137,7 +154,7 @@ class ImportedDataSection(BaseModel):
 
 
 class ImportedConfig(BaseModel):
-    model: AnyModel
+    model: ModelSection
     data: ImportedDataSection
 
 

@@ -24,13 +24,13 @@ from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine import deepspeed_internals
 from txl_dist.engine.anomaly_guard import AnomalyGuard
-from txl_dist.engine.memory import Memory
+from txl_dist.engine.lane_states import LaneStates
 from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.sharded_state import ShardedState
-from txl_dist.evaluation.likelihood import Score
 from txl_dist.models import registry
-from txl_dist.models.base import LanguageModel, Runtime
+from txl_dist.models.base import Batch, LanguageModel, Runtime
 from txl_dist.models.layers.dropout import Noise
+from txl_dist.objectives.base import Objective, Score
 from txl_dist.objectives.causal_lm import CausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +42,7 @@ class LocalModule:
 
     Attributes:
         model: with the layers of this rank alone.
+        objective: what it is trained for.
         layers: their numbers in the whole model.
         module: what DeepSpeed wraps to run the model.
         names: of all parameters of the whole model, which checkpoints know them by.
@@ -49,6 +50,7 @@ class LocalModule:
     """
 
     model: LanguageModel
+    objective: Objective
     layers: range
     module: nn.Module
     names: dict[nn.Parameter, str]
@@ -64,8 +66,9 @@ class Engine(ABC):
         step: optimizer steps done.
         learning_rate: of the last step.
         dropped_tokens: of the last step's global batch, lost with damaged samples (data.on_error=skip_sample).
-        objective: turns what the model predicts into the loss.
-        loss_weight: turns a mean over all positions into a mean over the scored ones of the global batch.
+        objective: what the model is trained for.
+        memory: the states of this rank's layers and lanes.
+        loss_weight: turns a mean over all targets into a mean over the scored ones of the global batch.
         num_parameters: of the whole model.
         training_flops: that the whole model needs in a step.
         checkpointer: writes what `save` has copied.
@@ -83,7 +86,7 @@ class Engine(ABC):
         self.learning_rate = 0.0
         self.dropped_tokens = 0
         self.loss_weight = 1.0
-        self.objective = CausalLM(job.first_scored)
+        self.objective = local.objective
         self.precision = resolve_precision(job.engine)
         self.guard = AnomalyGuard(
             job.guard, job.run.dir, group, self.lanes, job.data.num_lanes, fp16=self.precision == "fp16"
@@ -139,8 +142,8 @@ class Engine(ABC):
             memories[name].copy_(states)
 
     @abstractmethod
-    def forward_backward_step(self, segment: Segment) -> Tensor:
-        """Run forward, backward and the optimizer's step on all micro-batches of a segment.
+    def forward_backward_step(self, batch: Batch) -> Tensor:
+        """Run forward, backward and the optimizer's step on all micro-batches of a batch.
 
         The new memory is written beside the old one. Return the loss for `mean`, in nats per token.
         """
@@ -157,11 +160,11 @@ class Engine(ABC):
             f"{runtime}ZeRO {self.job.engine.zero_stage}"
         )
 
-    def empty_memory(self) -> Memory:
-        """Return the memory of this rank's layers and lanes before the first token."""
+    def empty_memory(self) -> LaneStates:
+        """Return the states of this rank's layers and lanes before the first token."""
         lanes = self.split.lanes(self.group.rank)
         dtype = DTYPES[self.precision]
-        return Memory(self.layers, lanes, self.model.state_shape, self.group.device, dtype)
+        return LaneStates(self.layers, lanes, self.model.state_shapes(), self.group.device, dtype)
 
     @property
     def tokens(self) -> int:
@@ -179,10 +182,11 @@ class Engine(ABC):
         assert segment.step == self.step
         seed_step(self.job.run.seed, self.step, self.group.rank)
         self._set_learning_rate()
+        batch = self.objective.batch(segment)
         if self.job.data.on_error == "skip_sample":
-            self._count_dropped_tokens(segment)
+            self._count_dropped_tokens(segment, batch["targets"])
         self.guard.start_step(self.step + 1)
-        loss = self.forward_backward_step(segment)
+        loss = self.forward_backward_step(batch)
         self.guard.finish_step(self._last_grad_norm)
         if self.guard.vetoed:
             self._keep_finite_memory()
@@ -216,14 +220,14 @@ class Engine(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_scale"]
 
-    def _count_dropped_tokens(self, segment: Segment) -> None:
-        """Set `dropped_tokens` and `loss_weight`; every rank must call it, with its rows.
+    def _count_dropped_tokens(self, segment: Segment, targets: Tensor) -> None:
+        """Set `dropped_tokens` and `loss_weight`; every rank must call it, with its rows and their targets.
 
         The ranks add up their counts, on the CPU: so every scored token weighs the same, whoever reads it, and the loss
         is the same under every split. It is 0 where all tokens of a step are lost.
         """
         scored = torch.from_numpy(segment.targets != NOT_SCORED)
-        in_loss = self.objective.counted(scored)
+        in_loss = self.objective.counted(targets) != NOT_SCORED
         counts = torch.tensor([scored.numel(), scored.sum(), in_loss.numel(), in_loss.sum()])
         torch.distributed.all_reduce(counts)  # a pipeline's first and last stage count each token: all are doubled
         tokens, tokens_kept, positions, positions_kept = counts.tolist()
@@ -257,12 +261,10 @@ class Engine(ABC):
         That one is a segment too old. It is the text of the lane all the same, and gone after mem_len tokens.
         """
         lanes = slice(self.memory.lanes.start, self.memory.lanes.stop)
-        new = self.memory.next
-        spoilt = torch.zeros(self.job.data.num_lanes, dtype=torch.int32, device=new.device)
-        spoilt[lanes] = ~new.isfinite().all(dim=0).flatten(1).all(dim=1)
+        spoilt = torch.zeros(self.job.data.num_lanes, dtype=torch.int32, device=self.group.device)
+        spoilt[lanes] = self.memory.spoilt_lanes().int()
         torch.distributed.all_reduce(spoilt)  # a lane's layers may be on several ranks
-        rows = spoilt[lanes] > 0
-        new[:, rows] = self.memory.current[:, rows]
+        self.memory.keep(spoilt[lanes] > 0)
 
     # --------------------------------------------------------------------------------- evaluation and checkpoints
 
@@ -336,6 +338,11 @@ def build_model(job: TrainJob, vocab_size: int, checkpoint: Checkpoint | None) -
     if checkpoint:
         checkpoint.load_weights(model)
     return model
+
+
+def build_objective(job: TrainJob) -> Objective:
+    """Return what the model is trained for."""
+    return CausalLM(job.first_scored)
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

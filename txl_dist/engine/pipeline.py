@@ -3,11 +3,11 @@
     stage 0                       stage 1                       last stage
     embedding, layers 0 ... i     layers i + 1 ... j            layers j + 1 ..., softmax, loss
     (layer, lane) memories        (layer, lane) memories        (layer, lane) memories
-          |  hidden, lookback, rows     |  hidden, lookback, rows     |
+          |  carry, rows                |  carry, rows                |
           +---------------------------->+---------------------------->+
 
-Of a micro-batch its hidden states cross, and two kinds of small integers: `lookback`, and the rows, which say of whose
-lanes the states are. A memory never leaves its stage.
+Of a micro-batch its carry crosses (for Transformer-XL hidden states and `lookback`), and the numbers of its rows, which
+say of whose lanes it is. A memory never leaves its stage.
 """
 
 import contextlib
@@ -32,14 +32,13 @@ from txl_dist.engine.deepspeed_internals import (
     mark_as_replica,
     pipeline_group,
 )
-from txl_dist.engine.engine import Engine, LocalModule, build_model, lane_split, parameter_names
-from txl_dist.engine.memory import Memory
-from txl_dist.engine.micro_batches import row_slices, segment_tensors
-from txl_dist.models.base import LanguageModel
+from txl_dist.engine.engine import Engine, LocalModule, build_model, build_objective, lane_split, parameter_names
+from txl_dist.engine.lane_states import LaneStates
+from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.dropout import Noise
-from txl_dist.objectives.causal_lm import CausalLM
+from txl_dist.objectives.base import Objective, micro_batches
 
-StageInput = tuple[Tensor, Tensor, Tensor]  # tokens or hidden states, lookback, rows
+StageInput = tuple[Tensor, ...]  # inputs or carry, and the numbers of the rows
 
 
 class Stage(nn.Module):
@@ -53,14 +52,14 @@ class Stage(nn.Module):
         lane_losses: to which the last stage appends the losses of a micro-batch's lanes.
     """
 
-    def __init__(self, model: LanguageModel, layers: range, is_first: bool, is_last: bool, objective: CausalLM):
+    def __init__(self, model: LanguageModel, layers: range, is_first: bool, is_last: bool, objective: Objective):
         super().__init__()
         self.model = model
         self.is_first = is_first
         self.is_last = is_last
         self.objective = objective
         self.noise: Noise | None = None
-        self.memory: Memory | None = None
+        self.memory: LaneStates | None = None
         self.loss_weight = 1.0
         self.lane_losses: list[Tensor] = []
         model.keep_stage(layers, is_first, is_last)
@@ -69,25 +68,26 @@ class Stage(nn.Module):
         """Run this stage's layers on a micro-batch, and write the new memory of its rows.
 
         Args:
-            stage_input: int64 [rows, length] tokens or, from the stage before, [rows, length, d_model] hidden states;
-                int64 [rows, length] lookback; int64 [rows], the numbers of the rows.
+            stage_input: the fields of a batch that the model takes or, from the stage before, the carry; and int64
+                [rows], the numbers of the rows.
 
         Returns:
             The input of the next stage, or of `loss`.
         """
         assert self.memory is not None
-        hidden, lookback, rows = stage_input
+        *fields, rows = stage_input
+        carry: Carry = tuple(fields)
         noise = self.noise and self.noise.of_rows(rows)
         if self.is_first:
-            hidden = self.model.embed(hidden, noise)
-        hidden, memory = self.model.through_layers(hidden, lookback, self.memory.read(rows), noise)
+            carry = self.model.embed(carry, noise)
+        carry, memory = self.model.through_layers(carry, self.memory.read(rows), noise)
         self.memory.write(rows, memory)
-        return hidden, lookback, rows
+        return *carry, rows
 
     def loss(self, stage_output: StageInput, targets: Tensor) -> Tensor:
-        """Return a micro-batch's loss: in training the weighted mean over positions, in evaluation the sum of nats."""
-        hidden, _, rows = stage_output
-        nats = self.model.predict(hidden, targets, self.noise and self.noise.of_rows(rows))
+        """Return a micro-batch's loss: in training the weighted mean over targets, in evaluation the sum of nats."""
+        *carry, rows = stage_output
+        nats = self.model.predict(tuple(carry), targets, self.noise and self.noise.of_rows(rows))
         if not self.training:
             return nats.double().sum()
         loss, lane_losses = self.objective.loss(nats, self.loss_weight)
@@ -143,22 +143,23 @@ class PipelineEngine(Engine):
         training_flops = model.training_flops(job.data.num_lanes)
         end = sum(self.stage_layers[: number + 1])
         layers = range(end - self.stage_layers[number], end)
-        objective = CausalLM(job.first_scored)
+        objective = build_objective(job)
         self.stage = Stage(model, layers, number == 0, number == split.stages - 1, objective)
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group
         pipeline = Pipeline(self.stage, number, split.stages)
         pipeline.tie(tied)
-        super().__init__(job, group, LocalModule(model, layers, pipeline, names, training_flops), checkpoint)
+        local = LocalModule(model, objective, layers, pipeline, names, training_flops)
+        super().__init__(job, group, local, checkpoint)
         if not (self.stage.is_first or self.stage.is_last):
             self.lanes = range(0)  # what a middle stage reads comes from the stage before
 
-    def forward_backward_step(self, segment: Segment) -> Tensor:
+    def forward_backward_step(self, batch: Batch) -> Tensor:
         """Return the mean loss of the micro-batches, in nats per token."""
         self.stage.memory = self.memory
         self.stage.noise = self.noise()
         self.stage.loss_weight = self.loss_weight
         self.stage.lane_losses = self.guard.lane_losses
-        return self.deepspeed.train_batch(self.micro_batches(segment))
+        return self.deepspeed.train_batch(self.stage_inputs(batch))
 
     def score(self, segments: Iterable[Segment]) -> tuple[Tensor, int]:
         """Return the nats and the number of the scored tokens of this rank's lanes on the last stage; 0 on others."""
@@ -169,20 +170,20 @@ class PipelineEngine(Engine):
         tokens = 0
         expect_other_lengths(self.deepspeed)
         for segment in segments:
-            losses = self.deepspeed.eval_batch(self.micro_batches(segment), reduce_output=None, bcast_loss=False)
+            batch = self.objective.batch(segment)
+            losses = self.deepspeed.eval_batch(self.stage_inputs(batch), reduce_output=None, bcast_loss=False)
             memory.commit()
             if self.stage.is_last:
                 nats += torch.stack(losses).sum()
-                tokens += int((segment.targets != NOT_SCORED).sum())
+                tokens += int((batch["targets"] != NOT_SCORED).sum())
         expect_other_lengths(self.deepspeed)
         return nats, tokens
 
-    def micro_batches(self, segment: Segment) -> Iterator[tuple[StageInput, Tensor]]:
+    def stage_inputs(self, batch: Batch) -> Iterator[tuple[StageInput, Tensor]]:
         """Yield the first stage's input and the last stage's targets of each micro-batch."""
-        numbers = torch.arange(len(segment.inputs))
-        for rows in row_slices(len(numbers), self.split.accumulation):
-            inputs, targets, lookback = segment_tensors(segment, rows)
-            yield (inputs, lookback, numbers[rows]), targets
+        numbers = torch.arange(len(batch["inputs"]))
+        for rows, micro_batch in micro_batches(batch, self.split.accumulation):
+            yield (*self.model.inputs_of(micro_batch), numbers[rows]), micro_batch["targets"]
 
     def global_grad_norm(self, local_norm: Tensor) -> Tensor:
         """Return the norm of the whole model's gradient from those of all stages; all ranks must call it."""

@@ -10,8 +10,10 @@ from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine.deepspeed_internals import forget_pipeline_grid
-from txl_dist.engine.engine import Engine, LocalModule, build_model, parameter_names
-from txl_dist.engine.micro_batches import row_slices, score_micro_batches, segment_tensors
+from txl_dist.engine.engine import Engine, LocalModule, build_model, build_objective, parameter_names
+from txl_dist.evaluation.likelihood import read_segments
+from txl_dist.models.base import Batch
+from txl_dist.objectives.base import micro_batches
 
 
 class ZeroEngine(Engine):
@@ -21,16 +23,17 @@ class ZeroEngine(Engine):
         forget_pipeline_grid()
         model = build_model(job, vocab_size, checkpoint)
         training_flops = model.training_flops(job.data.num_lanes)
-        local = LocalModule(model, range(len(model.layers)), model, parameter_names(model), training_flops)
+        objective = build_objective(job)
+        layers = range(len(model.layers))
+        local = LocalModule(model, objective, layers, model, parameter_names(model), training_flops)
         super().__init__(job, group, local, checkpoint)
 
-    def forward_backward_step(self, segment: Segment) -> Tensor:
-        """Return the mean loss of this rank's scored positions, in nats per token."""
+    def forward_backward_step(self, batch: Batch) -> Tensor:
+        """Return the mean loss of this rank's scored targets, in nats per token."""
         noise = self.noise()
         losses = []
-        for rows in row_slices(len(self.lanes), self.split.accumulation):
-            state = self.memory.read(rows)
-            nats, memory = self.deepspeed(*segment_tensors(segment, rows), state, noise.of_rows(rows))
+        for rows, micro_batch in micro_batches(batch, self.split.accumulation):
+            nats, memory = self.deepspeed(micro_batch, self.memory.read(rows), noise.of_rows(rows))
             self.memory.write(rows, memory)
             loss, lane_losses = self.objective.loss(nats, self.loss_weight)
             losses.append(loss)
@@ -43,4 +46,4 @@ class ZeroEngine(Engine):
         """Return the nats and the number of the scored tokens of this rank's lanes."""
         device = self.group.device
         caches = [self.model.empty_cache(self.split.micro_batch, device) for _ in range(self.split.accumulation)]
-        return score_micro_batches(self.deepspeed, caches, segments, device)
+        return read_segments(self.deepspeed, self.objective, caches, segments, device)

@@ -1,59 +1,52 @@
 """Losses of a model: of segments read with memory, and of single tokens, each in a context of its own."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.models.base import LanguageModel
+from txl_dist.models.base import Carry, LanguageModel
+from txl_dist.models.layers.state import State
+from txl_dist.objectives.base import Objective, Score, micro_batches
+from txl_dist.objectives.causal_lm import CausalLM
 
 
-@dataclass(frozen=True)
-class Score:
-    """The negative log-likelihood of `tokens` tokens: `nats` in total."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Return nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def bits(self) -> float:
-        """Return the total in bits."""
-        return self.nats / math.log(2)
-
-    def metrics(self, num_bytes: int) -> dict[str, float]:
-        """Return loss (nats per token), perplexity, and bits per byte of a text of `num_bytes`."""
-        return {
-            "loss": self.loss,
-            "perplexity": perplexity(self.loss),
-            "bits_per_byte": self.bits / num_bytes,
-        }
-
-
-def perplexity(nats: float) -> float:
-    """Return exp(nats), limited to a finite number."""
-    return math.exp(min(nats, 700.0))
+def score(model: LanguageModel, segments: Iterable[Segment], device: torch.device, lanes: int) -> Score:
+    """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing."""
+    nats, tokens = read_segments(model, CausalLM(), [model.empty_cache(lanes, device)], segments, device)
+    return Score(nats.item(), tokens)
 
 
 @torch.no_grad()
-def score(model: LanguageModel, segments: Iterable[Segment], device: torch.device, lanes: int) -> Score:
-    """Read `segments` of some lanes in order, from empty memories; targets that are NOT_SCORED count nothing."""
-    memory = model.empty_cache(lanes, device)
+def read_segments(
+    forward: Callable[..., tuple[Tensor, Any]],
+    objective: Objective,
+    caches: list[list[State]],
+    segments: Iterable[Segment],
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """Read segments in order, each micro-batch of lanes with a memory of its own.
+
+    Args:
+        forward: runs the model, as `LanguageModel.forward`.
+        caches: the empty memory of each micro-batch; they are used up.
+        device: of the losses.
+
+    Returns:
+        The nats, float64, and how many tokens are scored.
+    """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for segment in segments:
-        arrays = (segment.inputs, segment.targets, segment.lookback)
-        losses, memory = model(*map(torch.from_numpy, arrays), memory)
-        nats += losses.double().sum()
-        tokens += int((segment.targets != NOT_SCORED).sum())
-    return Score(nats.item(), tokens)
+        batch = objective.batch(segment)
+        for number, (_, micro_batch) in enumerate(micro_batches(batch, len(caches))):
+            losses, caches[number] = forward(micro_batch, caches[number])
+            nats += losses.double().sum()
+        tokens += int((batch["targets"] != NOT_SCORED).sum())
+    return nats, tokens
 
 
 @torch.no_grad()
@@ -89,9 +82,11 @@ def losses_in_context(
 
     length = model.config.tgt_len if model.config.lookback else context
     memory = model.empty_cache(len(positions))
-    hidden = torch.empty(0)
+    carry: Carry = ()
     # The first segment may be shorter: the last one ends with the context.
     for end in reversed(range(context, 0, -length)):
         part = slice(max(0, end - length), end)
-        hidden, memory = model.through_layers(model.embed(inputs[:, part]), lookback[:, part], memory)
-    return model.predict(hidden[:, -1:], targets)[:, 0].double().cpu().numpy()
+        batch = {"inputs": inputs[:, part], "lookback": lookback[:, part]}
+        carry, memory = model.through_layers(model.embed(model.inputs_of(batch)), memory)
+    last = tuple(field[:, -1:] for field in carry)
+    return model.predict(last, targets)[:, 0].double().cpu().numpy()

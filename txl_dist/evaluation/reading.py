@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from txl_dist.models.base import LanguageModel
-from txl_dist.models.layers.state import KVCache, LayerState, concat_lanes
+from txl_dist.models.layers.state import KVCache, State, StateValue, concat_lanes
 
 
 class Memory:
@@ -18,9 +18,9 @@ class Memory:
         position: int64 [lanes], the tokens that each lane has read.
     """
 
-    def __init__(self, states: list[LayerState], position: Tensor):
+    def __init__(self, states: list[State], position: Tensor):
         self.position = position
-        self._states: list[LayerState] | None = states
+        self._states: list[State] | None = states
 
     @classmethod
     def empty(cls, model: LanguageModel, lanes: int) -> "Memory":
@@ -33,7 +33,7 @@ class Memory:
         parts = list(memories)
         return cls(concat_lanes(part.take() for part in parts), torch.cat([part.position for part in parts]))
 
-    def take(self) -> list[LayerState]:
+    def take(self) -> list[State]:
         """Return the state of each layer, once.
 
         Raises:
@@ -49,8 +49,12 @@ class Memory:
         """Return a memory of the same content, to read on from it as well."""
         states = self.take()
         self._states = states
-        copied = [KVCache(state.remembered.clone()) if isinstance(state, KVCache) else state for state in states]
-        return Memory(copied, self.position)
+        return Memory([{name: copied(value) for name, value in state.items()} for state in states], self.position)
+
+
+def copied(value: StateValue) -> StateValue:
+    """Return a cache of its own, which goes on alone; a tensor is never written to."""
+    return KVCache(value.remembered.clone()) if isinstance(value, KVCache) else value
 
 
 @torch.no_grad()
@@ -68,6 +72,6 @@ def read(model: LanguageModel, tokens: Tensor, memory: Memory) -> Iterator[tuple
     for segment in tokens.split(model.config.tgt_len, dim=1):
         length = segment.size(1)
         lookback = memory.position[:, None] + torch.arange(length)
-        log_probs, states = model(segment, None, lookback, memory.take())
+        log_probs, states = model({"inputs": segment, "lookback": lookback}, memory.take())
         memory = Memory(states, memory.position + length)
         yield log_probs, memory

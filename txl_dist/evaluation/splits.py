@@ -15,8 +15,9 @@ from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import whole_split
 from txl_dist.data.text_size import size_of_text
 from txl_dist.errors import ConfigError, UserError
-from txl_dist.evaluation.likelihood import Score, losses_in_context, perplexity, score
+from txl_dist.evaluation.likelihood import losses_in_context, score
 from txl_dist.models.base import LanguageModel
+from txl_dist.objectives.base import Score, perplexity
 from txl_dist.runs.load import load_model, open_data
 from txl_dist.tracking.console import PlainConsole
 

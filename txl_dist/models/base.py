@@ -1,17 +1,30 @@
-"""What engine, evaluation and generation know of a model, whatever its architecture."""
+"""What engine, evaluation and generation know of a model, whatever its architecture: it is a chain.
+
+    carry = embed(inputs of a batch)                    the embedding
+    carry, state = layer(carry, state, shared)          each layer, with what it remembers of every lane
+    nats = predict(carry, targets)                      the head
+
+A pipeline cuts it between two layers, and the carry crosses. A state never does.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.layers.cost import Product
-from txl_dist.models.layers.dropout import Noise
-from txl_dist.models.layers.state import LayerState, StateT
+from txl_dist.models.layers.dropout import Noise, assign_places
+from txl_dist.models.layers.state import State
+
+Batch = Mapping[str, Tensor]  # by name, int64 [lanes, ...]; at least inputs and lookback
+Carry = tuple[Tensor, ...]  # [lanes, positions, ...] each: one of floats, then others of int64
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,18 +46,25 @@ DEFAULT_RUNTIME = Runtime()
 
 
 class LanguageModel(nn.Module, ABC):
-    """A model of the next token: an embedding, layers that carry a state from segment to segment, and a head.
+    """A model of tokens: an embedding, layers that carry a state from segment to segment, and a head.
 
-    Memory is an argument and a result: a forward in training writes nothing, and may be repeated without harm.
+    A constructor builds the modules and ends with `complete`. A layer is called as
+    `layer(carry, state, shared, noise) -> (carry, state)`. Its state is an argument and a result: a forward in training
+    writes nothing, and may be repeated without harm.
 
     Attributes:
         Config: the architecture's section of the config.
-        config: the hyper-parameters; its lengths may be others from one segment to the next.
+        inputs: the fields of a batch that `embed` takes.
+        first_only, last_only: the names of the modules that only the first or the last stage of a pipeline needs.
+        config: the hyper-parameters; those of `ModelConfig.read_otherwise` may be others from one segment to the next.
         vocab_size: of the distribution that it predicts.
         layers: those that are here; a pipeline stage has some of them.
     """
 
     Config: type[ModelConfig]
+    inputs: tuple[str, ...] = ("inputs", "lookback")
+    first_only: tuple[str, ...] = ("embedding",)
+    last_only: tuple[str, ...] = ("softmax",)
     layers: nn.ModuleList
 
     def __init__(self, config: ModelConfig, vocab_size: int, runtime: Runtime):
@@ -53,32 +73,82 @@ class LanguageModel(nn.Module, ABC):
         self.vocab_size = vocab_size
         self.runtime = runtime
 
-    def forward(
-        self,
-        inputs: Tensor,
-        targets: Tensor | None,
-        lookback: Tensor,
-        memory: Sequence[StateT],
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, list[StateT]]:
+    def complete(self) -> None:
+        """Identify the dropouts, draw all weights, and compile the layers if the runtime says so."""
+        assign_places(self)
+        self.initialise()
+        if self.runtime.compile:
+            for layer in self.layers:
+                layer.compile()
+
+    @abstractmethod
+    def initialise(self) -> None:
+        """Draw all weights from torch's generator."""
+
+    # ------------------------------------------------------------------------------------------------- the chain
+
+    def forward(self, batch: Batch, memory: list[State], noise: Noise | None = None) -> tuple[Tensor, list[State]]:
         """Read a segment of any length. Its integers may be on the CPU: then nothing synchronises with the GPU.
 
         Args:
-            inputs: int64 [lanes, length].
-            targets: int64 [lanes, length], the token to be predicted at each position; -100: not scored.
-                None: return the whole distribution.
-            lookback: int64 [lanes, length], how many tokens back each position may look: the number of tokens before it
-                in its document, or in its stream since the last reset. What the memory holds beyond has no effect.
+            batch: int64, on any device, what an objective makes of a segment:
+                inputs [lanes, length];
+                lookback [lanes, length], how many tokens back each position may look: the number of tokens before it in
+                its document, or in its stream since the last reset. What the memory holds beyond has no effect;
+                targets [lanes, targets], what is to be predicted; -100: not scored. Without them the whole distribution
+                is returned.
             memory: the state of each layer, as the segment before has returned it; at first `empty_memory`. In
                 evaluation `empty_cache`.
             noise: the randomness of the lanes at this step; needed for dropout, in training only.
 
         Returns:
-            The negative log-likelihood of each target [lanes, length], 0 where not scored, or the log-probabilities
+            The negative log-likelihood of each target [lanes, targets], 0 where not scored, or the log-probabilities
             [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
         """
-        hidden, new_memory = self.through_layers(self.embed(inputs, noise), lookback, memory, noise)
-        return self.predict(hidden, targets, noise), new_memory
+        carry = self.embed(self.inputs_of(batch), noise)
+        carry, new_memory = self.through_layers(carry, memory, noise)
+        return self.predict(carry, batch.get("targets"), noise), new_memory
+
+    def inputs_of(self, batch: Batch) -> Carry:
+        """Return the fields of a batch that `embed` takes."""
+        return tuple(batch[name] for name in self.inputs)
+
+    @abstractmethod
+    def embed(self, inputs: Carry, noise: Noise | None = None) -> Carry:
+        """Turn the fields `inputs` of a batch into the carry of the first layer."""
+
+    def shared(self, carry: Carry, noise: Noise | None = None) -> Any:
+        """Compute once what all layers share, such as encodings of positions."""
+        return None
+
+    def through_layers(
+        self, carry: Carry, memory: list[State], noise: Noise | None = None
+    ) -> tuple[Carry, list[State]]:
+        """Run all layers that are here; return the carry behind them, and the new memory."""
+        shared = self.shared(carry, noise)
+        new_memory = []
+        for layer, state in zip(self.layers, memory, strict=True):
+            carry, new_state = self.run_layer(layer, carry, state, shared, noise)
+            new_memory.append(new_state)
+        return carry, new_memory
+
+    def run_layer(
+        self, layer: nn.Module, carry: Carry, state: State, shared: Any, noise: Noise | None
+    ) -> tuple[Carry, State]:
+        """Run one layer, in training without keeping its activations if `runtime.activation_checkpointing` is set."""
+        result: tuple[Carry, State]
+        if self.runtime.activation_checkpointing and self.training:
+            # Of all that is random only the dropout of torch's own attention draws from torch's generators.
+            draws_from_torch = self.runtime.attention == "sdpa"
+            arguments = (layer, carry, state, shared, noise)
+            result = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=draws_from_torch)
+        else:
+            result = layer(carry, state, shared, noise)
+        return result
+
+    @abstractmethod
+    def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
+        """Turn the carry behind the last layer into the first result of `forward`."""
 
     @contextmanager
     def reading_as(self, config: ModelConfig) -> Iterator[None]:
@@ -90,21 +160,46 @@ class LanguageModel(nn.Module, ABC):
         finally:
             self.config = trained
 
-    # The three parts of `forward`, for a pipeline whose stages hold some of the layers each.
+    # -------------------------------------------------------------------------------------------------- the states
 
     @abstractmethod
-    def embed(self, inputs: Tensor, noise: Noise | None = None) -> Tensor:
-        """Embed tokens: int64 [lanes, length] -> [lanes, length, d_model]."""
+    def state_shapes(self) -> list[Shapes]:
+        """Return for each layer that is here the shapes of what it remembers of one lane, by name."""
 
-    @abstractmethod
-    def through_layers(
-        self, hidden: Tensor, lookback: Tensor, memory: Sequence[StateT], noise: Noise | None = None
-    ) -> tuple[Tensor, list[StateT]]:
-        """Run all layers that are here: [lanes, length, d_model] -> [lanes, length, d_model], and the new memory."""
+    def empty_memory(self, lanes: int, device: torch.device | None = None) -> list[State]:
+        """Return each layer's state before the first token: zeros [lanes, *shape], which have no effect.
 
-    @abstractmethod
-    def predict(self, hidden: Tensor, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
+        Args:
+            device: where the model computes, if that is not where its weights are.
+        """
+        weight = next(self.parameters())
+        memory: list[State] = []
+        for shapes in self.state_shapes():
+            memory.append({name: weight.new_zeros(lanes, *shape, device=device) for name, shape in shapes.items()})
+        return memory
+
+    def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[State]:
+        """Return each layer's state for evaluation, as fast as it can be had, before the first token.
+
+        As long as it is in use weights must not change, and no segment may be read twice. Arguments are those of
+        `empty_memory`, which is the default.
+        """
+        return self.empty_memory(lanes, device)
+
+    # ------------------------------------------------------------------------------------------- pipelines and cost
+
+    def keep_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
+        """Leave out what other stages of a pipeline compute; the first has the embedding, the last the head."""
+        self.layers = self.layers[layers.start : layers.stop]
+        removed = [*(() if is_first else self.first_only), *(() if is_last else self.last_only)]
+        for name in removed:
+            delattr(self, name)
+
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the last stage alone that are the first one's as well, in a fixed order."""
+        first = {parameter for name in self.first_only for parameter in getattr(self, name).parameters()}
+        last = [parameter for name in self.last_only for parameter in getattr(self, name).parameters()]
+        return [parameter for parameter in last if parameter in first]
 
     @abstractmethod
     def products(self, lanes: int) -> list[list[Product]]:
@@ -124,33 +219,7 @@ class LanguageModel(nn.Module, ABC):
         products = [product for part in self.products(lanes) for product in part]
         return sum(product.training * product.visible for product in products)
 
-    @abstractmethod
-    def keep_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
-        """Leave out what other stages of a pipeline compute; the first has the embedding, the last the head."""
-
-    @abstractmethod
-    def tied_parameters(self) -> list[nn.Parameter]:
-        """Return the head's parameters that are the embedding's as well."""
-
-    @property
-    @abstractmethod
-    def state_shape(self) -> tuple[int, ...]:
-        """Return the shape of what a layer remembers of one lane."""
-
-    def empty_memory(self, lanes: int) -> list[Tensor]:
-        """Return each layer's memory before the first token, [lanes, *state_shape]: zeros, which nothing attends to."""
-        like = next(self.parameters())
-        return [like.new_zeros(lanes, *self.state_shape) for _ in self.layers]
-
-    @abstractmethod
-    def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[LayerState]:
-        """Return each layer's memory for evaluation, as fast as it can be had, before the first token.
-
-        As long as it is in use weights must not change, and no segment may be read twice.
-
-        Args:
-            device: where the model computes, if that is not where its weights are.
-        """
+    # ------------------------------------------------------------------------------------------------- the runtime
 
     def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return what people should know of how the model computes on a device, with a comma behind it; or nothing."""

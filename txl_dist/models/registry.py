@@ -48,6 +48,15 @@ def find(name: str) -> "type[LanguageModel]":
     return model
 
 
+def is_installed(name: object) -> bool:
+    """Return whether an architecture can be found."""
+    try:
+        find(str(name))
+    except LookupError:
+        return False
+    return True
+
+
 def build(config: ModelConfig, vocab_size: int, runtime: "Runtime | None" = None) -> "LanguageModel":
     """Build a model on the CPU, with weights drawn from torch's generator."""
     from txl_dist.models.base import DEFAULT_RUNTIME

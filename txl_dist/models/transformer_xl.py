@@ -9,7 +9,7 @@ A layer remembers of each lane its own last mem_len *inputs*, oldest first. Memo
 forward in training writes nothing, and may be repeated (activation checkpointing, pipelines) without harm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,6 @@ import torch
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from txl_dist.config.types import (
     ALWAYS,
@@ -33,7 +32,7 @@ from txl_dist.config.types import (
     StrictBool,
 )
 from txl_dist.files.parsing import shown
-from txl_dist.models.base import DEFAULT_RUNTIME, LanguageModel, Runtime
+from txl_dist.models.base import DEFAULT_RUNTIME, Carry, LanguageModel, Runtime, Shapes
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from txl_dist.models.layers.attention import (
@@ -48,8 +47,8 @@ from txl_dist.models.layers.attention import (
 )
 from txl_dist.models.layers.backends import AttentionWindow, default_backend
 from txl_dist.models.layers.cost import Product
-from txl_dist.models.layers.dropout import Dropout, Noise, assign_places
-from txl_dist.models.layers.state import LayerState, StateT
+from txl_dist.models.layers.dropout import Dropout, Noise
+from txl_dist.models.layers.state import State
 from txl_dist.models.layers.transfer import to_device
 
 Clamp = Annotated[int, Strict(), Field(ge=-1, le=INT32_MAX)]
@@ -181,7 +180,7 @@ def build_attention(config: TransformerXLConfig, layer: int, backend: str = "aut
 
 
 class Layer(nn.Module):
-    """Attention, then feed-forward."""
+    """Attention, then feed-forward. A carry is hidden states [lanes, length, d_model] and lookback [lanes, length]."""
 
     def __init__(self, config: TransformerXLConfig, number: int, backend: str):
         super().__init__()
@@ -189,11 +188,12 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow, noise: Noise | None = None
-    ) -> tuple[Tensor, LayerState]:
-        """Run both sublayers; arguments and results are those of `Attention.forward`."""
-        hidden, new_memory = self.attention(hidden, memory, encoding, window, noise)
-        return self.feed_forward(hidden, noise), new_memory
+        self, carry: Carry, state: State, shared: tuple[Tensor, AttentionWindow], noise: Noise | None = None
+    ) -> tuple[Carry, State]:
+        """Run both sublayers, with `TransformerXL.shared`; return the carry for the next layer, and the new state."""
+        hidden, lookback = carry
+        hidden, memory = self.attention(hidden, state["memory"], *shared, noise)
+        return (self.feed_forward(hidden, noise), lookback), {"memory": memory}
 
     def products(self, lanes: int, config: TransformerXLConfig) -> list[Product]:
         """List the products of matrices when `lanes` read a segment after a full memory."""
@@ -217,11 +217,7 @@ class TransformerXL(LanguageModel):
         self.dropout = Dropout(config.dropout, config.variational)
         self.input_dropout = self.build_dropout(config.dropout_input)
         self.output_dropout = self.build_dropout(config.dropout_output)
-        assign_places(self)
-        self.initialise()
-        if runtime.compile:
-            for layer in self.layers:
-                layer.compile()
+        self.complete()
 
     def build_dropout(self, p: float | None) -> Dropout:
         """Build a dropout with a probability of its own, or with the model's where that is None."""
@@ -239,32 +235,15 @@ class TransformerXL(LanguageModel):
             else:
                 nn.init.normal_(parameter, 0.0, self.config.init_std)
 
-    def embed(self, inputs: Tensor, noise: Noise | None = None) -> Tensor:
-        """Embed tokens: int64 [lanes, length] -> [lanes, length, d_model]."""
-        embedded: Tensor = self.input_dropout(self.embedding(inputs, noise), noise)
-        return embedded
+    def embed(self, inputs: Carry, noise: Noise | None = None) -> Carry:
+        """Embed tokens, int64 [lanes, length], as hidden states [lanes, length, d_model]."""
+        tokens, lookback = inputs
+        return self.input_dropout(self.embedding(tokens, noise), noise), lookback
 
-    def through_layers(
-        self, hidden: Tensor, lookback: Tensor, memory: Sequence[StateT], noise: Noise | None = None
-    ) -> tuple[Tensor, list[StateT]]:
-        """Run all layers that are here: [lanes, length, d_model] -> [lanes, length, d_model], and the new memory."""
-        encoding, window = self.positions_and_window(hidden, lookback, noise)
-        new_memory = []
-        for layer, past in zip(self.layers, memory, strict=True):
-            hidden, remembered = self.run_layer(layer, hidden, past, encoding, window, noise)
-            new_memory.append(remembered)
-        return hidden, new_memory
-
-    def predict(self, hidden: Tensor, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
-        prediction: Tensor = self.softmax(self.output_dropout(hidden, noise), targets)
-        return prediction
-
-    def positions_and_window(
-        self, hidden: Tensor, lookback: Tensor, noise: Noise | None = None
-    ) -> tuple[Tensor, AttentionWindow]:
-        """Compute once what all layers share: the encoding of distances, and the keys that each query sees."""
+    def shared(self, carry: Carry, noise: Noise | None = None) -> tuple[Tensor, AttentionWindow]:
+        """Encode the distances, and find the keys that each query sees."""
         config = self.config
+        hidden, lookback = carry
         lookback = to_device(lookback, hidden.device)
         keys = config.mem_len + lookback.size(1)
         if config.attention in ("shaw", "al_rfou"):  # which learn their embeddings
@@ -276,26 +255,11 @@ class TransformerXL(LanguageModel):
             lookback = lookback.clamp(max=config.mem_len - 1)
         return encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype)
 
-    def run_layer(
-        self,
-        layer: nn.Module,
-        hidden: Tensor,
-        memory: LayerState,
-        encoding: Tensor,
-        window: AttentionWindow,
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Run one layer, in training without keeping its activations if `runtime.activation_checkpointing` is set."""
-        result: tuple[Tensor, Any]
-        if self.runtime.activation_checkpointing and self.training:
-            result = checkpoint(
-                *(layer, hidden, memory, encoding, window, noise),
-                use_reentrant=False,
-                preserve_rng_state=any(attention.draws_from_torch for attention in self.attentions()),
-            )
-        else:
-            result = layer(hidden, memory, encoding, window, noise)
-        return result
+    def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
+        """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
+        hidden, _ = carry
+        prediction: Tensor = self.softmax(self.output_dropout(hidden, noise), targets)
+        return prediction
 
     def products(self, lanes: int) -> list[list[Product]]:
         """List the products of the embedding, of each layer and of the softmax, when `lanes` read one segment."""
@@ -304,28 +268,18 @@ class TransformerXL(LanguageModel):
         layers = [layer.products(lanes, self.config) for layer in self.layers if isinstance(layer, Layer)]
         return [self.embedding.products(counts), *layers, self.softmax.products([tokens, *counts[1:]])]
 
-    def keep_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
-        """Leave out what other stages of a pipeline compute; the first has the embedding, the last the softmax."""
-        self.layers = self.layers[layers.start : layers.stop]
-        if not is_first:
-            del self.embedding
-        if not is_last:
-            del self.softmax
+    def state_shapes(self) -> list[Shapes]:
+        """Return [mem_len, d_model] for each layer: it remembers its own last inputs, oldest first."""
+        return [{"memory": (self.config.mem_len, self.config.d_model)} for _ in self.layers]
 
-    def tied_parameters(self) -> list[nn.Parameter]:
-        """Return the softmax's parameters that are the embedding's as well."""
-        embedding = set(self.embedding.parameters())
-        return [parameter for parameter in self.softmax.parameters() if parameter in embedding]
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """Return [mem_len, d_model]: a layer remembers its own last inputs, oldest first."""
-        return self.config.mem_len, self.config.d_model
-
-    def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[LayerState]:
-        """Return an empty key/value cache for evaluation; hidden states for variants that cannot cache."""
+    def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[State]:
+        """Return an empty key/value cache for each layer; hidden states for variants that cannot cache."""
         device = device or next(self.parameters()).device
-        return [attention.empty_cache(lanes, self.config.mem_len, device) for attention in self.attentions()]
+        return [
+            {"memory": layer.attention.empty_cache(lanes, self.config.mem_len, device)}
+            for layer in self.layers
+            if isinstance(layer, Layer)
+        ]
 
     def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the attention backend, and a warning where its dropout does not belong to lanes."""
@@ -334,7 +288,3 @@ class TransformerXL(LanguageModel):
             backend = default_backend(device, dtype, self.config.dropatt)
         warning = " (whose dropout is another under another split)" if backend == "sdpa" and self.config.dropatt else ""
         return f"attention by {backend}{warning}, "
-
-    def attentions(self) -> list[Attention]:
-        """Return the attention sublayers of all layers that are here."""
-        return [module for module in self.layers.modules() if isinstance(module, Attention)]

@@ -2,29 +2,36 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from txl_dist.data.segments import Segment
+from txl_dist.models.base import Batch
+from txl_dist.objectives.base import Objective, Score
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Objective):
     """The mean negative log-likelihood of the tokens of a segment.
 
     Attributes:
         first_scored: the first position of a segment that counts in training (train.loss).
     """
 
-    first_scored: int
+    first_scored: int = 0
 
-    def counted(self, positions: Tensor) -> Tensor:
+    def batch(self, segment: Segment) -> Batch:
+        """Return inputs, targets and lookback of a segment, int64 [lanes, length]."""
+        return {
+            "inputs": torch.from_numpy(segment.inputs),
+            "targets": torch.from_numpy(segment.targets),
+            "lookback": torch.from_numpy(segment.lookback),
+        }
+
+    def counted(self, targets: Tensor) -> Tensor:
         """Return the positions that count in training, of [lanes, length]."""
-        return positions[:, self.first_scored :]
+        return targets[:, self.first_scored :]
 
-    def loss(self, nats: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's loss, in nats per token, and that of each lane, detached: [lanes].
-
-        Args:
-            nats: [lanes, length], the negative log-likelihood of each target, 0 where not scored.
-            weight: turns a mean over all positions into a mean over the scored ones of the global batch.
-        """
-        weighted = self.counted(nats) * weight
-        return weighted.mean(), weighted.detach().mean(dim=1)
+    def metrics(self, score: Score, num_bytes: int) -> dict[str, float]:
+        """Return loss (nats per token), perplexity, and bits per byte of the text."""
+        return super().metrics(score, num_bytes) | {"bits_per_byte": score.bits / num_bytes}

@@ -174,7 +174,7 @@ class Training:
         score = self.engine.evaluate(self.until_stopped(segments, name))
         if self.preemption.agreed:
             raise Preempted(f"in the evaluation of {name} after step {self.engine.step}")
-        metrics = score.metrics(self.index.splits[name].bytes)
+        metrics = self.engine.objective.metrics(score, self.index.splits[name].bytes)
         return {f"{name}/{key}": value for key, value in metrics.items()}
 
     def until_stopped(self, segments: Segments, name: str) -> Iterator[Segment]:

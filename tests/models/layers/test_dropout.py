@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.batches import batch
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Noise, WordDropout, assign_places, factors, mixed
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -129,13 +130,16 @@ def test_a_lane_is_dropped_alike_in_every_micro_batch(make_config, variational):
         memory = model.empty_memory(len(rows))
         for step in range(2):
             noise = Noise.of_step(3, step, range(4)).of_rows(torch.tensor(rows))
-            log_probs, memory = model(tokens[rows], None, lookback[rows] + 7 * step, memory, noise)
-        return torch.stack([log_probs.flatten(1).sum(1), *(states.flatten(1).sum(1) for states in memory)], 1)
+            log_probs, memory = model(batch(tokens[rows], None, lookback[rows] + 7 * step), memory, noise)
+        states = [state["memory"] for state in memory]
+        return torch.stack([values.flatten(1).sum(1) for values in [log_probs, *states]], 1)
 
     together = read([0, 1, 2, 3])
     apart = torch.cat([read([0]), read([1, 2]), read([3])])
     torch.testing.assert_close(apart, together, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(read([1]), model.eval()(tokens[[1]], None, lookback[[1]], model.empty_memory(1))[0].sum())
+    assert not torch.allclose(
+        read([1]), model.eval()(batch(tokens[[1]], None, lookback[[1]]), model.empty_memory(1))[0].sum()
+    )
 
 
 def test_places_are_those_of_the_whole_model(make_config):
@@ -154,9 +158,9 @@ def test_a_kind_that_drops_everything_shows_where_it_is_applied(make_config):
     for kind in ("dropout_input", "dropout_output"):
         torch.manual_seed(0)
         model = TransformerXL(make_config(**{kind: 0.999999}), VOCAB)
-        one, _ = model(tokens, None, lookback, model.empty_memory(1), noise)
-        two, _ = model(tokens + 9, None, lookback, model.empty_memory(1), noise)
-        evaluated, _ = model.eval()(tokens, None, lookback, model.empty_memory(1))
+        one, _ = model(batch(tokens, None, lookback), model.empty_memory(1), noise)
+        two, _ = model(batch(tokens + 9, None, lookback), model.empty_memory(1), noise)
+        evaluated, _ = model.eval()(batch(tokens, None, lookback), model.empty_memory(1))
         assert torch.equal(one, two) and not torch.equal(evaluated, one)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Noise
-from txl_dist.models.layers.state import KVCache, LayerState, RelativeTerms
+from txl_dist.models.layers.state import KVCache, RelativeTerms, StateValue
 
 # ---------------------------------------------------------------------------------------------------- distances
 
@@ -103,11 +103,6 @@ class Attention(nn.Module, ABC):
         self.dropatt = LaneDropout(dropatt)
         self.dropout = Dropout(dropout, variational)
 
-    @property
-    def draws_from_torch(self) -> bool:
-        """Return whether its dropout draws from torch's generators, not from `Noise`."""
-        return self.backend == "sdpa" and self.dropatt.p > 0
-
     @abstractmethod
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """Make of the projected queries those for content, and those for position in variants that have them.
@@ -124,8 +119,8 @@ class Attention(nn.Module, ABC):
         return hidden, memory
 
     def forward(
-        self, hidden: Tensor, memory: LayerState, encoding: Tensor, window: AttentionWindow, noise: Noise | None = None
-    ) -> tuple[Tensor, LayerState]:
+        self, hidden: Tensor, memory: StateValue, encoding: Tensor, window: AttentionWindow, noise: Noise | None = None
+    ) -> tuple[Tensor, StateValue]:
         """Attend from a segment to its memory and to itself.
 
         Args:
@@ -138,7 +133,7 @@ class Attention(nn.Module, ABC):
         Returns:
             [lanes, length, d_model], and the memory for the next segment, detached.
         """
-        new_memory: LayerState
+        new_memory: StateValue
         if isinstance(memory, KVCache):
             segment = self.normed(hidden)
             key, value = memory.append(*self.heads(self.kv_net(segment)).chunk(2, dim=-2))
@@ -196,7 +191,7 @@ class Attention(nn.Module, ABC):
         split: Tensor = x.unflatten(-1, (-1, self.d_head))
         return split
 
-    def empty_cache(self, lanes: int, mem_len: int, device: torch.device) -> LayerState:
+    def empty_cache(self, lanes: int, mem_len: int, device: torch.device) -> StateValue:
         """Return an empty key/value cache on a device; hidden states for variants that cannot cache."""
         if not self.cacheable:
             return self.kv_net.weight.new_zeros(lanes, mem_len, self.d_model, device=device)

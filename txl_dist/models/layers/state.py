@@ -1,7 +1,6 @@
 """The state that a layer carries from segment to segment: hidden states, or in evaluation keys and values."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -62,16 +61,21 @@ class KVCache:
         return self._terms[1]
 
 
-LayerState = Tensor | KVCache  # a Tensor: hidden states [lanes, mem_len, d_model], oldest first
-StateT = TypeVar("StateT", bound=LayerState)
+StateValue = Tensor | KVCache  # a Tensor: [lanes, ...]
+State = dict[str, StateValue]  # what a layer remembers of some lanes, by name
 
 
-def concat_lanes(states: Iterable[list[LayerState]]) -> list[LayerState]:
+def concat_lanes(memories: Iterable[list[State]]) -> list[State]:
     """Join the states of several batches of lanes, layer by layer, into those of one batch."""
-    joined: list[LayerState] = []
-    for parts in zip(*states, strict=True):
-        if isinstance(parts[0], KVCache):
-            joined.append(KVCache(torch.cat([part.remembered for part in parts], dim=2)))
-        else:
-            joined.append(torch.cat(parts))
-    return joined
+    return [
+        {name: concat_values([state[name] for state in states]) for name in states[0]}
+        for states in zip(*memories, strict=True)
+    ]
+
+
+def concat_values(values: list[StateValue]) -> StateValue:
+    """Join what is remembered of several batches of lanes under one name."""
+    caches = [value for value in values if isinstance(value, KVCache)]
+    if caches:
+        return KVCache(torch.cat([cache.remembered for cache in caches], dim=2))
+    return torch.cat([value for value in values if isinstance(value, Tensor)])

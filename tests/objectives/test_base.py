@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from txl_dist.data.segments import Segment
-from txl_dist.engine.micro_batches import score_micro_batches
-from txl_dist.evaluation.likelihood import score
+from txl_dist.evaluation.likelihood import read_segments, score
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.objectives.causal_lm import CausalLM
 
 CPU = torch.device("cpu")
 LANES = 4
@@ -25,7 +25,7 @@ def test_micro_batches_do_not_change_the_loss(make_config, micro_batches):
         part = tokens[:, start : start + 5]
         segments.append(Segment(step, part, part, np.tile(np.arange(start, start + 5), (LANES, 1))))
     caches = [model.empty_cache(LANES // micro_batches, CPU) for _ in range(micro_batches)]
-    nats, scored = score_micro_batches(model, caches, segments, CPU)
+    nats, scored = read_segments(model, CausalLM(), caches, segments, CPU)
     expected = score(model, segments, CPU, LANES)
     assert scored == expected.tokens == tokens.size
     assert nats.item() == pytest.approx(expected.nats, rel=1e-12)

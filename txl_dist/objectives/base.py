@@ -1,0 +1,72 @@
+"""What a model is trained for: which batch is made of a segment, and what its predictions are worth."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from txl_dist.data.segments import Segment
+from txl_dist.models.base import Batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """The negative log-likelihood of `tokens` tokens: `nats` in total."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Return nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits(self) -> float:
+        """Return the total in bits."""
+        return self.nats / math.log(2)
+
+
+class Objective(ABC):
+    """What a model is to predict of a segment, and how that counts."""
+
+    @abstractmethod
+    def batch(self, segment: Segment) -> Batch:
+        """Turn a segment into what a model takes, int64 on the CPU: a pure function of segment, step and lanes."""
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return the part of [lanes, targets] that counts in training."""
+        return targets
+
+    def loss(self, nats: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch's loss, in nats per target, and that of each lane, detached: [lanes].
+
+        Args:
+            nats: [lanes, targets], the negative log-likelihood of each target, 0 where not scored.
+            weight: turns a mean over all targets into a mean over the scored ones of the global batch.
+        """
+        weighted = self.counted(nats) * weight
+        return weighted.mean(), weighted.detach().mean(dim=1)
+
+    def metrics(self, score: Score, num_bytes: int) -> dict[str, float]:
+        """Return what is logged of an evaluation.
+
+        Args:
+            num_bytes: of the text that was read.
+        """
+        return {"loss": score.loss, "perplexity": perplexity(score.loss)}
+
+
+def perplexity(nats: float) -> float:
+    """Return exp(nats), limited to a finite number."""
+    return math.exp(min(nats, 700.0))
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[tuple[slice, Batch]]:
+    """Split a batch into micro-batches of equally many lanes; yield the rows of each with it."""
+    size = len(batch["inputs"]) // count
+    for number in range(count):
+        rows = slice(number * size, (number + 1) * size)
+        yield rows, {name: field[rows] for name, field in batch.items()}
