@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from omegaconf import OmegaConf
 
+from tests.other_package.install import install
 from tests.warm_python import warm_python
 from txl_dist.checkpoint.format import latest
 from txl_dist.cli import CONF
@@ -147,6 +148,12 @@ def small(dataset):
         "tracking.log_every=1",
         "tracking.mode=disabled",
     ]
+
+
+@pytest.fixture(scope="session")
+def other_package(tmp_path_factory):
+    """A folder in which a package with an architecture of its own is installed."""
+    return install(tmp_path_factory.mktemp("other-package"))
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,8 @@ def slugs(page):
 
 
 @pytest.mark.parametrize("script", blocks("sh"))
-def test_commands_of_a_block_start(script, tmp_path):
+def test_commands_of_a_block_start(script, tmp_path, other_package, monkeypatch):
+    monkeypatch.syspath_prepend(other_package)
     commands = commands_in(script, tmp_path)
     assert commands
     for words in commands:

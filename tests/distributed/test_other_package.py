@@ -1,9 +1,6 @@
 """An architecture of another package, installed beside this one: trained, split, resumed, evaluated as one of ours."""
 
 import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,13 +8,6 @@ import torch
 
 from txl_dist.checkpoint.format import latest
 
-PACKAGE = Path(__file__).parents[1] / "other_package"
-METADATA = {
-    "METADATA": "Metadata-Version: 2.1\nName: other-models\nVersion: 1.0\n",
-    "WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    "entry_points.txt": "[txl_dist.models]\nrecurrent = other_models.recurrent:Recurrent\n",
-    "RECORD": "",
-}
 CHOSEN = ["hydra.searchpath=[pkg://other_models.conf]", "model=recurrent", "model.dropout=0.2"]
 SPLITS = {
     "zero-3": (2, ["engine.zero_stage=3"]),
@@ -31,29 +21,12 @@ HALF = ["train.stop_at=10"]
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder in which pip has installed the package, from a wheel."""
-    folder = tmp_path_factory.mktemp("installed")
-    wheel = folder / "other_models-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for path in sorted(PACKAGE.rglob("*")):
-            if path.suffix in (".py", ".yaml"):
-                archive.write(path, path.relative_to(PACKAGE))
-        for name, content in METADATA.items():
-            archive.writestr(f"other_models-1.0.dist-info/{name}", content)
-    options = ["--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
-    pip = [sys.executable, "-m", "pip", "install", *options, f"--target={folder / 'site'}", str(wheel)]
-    subprocess.run(pip, check=True)
-    return folder / "site"
-
-
-@pytest.fixture(scope="module")
-def command(run, installed):
+def command(run, other_package):
     """Run a command of ours where the package is installed."""
 
     def command(module, *overrides, **options):
         repo = Path(__file__).parents[2]
-        return run(module, *overrides, PYTHONPATH=f"{repo}{os.pathsep}{installed}", fresh=True, **options)
+        return run(module, *overrides, PYTHONPATH=f"{repo}{os.pathsep}{other_package}", fresh=True, **options)
 
     return command
 

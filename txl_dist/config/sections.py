@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from txl_dist.errors import ConfigError
+from txl_dist.files.parsing import shown
 from txl_dist.models import registry
 from txl_dist.models.config import ModelConfig
 
@@ -34,12 +35,13 @@ def parse_model(value: Any) -> ModelConfig:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError([f"model={value}: is a section, not a value; model.name is the architecture"])
-    if "name" not in value:
-        raise ConfigError([f"model.name: is missing; give one of {', '.join(registry.names())}"])
+    name = value.get("name")
+    if not isinstance(name, str):
+        raise ConfigError([f"model.name={shown(name)}: should be one of {', '.join(registry.names())}"])
     try:
-        kind = registry.find(value["name"]).Config
+        kind = registry.find(name).Config
     except LookupError as error:
-        raise ConfigError([f"model.name={value['name']}: {error.args[0]}"]) from error
+        raise ConfigError([f"model.name={name}: {error.args[0]}"]) from error
     config: ModelConfig = parse_section("model", kind, value)
     return config
 

@@ -8,7 +8,6 @@ Another package names its models in the entry-point group `txl_dist.models` of i
 A module is imported when its architecture is asked for, not before: with it comes torch.
 """
 
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -18,27 +17,21 @@ if TYPE_CHECKING:
     from txl_dist.models.base import LanguageModel, Runtime
 
 GROUP = "txl_dist.models"
-OURS = [EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP)]
-
-
-@cache
-def architectures() -> dict[str, EntryPoint]:
-    """Return where the class of each architecture is; ours come before those of others with the same name."""
-    return {entry.name: entry for entry in [*entry_points(group=GROUP), *OURS]}
+OURS = {"transformer_xl": EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP)}
 
 
 def names() -> list[str]:
     """List what model.name can be."""
-    return sorted(architectures())
+    return sorted({*OURS, *entry_points(group=GROUP).names})
 
 
 def find(name: str) -> "type[LanguageModel]":
-    """Return the class of an architecture.
+    """Return the class of an architecture; a name of ours means ours.
 
     Raises:
         LookupError: where none of this name is installed, or its package cannot be imported.
     """
-    entry = architectures().get(name)
+    entry = OURS.get(name) or next(iter(entry_points(group=GROUP, name=name)), None)
     if entry is None:
         raise LookupError(f"is not an architecture that is installed here; these are: {', '.join(names())}")
     try:
