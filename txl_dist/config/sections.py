@@ -65,11 +65,14 @@ def changed_model(config: ModelConfig, changes: Mapping[str, Any], section: str 
             problems.append(describe_unknown_key(f"{section}.{key}", [f"{section}.{known}" for known in allowed]))
         elif key not in allowed and value is not None:
             problems.append(f"{section}.{key}: is fixed by the training; what may differ is {', '.join(allowed)}")
-    if problems:
-        raise ConfigError(problems)
-    chosen = {key: value for key, value in changes.items() if value is not None}
-    changed: ModelConfig = parse_section(section, type(config), asdict(config) | chosen)
-    problems = list(changed.problems(section)) if changed != config else []
+    chosen = {key: changes[key] for key in allowed if changes.get(key) is not None}
+    changed = config
+    try:
+        changed = parse_section(section, type(config), asdict(config) | chosen)
+    except ConfigError as error:
+        problems += error.problems
+    if changed != config:
+        problems += changed.problems(section)
     if problems:
         raise ConfigError(problems)
     return changed
@@ -114,8 +117,9 @@ def given_parts(value: Any, path: list[str]) -> Iterator[str]:
 
 def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """Describe an unknown key, with the known key that is most like it."""
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else "")
+    by_last_part = {other.rpartition(".")[2]: other for other in known}
+    near = difflib.get_close_matches(key.rpartition(".")[2], list(by_last_part), n=1)
+    return f"{key}: there is no such key" + (f"; did you mean {by_last_part[near[0]]}?" if near else "")
 
 
 def field_names(kind: Any) -> set[str]:
