@@ -41,18 +41,18 @@ def faulty_step(engine, segment):
     return train_step(engine, segment)
 
 
-def faulty_embed(model, tokens, noise):
+def faulty_embed(model, inputs, noise):
     global fault
     now = fault
     fault = None
-    hidden = embed(model, tokens, noise)
+    hidden, lookback = embed(model, inputs, noise)
     if now == "out of memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
     if now == "gradient":
         hidden.register_hook(lambda gradient: gradient * float("nan"))
     if now == "loss":
         hidden = torch.cat([hidden[:1] * float("nan"), hidden[1:]])
-    return hidden
+    return hidden, lookback
 
 
 TransformerXL.embed = faulty_embed

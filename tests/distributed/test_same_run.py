@@ -28,7 +28,7 @@ MODELS = {
     "scaled-untied": ["++optimizer.lr_scale={embedding: 0.5}", "model.tie_weights=false"],
     "documents": ["data.order=documents", "data.reset_memory=document", "optimizer.eps=1e-5"],
     **{name: [f"model.attention={name}", "train.loss=second_half"] for name in ("shaw", "absolute", "al_rfou")},
-    "lengths": ["evaluation.tgt_len=9", "evaluation.mem_len=40", "evaluation.clamp_len=30"],
+    "lengths": ["++evaluation={tgt_len: 9, mem_len: 40, clamp_len: 30}"],
 }
 # A split rounds in its own way. Where that moves the input of a ReLU across 0, a gradient changes by a term of its own,
 # and what follows is another run: no bound holds for that. So these sizes and seeds are such that in no step the input

@@ -67,7 +67,7 @@ def test_a_whole_model_with_one_softmax(make_config):
     config = make_config()
     model = TransformerXL(config, VOCAB)
     tokens = torch.zeros(LANES, 7, dtype=torch.int64)
-    by_part = model.flops(LANES)
+    by_part = model.flops(LANES, config.tgt_len)
     assert counted(lambda: model(batch(tokens, tokens, tokens), model.empty_memory(LANES))) == sum(by_part)
     assert len(by_part) == config.n_layer + 2
 
@@ -79,7 +79,7 @@ def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm
     """Every operation that runs is counted; the model needs only those of pairs that the mask leaves visible."""
     config = make_config(attention=attention, mem_len=mem_len, same_length=same_length, pre_lnorm=pre_lnorm)
     model = TransformerXL(config, VOCAB)
-    products = sum(model.products(LANES), [])
+    products = sum(model.products(LANES, config.tgt_len), [])
     with FlopCounterMode(display=False) as counter:
         training_step(model)()
     runs = counter.get_total_flops()
@@ -90,7 +90,7 @@ def test_a_training_step(make_config, attention, mem_len, same_length, pre_lnorm
     pairs = int(AttentionWindow(lookback, mem_len).visible.sum())
     for_each_pair = 3 if attention in ("relative", "shaw") else 2  # content, values, position
     seen = 3 * for_each_pair * 2 * config.n_head * config.d_head * pairs * config.n_layer  # backward is twice a forward
-    assert model.training_flops(LANES) == pytest.approx(runs - of_scores + seen, rel=1e-12)
+    assert model.training_flops(LANES, config.tgt_len) == pytest.approx(runs - of_scores + seen, rel=1e-12)
 
 
 def test_recomputation_is_not_counted_as_the_models(make_config):
@@ -98,14 +98,14 @@ def test_recomputation_is_not_counted_as_the_models(make_config):
     model = TransformerXL(config, VOCAB, Runtime(activation_checkpointing=True))
     tokens = torch.zeros(LANES, config.tgt_len, dtype=torch.int64)
     runs = counted(lambda: model(batch(tokens, tokens, tokens), model.empty_memory(LANES))[0].mean().backward())
-    products = sum(model.products(LANES), [])
-    assert runs > training(products) > model.training_flops(LANES)
+    products = sum(model.products(LANES, config.tgt_len), [])
+    assert runs > training(products) > model.training_flops(LANES, config.tgt_len)
 
 
 def test_lanes_cost_alike_but_share_r(make_config):
     config = make_config()
     model = TransformerXL(config, VOCAB)
-    one, two, three = (model.training_flops(lanes) for lanes in (1, 2, 3))
+    one, two, three = (model.training_flops(lanes, config.tgt_len) for lanes in (1, 2, 3))
     assert three - two == two - one
     r = 2 * (2 * config.d_model * 20 * (11 + 7 + 1)) * config.n_layer  # a forward and one gradient
     assert 2 * one - two == r
@@ -141,7 +141,7 @@ def test_the_papers_large_models(make_config, sizes, vocab_size, lanes, projecti
     config = make_config(**sizes)
     with torch.device("meta"), Uninitialised():
         model = TransformerXL(config, vocab_size)
-    a_token = model.training_flops(lanes) / (lanes * config.tgt_len) / 1e9
+    a_token = model.training_flops(lanes, config.tgt_len) / (lanes * config.tgt_len) / 1e9
     assert a_token == pytest.approx(projections + attention + head, rel=1e-2)
 
 

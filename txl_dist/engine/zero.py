@@ -22,8 +22,8 @@ class ZeroEngine(Engine):
     def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, checkpoint: Checkpoint | None):
         forget_pipeline_grid()
         model = build_model(job, vocab_size, checkpoint)
-        training_flops = model.training_flops(job.data.num_lanes)
         objective = build_objective(job)
+        training_flops = model.training_flops(job.data.num_lanes, job.model.tgt_len)
         layers = range(len(model.layers))
         local = LocalModule(model, objective, layers, model, parameter_names(model), training_flops)
         super().__init__(job, group, local, checkpoint)

@@ -202,21 +202,25 @@ class LanguageModel(nn.Module, ABC):
         return [parameter for parameter in last if parameter in first]
 
     @abstractmethod
-    def products(self, lanes: int) -> list[list[Product]]:
-        """List the products of the embedding, of each layer and of the head, when `lanes` read one segment."""
+    def products(self, lanes: int, targets: int) -> list[list[Product]]:
+        """List the products of the embedding, of each layer and of the head, when `lanes` read one segment.
 
-    def flops(self, lanes: int) -> list[float]:
-        """Count a forward of the embedding, of each layer and of the head, when `lanes` read one segment."""
-        return [sum(product.forward for product in part) for part in self.products(lanes)]
+        Args:
+            targets: how many positions of each lane are predicted.
+        """
 
-    def training_flops(self, lanes: int) -> float:
+    def flops(self, lanes: int, targets: int) -> list[float]:
+        """Count a forward of the embedding, of each layer and of the head; arguments are those of `products`."""
+        return [sum(product.forward for product in part) for part in self.products(lanes, targets)]
+
+    def training_flops(self, lanes: int, targets: int) -> float:
         """Count the model FLOPs (Chowdhery et al. 2022, appendix B) of a training step: one segment of all `lanes`.
 
         They are what the model asks for, whatever the hardware does and however the lanes are split. So recomputation
         does not count, what lanes share is computed once, and in attention only the keys count that a query may see
         once the memory is full. (Chowdhery et al. count future keys, too, and find more.)
         """
-        products = [product for part in self.products(lanes) for product in part]
+        products = [product for part in self.products(lanes, targets) for product in part]
         return sum(product.training * product.visible for product in products)
 
     # ------------------------------------------------------------------------------------------------- the runtime

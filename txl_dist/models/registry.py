@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from txl_dist.models.base import LanguageModel, Runtime
 
 GROUP = "txl_dist.models"
-OURS = {"transformer_xl": EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP)}
+OURS = {
+    "transformer_xl": EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP),
+    "xlnet": EntryPoint("xlnet", "txl_dist.models.xlnet:XLNet", GROUP),
+}
 
 
 def names() -> list[str]:

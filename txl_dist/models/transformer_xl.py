@@ -261,8 +261,9 @@ class TransformerXL(LanguageModel):
         prediction: Tensor = self.softmax(self.output_dropout(hidden, noise), targets)
         return prediction
 
-    def products(self, lanes: int) -> list[list[Product]]:
+    def products(self, lanes: int, targets: int) -> list[list[Product]]:
         """List the products of the embedding, of each layer and of the softmax, when `lanes` read one segment."""
+        assert targets == self.config.tgt_len, "every position is predicted"
         tokens = lanes * self.config.tgt_len
         counts = self.embedding.expected_counts(tokens)
         layers = [layer.products(lanes, self.config) for layer in self.layers if isinstance(layer, Layer)]

@@ -101,7 +101,7 @@ class Recurrent(LanguageModel):
         """Return the mean, and the token before."""
         return [{"memory": (self.config.d_model,), "before": (self.config.d_model,)} for _ in self.layers]
 
-    def products(self, lanes):
+    def products(self, lanes, targets):
         """List those of the layers and of the head; a lookup costs nothing."""
         positions = lanes * self.config.tgt_len
         width = self.config.d_model

@@ -54,6 +54,10 @@ class KVCache:
         self.end = self.mem_len
         self.remembered.copy_(remembered)
 
+    def forget(self, positions: int) -> None:
+        """Forget the last positions that were appended, and remember as many older ones."""
+        self.end -= positions
+
     def memoise(self, project: Callable[[Tensor], RelativeTerms | None], encoding: Tensor) -> RelativeTerms | None:
         """Return `project(encoding)`, computed once for as long as the encoding is the same tensor."""
         if self._terms is None or self._terms[0] is not encoding:
