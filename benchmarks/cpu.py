@@ -37,6 +37,7 @@ from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
+from txl_dist.models.xlnet import XLNet, XLNetConfig
 from txl_dist.objectives.causal_lm import CausalLM
 
 TURNS = 5
@@ -47,6 +48,8 @@ BYTES_12 = {"vocab_size": 256, "n_layer": 12, "d_model": 512, "n_head": 8, "d_he
 WORDS = BYTES_12 | {"vocab_size": 267735, "n_layer": 4, "cutoffs": [20000, 40000, 200000], "div_val": 4}
 LARGE = BYTES_12 | {"n_layer": 4, "d_model": 1024, "n_head": 16, "d_inner": 4096, "tgt_len": 128, "mem_len": 1600}
 MIDDLE = BYTES_12 | {"n_layer": 4, "tgt_len": 128, "mem_len": 640}
+PIECES = {"vocab_size": 32000, "n_layer": 4, "d_model": 256, "n_head": 4, "d_head": 64, "d_inner": 1024}
+PIECES |= {"tgt_len": 512, "mem_len": 384, "reuse_len": 256}
 DROPOUT = {"dropout": 0.1, "dropatt": 0.1}
 
 
@@ -56,9 +59,8 @@ DROPOUT = {"dropout": 0.1, "dropatt": 0.1}
 def our_model(vocab_size: int, **shape: Any) -> TransformerXL:
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
     keep_freed_memory()
-    return TransformerXL(
-        TransformerXLConfig(**defaults | {"dropout": 0.0, "tgt_len": 128, "mem_len": 128} | shape), vocab_size
-    )
+    config = TransformerXLConfig(**defaults | {"dropout": 0.0, "tgt_len": 128, "mem_len": 128} | shape)
+    return TransformerXL(config, vocab_size)
 
 
 def their_model(tgt_len: int = 128, mem_len: int = 128, **shape: Any) -> torch.nn.Module:
@@ -73,6 +75,30 @@ def text(lanes: int, length: int, vocab_size: int) -> torch.Tensor:
     """Tokens as frequent as words are (Zipf's law), int64 [lanes, length]."""
     frequency = 1 / torch.arange(1.0, vocab_size + 1)
     return torch.multinomial(frequency, lanes * length, replacement=True).view(lanes, length)
+
+
+def permuted(lanes: int, vocab_size: int, length: int, reuse_len: int, targets: int) -> dict[str, torch.Tensor]:
+    """A batch of permutation language modelling: in each half of a segment some positions, in a random order."""
+    rank = torch.zeros(lanes, length, dtype=torch.int64)
+    rank[:, reuse_len:] = reuse_len + 1
+    positions = torch.zeros(lanes, targets, dtype=torch.int64)
+    first = targets // 2
+    for lane in range(lanes):
+        ahead = torch.randperm(reuse_len)[:first]
+        behind = reuse_len + torch.randperm(length - reuse_len)[: targets - first]
+        positions[lane] = torch.cat([ahead, behind]).sort()[0]
+        rank[lane, ahead] = 1 + torch.arange(first)
+        rank[lane, behind] = reuse_len + 2 + torch.arange(targets - first)
+    inputs = text(lanes, length, vocab_size)
+    return {
+        "inputs": inputs,
+        "rank": rank,
+        "lookback": torch.full((lanes, length), 10**6),
+        "segment": (torch.arange(length) > 3 * length // 4).long().expand(lanes, length),
+        "direction": torch.tensor([1, -1]).repeat_interleave(lanes // 2)[:, None],  # theirs: forward lanes first
+        "positions": positions,
+        "targets": inputs.gather(1, positions),
+    }
 
 
 def rates(tokens: int, work: Callable[[], object]) -> Rates:
@@ -136,6 +162,60 @@ def their_training(lanes: int, **shape: Any) -> Rates:
         optimizer.zero_grad()
 
     return rates(lanes * 128, step)
+
+
+def our_pretraining(lanes: int, targets: int, vocab_size: int, **shape: Any) -> Rates:
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/xlnet.yaml"))
+    keep_freed_memory()
+    config = XLNetConfig(**defaults | {"dropout": 0.0, "dropatt": 0.0} | shape)
+    model = XLNet(config, vocab_size).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    batch = permuted(lanes, vocab_size, config.tgt_len, config.reuse_len, targets)
+    memory = model.empty_memory(lanes)
+
+    def step() -> None:
+        nonlocal memory
+        loss, memory = model(batch, memory)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(lanes * config.tgt_len, step)
+
+
+def their_pretraining(lanes: int, targets: int, vocab_size: int, **shape: Any) -> Rates:
+    from transformers import XLNetConfig as TheirConfig
+    from transformers import XLNetLMHeadModel
+
+    length = shape.pop("tgt_len")
+    names = {key: shape[key] for key in ("d_model", "n_layer", "n_head", "d_inner", "mem_len", "reuse_len")}
+    options = {"dropout": 0.0, "ff_activation": "gelu_new", "bi_data": True, "use_mems_train": True}
+    model = XLNetLMHeadModel(TheirConfig(vocab_size=vocab_size, **names, **options)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    batch = permuted(lanes, vocab_size, length, shape["reuse_len"], targets)
+    rank = batch["rank"]
+    is_target = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, batch["positions"], True)
+    perm_mask = (rank[:, None] >= torch.where(is_target, rank, rank + 1)[:, :, None]).float()
+    target_mapping = torch.nn.functional.one_hot(batch["positions"], length).float()
+    memory = [torch.zeros(shape["mem_len"], lanes, shape["d_model"])] * shape["n_layer"]
+
+    def step() -> None:
+        nonlocal memory
+        result = model(
+            batch["inputs"],
+            token_type_ids=batch["segment"],
+            perm_mask=perm_mask,
+            target_mapping=target_mapping,
+            mems=memory,
+            labels=batch["targets"],
+            use_mems=True,
+        )
+        memory = result.mems
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(lanes * length, step)
 
 
 def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
@@ -245,6 +325,9 @@ ROWS = {
     ),
     "dropout by lanes against torch's, 12 x 512": Row(
         0.97, our_training, training_by_torchs_dropout, BYTES_12 | DROPOUT | {"lanes": 4}
+    ),
+    "XLNet, 32,000 pieces, 4 x 256, 4 lanes of 512 + 384": Row(
+        2.5, our_pretraining, their_pretraining, PIECES | {"lanes": 4, "targets": 85}
     ),
     "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
     "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),

@@ -210,6 +210,15 @@ def test_another_optimizer_continues_where_its_states_are_of_the_same_kind(small
     assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
 
 
+def test_a_model_has_its_own_attention_backends(small):
+    for backend in ("reference", "auto"):
+        assert not problems("train", *small, "model.attention=shaw", f"engine.attention={backend}")
+    xlnet = ["model=xlnet", *(override for override in small if "n_layer" in override or "data." in override)]
+    assert "engine.attention=sdpa: model.name=xlnet has only auto, reference" in problems(
+        "train", *xlnet, "engine.attention=sdpa"
+    )
+
+
 def test_missing_data_are_reported_with_the_command_that_makes_them(small):
     assert "txl_dist.prepare" in one("train", *small, "data.dir=nowhere")
 

@@ -280,7 +280,7 @@ def test_a_query_that_sees_nothing_looks_at_nothing():
 
 
 def test_a_lane_that_reads_backward_mirrors_one_that_reads_forward():
-    model = build()
+    model = build(replace(BASE, reuse_len=LENGTH))  # else the first half would not see the second
     one = permuted(2)
     is_target = torch.zeros_like(one["rank"]).scatter_(1, one["positions"], 1)
     nothing_before = torch.arange(LENGTH).expand(LANES, LENGTH)

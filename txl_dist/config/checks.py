@@ -90,6 +90,13 @@ def evaluation_fits_together(model: ModelConfig, evaluation: ModelChanges) -> It
         yield from error.problems
 
 
+def attention_can_be_computed(engine: EngineConfig, model: ModelConfig) -> Iterator[str]:
+    """Check that the model has the attention backend that is asked for."""
+    backends = ("auto", *model.attention_backends)
+    if engine.attention not in backends:
+        yield f"engine.attention={engine.attention}: model.name={model.name} has only {', '.join(backends)}"
+
+
 def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterator[str]:
     """Refuse what DeepSpeed accepts and gets wrong, each with the reason."""
     yield from device_has_what_is_needed(engine)
@@ -270,6 +277,7 @@ CHECKS: dict[type, list[Check]] = {
         stages_can_be_cut,
         model_fits_together,
         evaluation_fits_together,
+        attention_can_be_computed,
         engine_is_sound,
         patterns_are_sound,
         steps_are_in_order,

@@ -31,6 +31,11 @@ class ModelConfig:
         return [key for key, when in cls.may_change().items() if when in (EVALUATION, LANES)]
 
     @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Return what engine.attention may be beside auto."""
+        return ()
+
+    @property
     def lookback(self) -> int:
         """Return how many tokens before a segment a layer's state may be of; 0: the model has no memory."""
         return 1

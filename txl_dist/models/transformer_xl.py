@@ -45,7 +45,7 @@ from txl_dist.models.layers.attention import (
     clip_distances,
     encode_distances,
 )
-from txl_dist.models.layers.backends import AttentionWindow, default_backend
+from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, default_backend
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.state import State
@@ -87,6 +87,11 @@ class TransformerXLConfig(ModelConfig):
     tie_projections: StrictBool  # ... and the tail clusters the embedding's projections
     pre_lnorm: StrictBool
     init_std: Positive
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Return those of layers/backends.py."""
+        return tuple(BACKENDS)
 
     @property
     def lookback(self) -> int:

@@ -29,7 +29,7 @@ from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.state import State
 from txl_dist.models.layers.transfer import to_device
-from txl_dist.models.layers.two_stream import SEGMENTS, TwoStreamAttention, View, encode_both_ways
+from txl_dist.models.layers.two_stream import SEGMENTS, TwoStreamAttention, View, blocks_of, encode_both_ways
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -59,6 +59,11 @@ class XLNetConfig(ModelConfig):
     dropatt: Annotated[Fraction, ALWAYS]  # of the attention's probabilities
     init_std: Positive
     layer_norm_eps: Positive
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Return the formula: no kernel knows two streams yet."""
+        return ("reference",)
 
     @property
     def lookback(self) -> int:
@@ -225,24 +230,32 @@ class XLNet(LanguageModel):
         at = torch.arange(length, device=streams.device)[:, None]
         content = (at - key <= lookback[:, :, None]) & (key_rank <= rank[:, :, None])
         if is_causal:
-            query = content  # a query sees what the content before it sees, that included
-            return View(length, length, encoding, None, content, query, None, None, None)
+            added = self.added(content, streams.dtype)
+            blocks = blocks_of(length, None, mem_len)
+            return View(length, length, encoding, None, blocks, added, added, None, None, None, None)
+        distance = positions[:, :, None] - key
         query_rank = rank.gather(1, positions)
         query_lookback = lookback.gather(1, positions)
-        distance = positions[:, :, None] - key
-        query = (distance <= query_lookback[:, :, None]) & (key_rank < query_rank[:, :, None])
-        ids = torch.cat([segment, segment.gather(1, positions)], dim=1)
+        queries = (distance <= query_lookback[:, :, None]) & (key_rank < query_rank[:, :, None])
+        marks = torch.cat([segment, segment.gather(1, positions)], dim=1)
         return View(
-            length,
-            self.config.reuse_len,
-            encoding,
-            direction[:, :, None, None].to(streams.dtype),
-            content,
-            query,
-            keys - distance,
-            F.one_hot(ids, SEGMENTS),
-            F.one_hot(F.pad(segment, (mem_len, 0)), SEGMENTS),
+            length=length,
+            remembered=self.config.reuse_len,
+            encoding=encoding,
+            direction=direction[:, :, None, None].to(streams.dtype),
+            blocks=blocks_of(length, self.config.reuse_len, mem_len),
+            content=self.added(content, streams.dtype),
+            queries=self.added(queries, streams.dtype),
+            columns=keys - distance,
+            seeing=queries.any(dim=2)[:, None, :, None].to(streams.dtype),
+            segment_of_row=F.one_hot(marks, SEGMENTS),
+            segment_of_key=F.one_hot(F.pad(segment, (mem_len, 0)), SEGMENTS),
         )
+
+    @staticmethod
+    def added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what is added to scores: 0 where a key is seen, else half of the least number: sums stay finite."""
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
 
     def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
         """Turn the query stream into the first result of `forward`."""
@@ -268,7 +281,8 @@ class XLNet(LanguageModel):
         """List the products of the embedding (none), of each layer and of the head, when `lanes` read one segment."""
         config = self.config
         seen = seen_keys(config, targets)
-        attention_sizes = (lanes, config.tgt_len, targets, config.mem_len, targets < config.tgt_len, seen)
+        reuse_len = config.reuse_len if targets < config.tgt_len else None
+        attention_sizes = (lanes, config.tgt_len, targets, config.mem_len, reuse_len, seen)
         layers = []
         for layer in self.layers:
             assert isinstance(layer, Layer)

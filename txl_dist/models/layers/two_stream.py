@@ -9,6 +9,7 @@ content sees keys of the same rank or a lower one, a query those of a lower one;
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,10 @@ from torch.nn import functional as F
 
 from txl_dist.models.layers.attention import remember, sinusoids
 from txl_dist.models.layers.cost import Product
-from txl_dist.models.layers.dropout import Dropout, LaneDropout, Mask, Noise, drop
+from txl_dist.models.layers.dropout import Dropout, LaneDropout, Mask, Noise, drop, hash64
 from txl_dist.models.layers.state import KVCache, StateValue
 
+BLOCK = 128  # rows of the content stream that attend together
 SEGMENTS = 4  # ids that a segment can have: A (and memory), B, and two for the marks behind them
 
 
@@ -34,6 +36,28 @@ def encode_both_ways(
     return sinusoids(distance, d_model).to(dtype)
 
 
+class Block(NamedTuple):
+    """Rows of a segment, from `start` to before `end`, that see the first `keys` keys at most."""
+
+    start: int
+    end: int
+    keys: int
+
+
+def blocks_of(length: int, reuse_len: int | None, mem_len: int) -> list[Block]:
+    """Cut a segment in blocks of neighbouring rows, each with the keys that any of them may see.
+
+    Args:
+        reuse_len: of a permuted segment, the part that sees nothing behind it; None: it is read from left to right.
+    """
+    borders = list(range(BLOCK, length, BLOCK)) if reuse_len is None else [reuse_len] if reuse_len < length else []
+    blocks = []
+    for start, end in pairwise([0, *borders, length]):
+        parts = range(start, end, BLOCK)
+        blocks += [Block(part, min(part + BLOCK, end), mem_len + end) for part in parts]
+    return blocks
+
+
 class View(NamedTuple):
     """What the rows of both streams see, for a segment after a memory; the same in all layers.
 
@@ -42,9 +66,12 @@ class View(NamedTuple):
         remembered: how many of them, from the first on, become memory.
         encoding: [keys + length, d_model] of `encode_both_ways`.
         direction: [lanes, 1, 1, 1], 1 or -1: the factor of all distances; None: 1 for all lanes.
-        content, query: bool [lanes, length, keys] and [lanes, queries, keys], whether a row sees a key.
+        blocks: of the content stream.
+        content, queries: what is added to scores, [lanes, length, keys] and [lanes, queries, keys]: 0 where a row sees
+            a key, else a number so low that it gets no probability. Finite: so no row is NaN.
         columns: int64 [lanes, queries, keys], which distance of the encoding each query has to a key; None where query
-            i stands at position i + 1.
+            i stands at position i + 1, and sees what content i sees.
+        seeing: [lanes, 1, queries, 1], 0 for a query that sees no key at all, else 1; None where each sees one.
         segment_of_row, segment_of_key: one-hot [lanes, length + queries, SEGMENTS] and [lanes, keys, SEGMENTS]; None
             where all are the same.
     """
@@ -53,25 +80,28 @@ class View(NamedTuple):
     remembered: int
     encoding: Tensor
     direction: Tensor | None
+    blocks: list[Block]
     content: Tensor
-    query: Tensor
+    queries: Tensor
     columns: Tensor | None
+    seeing: Tensor | None
     segment_of_row: Tensor | None
     segment_of_key: Tensor | None
 
 
-class Rows(NamedTuple):
-    """The rows of one stream: their queries for content and for position, and what they see.
+class Keys(NamedTuple):
+    """What all rows attend to: [lanes x n_head, keys, d_head (+ SEGMENTS, of the key)] and r by distance."""
 
-    Attributes:
-        content: [lanes, n_head, rows, d_head (+ SEGMENTS)].
-        position: [lanes, n_head, rows, d_head].
-        visible: bool [lanes, rows, keys].
-    """
+    key: Tensor
+    value: Tensor
+    relative: Tensor
+
+
+class Rows(NamedTuple):
+    """Queries [lanes x n_head, rows, d_head], those for content with SEGMENTS numbers more."""
 
     content: Tensor
     position: Tensor
-    visible: Tensor
 
 
 def skew_both_ways(by_distance: Tensor, keys: int) -> Tensor:
@@ -136,21 +166,23 @@ class TwoStreamAttention(nn.Module):
             segment, detached.
         """
         content = streams[:, : view.length]
-        key, value, relative, new_memory = self.keys_and_values(content, memory, view)
+        keys, new_memory = self.keys_of(content, memory, view)
         attending = streams[:, view.length :] if self.is_last else streams
-        rows = self.split_rows(attending, view)
-        masks = [self.content_dropatt.mask(noise), self.query_dropatt.mask(noise)]
-        attended = [
-            attend(stream, key, value, self.position_scores(stream.position, relative, view, is_query), mask)
-            for stream, mask, is_query in zip(rows, masks[-len(rows) :], (False, True)[-len(rows) :], strict=True)
-        ]
+        rows = self.rows_of(attending, view)
+        attended = []
+        if not self.is_last:
+            attended += self.attend_by_blocks(rows, keys, view, view.content, self.content_dropatt.mask(noise), ahead=0)
+            rows = Rows(rows.content[:, view.length :], rows.position[:, view.length :])
+        mask = self.query_dropatt.mask(noise)
+        if view.columns is None:
+            attended += self.attend_by_blocks(rows, keys, view, view.queries, mask, ahead=1)
+        else:
+            attended.append(self.attend_anywhere(rows, keys, view, mask))
         together = torch.cat(attended, dim=2).transpose(1, 2).flatten(-2)
         return self.layer_norm(attending + self.dropout(self.o_net(together), noise)), new_memory
 
-    def keys_and_values(
-        self, content: Tensor, memory: StateValue, view: View
-    ) -> tuple[Tensor, Tensor, Tensor, StateValue]:
-        """Return keys and values [lanes, n_head, keys, d_head], r of `relative`, and the new memory."""
+    def keys_of(self, content: Tensor, memory: StateValue, view: View) -> tuple[Keys, StateValue]:
+        """Return what is attended to, and the new memory."""
         segment = self.heads(self.kv_net(content))
         if isinstance(memory, KVCache):
             key, value = memory.append(*segment.chunk(2, dim=-2))
@@ -163,7 +195,7 @@ class TwoStreamAttention(nn.Module):
             key, value = both.chunk(2, dim=-2)
             sine_and_cosine = self.project_distances(view.encoding)
             new_memory = remember(memory, content[:, : view.remembered])
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        key = key.transpose(1, 2)
         if view.segment_of_key is not None:
             marks = view.segment_of_key[:, None].expand(-1, self.n_head, -1, -1)
             key = torch.cat([key, marks.to(key.dtype)], dim=-1)
@@ -172,7 +204,8 @@ class TwoStreamAttention(nn.Module):
         assert cosine is not None
         # A lane that reads backward has all distances negated: sines change their sign, cosines do not.
         relative = cosine + sine if view.direction is None else cosine + view.direction * sine
-        return key, value, relative, new_memory
+        relative = relative.expand(len(content), -1, -1, -1)
+        return Keys(key.flatten(0, 1), value.transpose(1, 2).flatten(0, 1), relative.flatten(0, 1)), new_memory
 
     def project_distances(self, encoding: Tensor) -> tuple[Tensor, Tensor]:
         """Return W_r R of the sines and of the cosines apart, [1, n_head, keys + length, d_head] each."""
@@ -182,33 +215,46 @@ class TwoStreamAttention(nn.Module):
         cosine = F.linear(encoding[:, half:], weights[:, half:])
         return self.heads(sine).transpose(0, 1)[None], self.heads(cosine).transpose(0, 1)[None]
 
-    def split_rows(self, attending: Tensor, view: View) -> list[Rows]:
-        """Return the rows of content and queries apart, or of queries alone."""
-        query = self.heads(self.q_net(attending)) * self.d_head**-0.5
+    def rows_of(self, attending: Tensor, view: View) -> Rows:
+        """Return the queries of both streams, or of the query stream alone."""
         scale = self.d_head**-0.5
+        query = self.heads(self.q_net(attending)) * scale
         content = query + self.u * scale
-        position = (query + self.v * scale).transpose(1, 2)
+        position = query + self.v * scale
         if view.segment_of_row is not None:
             # By how much a key of the same segment scores more than one of another: softmax knows no more of it.
             more = ((query + self.s * scale) * (self.segment[0] - self.segment[1])).sum(-1, keepdim=True)
             own = view.segment_of_row[:, -attending.size(1) :, None].to(query.dtype)
             content = torch.cat([content, more * own], dim=-1)
-        content = content.transpose(1, 2)
-        if self.is_last:
-            return [Rows(content, position, view.query)]
-        sizes = [view.length, attending.size(1) - view.length]
-        streams = zip(content.split(sizes, 2), position.split(sizes, 2), (view.content, view.query), strict=True)
-        return [Rows(*stream) for stream in streams]
+        return Rows(content.transpose(1, 2).flatten(0, 1), position.transpose(1, 2).flatten(0, 1))
 
-    def position_scores(self, position: Tensor, relative: Tensor, view: View, is_query: bool) -> Tensor:
-        """Compute (q + v) r for every row and key: [lanes, n_head, rows, keys]."""
-        keys = view.content.size(2)
-        if not is_query:  # row i stands at position i: the first distance is for a position beyond the segment
-            return skew_both_ways(position @ relative[:, :, 1:].transpose(2, 3), keys)
-        by_distance = position @ relative.transpose(2, 3)
-        if view.columns is None:
-            return skew_both_ways(by_distance, keys)
-        return by_distance.gather(3, view.columns[:, None].expand(-1, self.n_head, -1, -1))
+    def attend_by_blocks(
+        self, rows: Rows, keys: Keys, view: View, added: Tensor, mask: Mask | None, ahead: int
+    ) -> list[Tensor]:
+        """Attend from neighbouring positions, block by block: [lanes, n_head, rows, d_head] of each.
+
+        A block needs the distances between its rows and their keys only: fewer, and a part of them fits in the cache.
+
+        Args:
+            ahead: by how much the rows stand further than the content of the same number.
+        """
+        attended = []
+        for number, (start, end, count) in enumerate(view.blocks):
+            first = view.length - end + 1 - ahead  # the distance from the last row to the first key
+            distances = keys.relative[:, first : first + count + end - start - 1]
+            scores = skew_both_ways(rows.position[:, start:end] @ distances.transpose(1, 2), count)
+            part = Keys(keys.key[:, :count], keys.value[:, :count], distances)
+            block_mask = mask and mask._replace(seeds=mask.seeds ^ hash64(f"block {number}"))
+            attended.append(attend(rows.content[:, start:end], part, scores, added[:, start:end, :count], block_mask))
+        return attended
+
+    def attend_anywhere(self, rows: Rows, keys: Keys, view: View, mask: Mask | None) -> Tensor:
+        """Attend from queries at positions of their own: [lanes, n_head, queries, d_head]."""
+        assert view.columns is not None and view.seeing is not None
+        by_distance = rows.position @ keys.relative.transpose(1, 2)
+        columns = view.columns[:, None].expand(-1, self.n_head, -1, -1).flatten(0, 1)
+        attended = attend(rows.content, keys, by_distance.gather(2, columns), view.queries, mask)
+        return attended * view.seeing
 
     def heads(self, x: Tensor) -> Tensor:
         """Split [..., n * d_head] into heads, [..., n, d_head]; n is n_head, or twice that: keys, then values."""
@@ -216,12 +262,12 @@ class TwoStreamAttention(nn.Module):
         return split
 
     def products(
-        self, lanes: int, length: int, queries: int, mem_len: int, has_segments: bool, seen: tuple[float, float]
+        self, lanes: int, length: int, queries: int, mem_len: int, reuse_len: int | None, seen: tuple[float, float]
     ) -> list[Product]:
         """List the products of matrices when `lanes` read a segment after a full memory.
 
         Args:
-            has_segments: whether rows and keys are marked with the segment that they are of.
+            reuse_len: as for `blocks_of`; the keys of a permuted segment are marked.
             seen: how many keys a row of the content and a query see, on average.
         """
         d_model = self.q_net.in_features
@@ -229,19 +275,22 @@ class TwoStreamAttention(nn.Module):
         keys = mem_len + length
         project = 2 * d_model * width * lanes
         pair = 2 * width * lanes
-        marked_pair = pair + 2 * self.n_head * SEGMENTS * lanes * has_segments
-        content = 0 if self.is_last else length
-        rows = content + queries
+        marked_pair = pair if reuse_len is None else pair + 2 * self.n_head * SEGMENTS * lanes
+        rows = queries if self.is_last else length + queries
+        blocks = [(end - start, count, seen[0]) for start, end, count in blocks_of(length, reuse_len, mem_len)]
+        attending = [] if self.is_last else blocks
+        attending += blocks if reuse_len is None else [(queries, keys, seen[1])]
         products = [
             *[Product(project * rows)] * 2,  # q, output
             *[Product(project * length)] * 2,  # k, v
             *[Product(project * mem_len, gradients=1)] * 2,
             Product(2 * d_model * width * (keys + length), gradients=1),  # r, which all lanes share
         ]
-        for number, columns, share in ((content, keys + length - 1, seen[0]), (queries, keys + length, seen[1])):
-            products.append(Product(marked_pair * number * keys, visible=share / keys))  # content
-            products.append(Product(pair * number * columns, visible=share / columns))  # position
-            products.append(Product(pair * number * keys, visible=share / keys))  # values
+        for number, count, share in attending:
+            columns = count + number - 1 if (number, count) != (queries, keys) or reuse_len is None else keys + length
+            products.append(Product(marked_pair * number * count, visible=min(share / count, 1.0)))  # content
+            products.append(Product(pair * number * columns, visible=min(share / columns, 1.0)))  # position
+            products.append(Product(pair * number * count, visible=min(share / count, 1.0)))  # values
         return products
 
     def empty_cache(self, lanes: int, mem_len: int, device: torch.device) -> KVCache:
@@ -249,20 +298,18 @@ class TwoStreamAttention(nn.Module):
         return KVCache(self.kv_net.weight.new_zeros(2, self.n_head, lanes, mem_len, self.d_head, device=device))
 
 
-def attend(rows: Rows, key: Tensor, value: Tensor, position_scores: Tensor, mask: Mask | None) -> Tensor:
-    """Compute softmax(scores) value: [lanes, n_head, rows, d_head].
+def attend(content: Tensor, keys: Keys, position_scores: Tensor, added: Tensor, mask: Mask | None) -> Tensor:
+    """Compute softmax(content key^T + position_scores + added) value: [lanes, n_head, rows, d_head].
 
-    A row that sees no key at all gets zeros, not an average of what it must not see.
+    Args:
+        added: [lanes, rows, keys], for all heads.
     """
-    lanes, n_head = key.shape[:2]
-    scores = torch.baddbmm(
-        position_scores.flatten(0, 1), rows.content.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
-    ).view(lanes, n_head, -1, key.size(2))
-    # Finite, so that no row is NaN; half of the least, so that a sum with a score is finite, too.
-    hidden = torch.finfo(scores.dtype).min / 2
-    scores.add_(torch.zeros_like(rows.visible, dtype=scores.dtype).masked_fill_(~rows.visible, hidden)[:, None])
-    probabilities = scores.softmax(dim=-1)
+    lanes = len(added)
+    scores = torch.baddbmm(position_scores, content, keys.key.transpose(1, 2))
+    # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
+    by_lane = scores.view(lanes, -1, *added.shape[1:])
+    by_lane.add_(added[:, None])
+    probabilities = by_lane.softmax(dim=-1)
     if mask is not None:
         probabilities = drop(probabilities, mask)
-    attended = (probabilities.flatten(0, 1) @ value.flatten(0, 1)).view(lanes, n_head, -1, value.size(3))
-    return attended * rows.visible.any(dim=2)[:, None, :, None]
+    return (probabilities.flatten(0, 1) @ keys.value).view(lanes, -1, added.size(1), keys.value.size(2))
