@@ -24,8 +24,13 @@ def score(job: ScoreJob) -> None:
     from txl_dist.evaluation.scoring import Scorer  # with torch: not for --help
 
     scorer = Scorer.open(job.run, job.checkpoint, job.model, job.average)
-    scores, log_probs = scorer.read(job.text if job.text is not None else read_standard_input("text"))
-    likeliest = scorer.likeliest(log_probs, job.next)
+    text = job.text if job.text is not None else read_standard_input("text")
+    likeliest = []
+    if job.context == "both":
+        scores = scorer.read_both_sides(text)
+    else:
+        scores, log_probs = scorer.read(text)
+        likeliest = scorer.likeliest(log_probs, job.next)
     total = sum(token.log_prob for token in scores)
     if job.format == "json":
         tokens = [token._asdict() for token in scores]

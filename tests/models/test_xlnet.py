@@ -12,6 +12,7 @@ from transformers import XLNetLMHeadModel
 from transformers.models.xlnet.modeling_xlnet import XLNetModel
 
 from tests.batches import batch
+from txl_dist.evaluation.both_sides import log_probs_from_both_sides
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.registry import build as build_model
@@ -386,3 +387,27 @@ def test_it_has_the_published_number_of_parameters(sizes, parameters):
     shapes = parameter_shapes(config, 32000, 10_000)
     without_head = sum(prod(shape) for name, shape in shapes.items() if name != "head.bias")
     assert without_head == parameters
+
+
+def test_a_token_is_scored_from_both_sides():
+    """Alone in its row, each sees all of its segment but itself, and what is remembered; longer texts in segments."""
+    model = build(replace(BASE, tgt_len=10, reuse_len=5)).eval()
+    tokens = torch.randint(9, VOCAB, (17,), generator=torch.Generator().manual_seed(1))
+    scores = log_probs_from_both_sides(model, tokens)
+    assert len(scores) == 16
+    for changed in (0, 4, 8, 9, 16):  # the segments are 0 to 8 and 9 to 16
+        other = tokens.clone()
+        other[changed] = 3
+        moved = [new != old for new, old in zip(log_probs_from_both_sides(model, other), scores, strict=True)]
+        in_segment = [(place < 9) == (changed < 9) for place in range(1, 17)]
+        remembered = [place >= 9 > changed for place in range(1, 17)]
+        assert moved == [near or far for near, far in zip(in_segment, remembered, strict=True)], changed
+    model = build(replace(BASE, reuse_len=LENGTH)).eval()
+    one = {
+        "inputs": tokens[None, :LENGTH],
+        "rank": torch.zeros(1, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([7]), 1),
+    }
+    one |= {"lookback": torch.arange(LENGTH)[None], "segment": torch.zeros(1, LENGTH, dtype=torch.int64)}
+    one |= {"direction": torch.tensor([[1]]), "positions": torch.tensor([[7]])}
+    expected = model(one, model.empty_memory(1))[0][0, 0, tokens[7]]
+    assert log_probs_from_both_sides(model, tokens[:LENGTH])[6] == pytest.approx(expected.item(), rel=1e-12)

@@ -351,10 +351,14 @@ class InspectJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class ScoreJob:
-    """Score each token of a text (null: of standard input), and show the `next` likeliest ones after it."""
+    """Score each token of a text (null: of standard input), and show the `next` likeliest ones after it.
+
+    context: from the text on the left of a token, or on both sides of it; then there are no next ones.
+    """
 
     run: RunDir
     text: str | None
+    context: Literal["left", "both"]
     next: NonNegativeInt
     format: Literal["table", "json"]
     checkpoint: CheckpointChoice

@@ -13,6 +13,7 @@ from torch import Tensor
 from txl_dist.config.schema import ModelChanges
 from txl_dist.config.types import CheckpointChoice
 from txl_dist.data.tokenizers import Tokenizer
+from txl_dist.evaluation.both_sides import log_probs_from_both_sides
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
 from txl_dist.models.base import LanguageModel
@@ -70,12 +71,24 @@ class Scorer:
             start = len(text_log_probs)
             targets = inputs[0, start + 1 : start + 1 + log_probs.size(1), None].to(log_probs.device)
             text_log_probs += log_probs[0, : len(targets)].gather(-1, targets)[:, 0].tolist()
+        return self.describe(tokens, text_log_probs), log_probs[0, -1].cpu()
+
+    def read_both_sides(self, text: str | bytes) -> list[TokenScore]:
+        """Score each token of a text from what stands before it and behind it.
+
+        Raises:
+            UserError: where the tokenizer cannot encode the text, or the model predicts from left to right only.
+        """
+        tokens = encode_text(self.tokenizer, text, "text")
+        inputs = torch.tensor([self.tokenizer.eos, *tokens])
+        return self.describe(tokens, log_probs_from_both_sides(self.model, inputs) if tokens else [])
+
+    def describe(self, tokens: list[int], log_probs: list[float]) -> list[TokenScore]:
+        """Return the scores of tokens with their texts."""
         decoder = self.tokenizer.decoder()
-        scores = [
-            TokenScore(token, decoder.feed(token), log_prob)
-            for token, log_prob in zip(tokens, text_log_probs, strict=True)
+        return [
+            TokenScore(token, decoder.feed(token), log_prob) for token, log_prob in zip(tokens, log_probs, strict=True)
         ]
-        return scores, log_probs[0, -1].cpu()
 
     def likeliest(self, log_probs: Tensor, count: int) -> list[TokenScore]:
         """Return the `count` likeliest tokens of log-probabilities [vocab_size], the likeliest first."""
