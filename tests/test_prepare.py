@@ -209,7 +209,7 @@ def test_a_worker_that_is_killed_ends_it_with_a_message(tmp_path):
 
 
 def piece(data):
-    return splitting.Piece(corpora.SourceFile(Path("a"), "a", None), "train", 0, data, True, True, None, False)
+    return splitting.Piece(corpora.SourceFile(Path("a"), "a", None), "train", 0, data, True, True, None, False, False)
 
 
 def kill_yourself(pieces):

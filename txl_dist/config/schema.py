@@ -58,7 +58,7 @@ class TextCorpusConfig:
     train: PathList | None
     valid: PathList | None
     test: PathList | None
-    document: Literal["file", "line"]
+    document: Literal["file", "line", "blank_line"]
     split_by: Literal["auto", "document", "position"]
     valid_share: Fraction
     test_share: Fraction
@@ -102,9 +102,23 @@ class SentencePieceTokenizerConfig:
     model: PathStr | None
 
 
+MIN_XLNET_PIECES = 64  # of an XLNet vocabulary: 9 are special, and 8 are marks
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class XLNetTokenizerConfig:
+    """A SentencePiece model with XLNet's special pieces, that is trained on the training split, or given."""
+
+    name: Literal["xlnet"]
+    vocab_size: Annotated[int, Strict(), Field(ge=MIN_XLNET_PIECES, le=INT32_MAX)]
+    lower: StrictBool
+    model: PathStr | None
+
+
 CorpusConfig = Annotated[StdlibCorpusConfig | TextCorpusConfig | PublishedCorpusConfig, Field(discriminator="name")]
 TokenizerConfig = Annotated[
-    BytesTokenizerConfig | WordTokenizerConfig | SentencePieceTokenizerConfig, Field(discriminator="name")
+    BytesTokenizerConfig | WordTokenizerConfig | SentencePieceTokenizerConfig | XLNetTokenizerConfig,
+    Field(discriminator="name"),
 ]
 
 

@@ -5,6 +5,7 @@
     train/000000.tar ...        the split's stream of tokens in samples of `sample_tokens` (the last may be shorter)
     train/samples.npy           of each sample: byte offset in its shard, CRC-32 of its tokens
     train/documents.npy         where in the stream each document starts, and as last entry the stream's length
+    train/sentences.npy         where each sentence starts; only where lines are sentences
 
 Token p is in sample p // sample_tokens, sample k in shard k // shard_samples. A sample is `tokens.npy` and, for other
 readers, `json`: the document it starts in, the token's offset in that document, and where documents start within it.
@@ -23,8 +24,10 @@ FORMAT = {"format": "txl_dist dataset", "version": 1}
 
 SAMPLES_FILE = "samples.npy"
 DOCUMENTS_FILE = "documents.npy"
+SENTENCES_FILE = "sentences.npy"
 SAMPLE_TABLE = np.dtype([("offset", "<u8"), ("crc32", "<u4")])  # the rows of samples.npy
 DOCUMENT_TABLE = np.dtype("<u8")  # the rows of documents.npy
+SENTENCE_TABLE = np.dtype("<u8")  # the rows of sentences.npy
 
 
 class Shard(NamedTuple):
@@ -86,11 +89,16 @@ class IndexFile(BaseModel):
 
 
 def content_fingerprint(tokenizer_files: Mapping[str, str], splits: Mapping[str, Any]) -> str:
-    """Return the SHA-256 that names the content of a dataset: its tokenizer's files and its shards.
+    """Return the SHA-256 that names the content of a dataset: its tokenizer's files, its shards, its sentences.
 
     Args:
         tokenizer_files: name -> SHA-256.
         splits: the entries of index.json, as JSON values.
     """
     shards = {split: [shard["sha256"] for shard in facts["shards"]] for split, facts in splits.items()}
-    return sha256_of_json({"tokenizer": tokenizer_files, "shards": shards})
+    content: dict[str, Any] = {"tokenizer": tokenizer_files, "shards": shards}
+    tables = {split: facts["files"].get(SENTENCES_FILE) for split, facts in splits.items()}
+    sentences = {split: sha256 for split, sha256 in tables.items() if sha256 is not None}
+    if sentences:  # datasets without them keep the fingerprint that they always had
+        content["sentences"] = sentences
+    return sha256_of_json(content)

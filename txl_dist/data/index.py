@@ -13,6 +13,8 @@ from txl_dist.data.format import (
     DOCUMENTS_FILE,
     SAMPLE_TABLE,
     SAMPLES_FILE,
+    SENTENCE_TABLE,
+    SENTENCES_FILE,
     IndexFile,
     Shard,
     SplitEntry,
@@ -36,6 +38,9 @@ class Split:
         document_starts: uint64 [documents + 1], the position of each document's first token; the last entry is
             `tokens`. Mapped into memory, not read.
         sample_table: SAMPLE_TABLE [samples]. Mapped into memory, too.
+        sentence_starts: uint64 [sentences], the position of each sentence's first token, ascending from 0; every
+            document begins with a sentence, and its `<eos>` belongs to its last one. Mapped into memory, too. None if
+            the dataset knows no sentences.
     """
 
     tokens: int
@@ -47,6 +52,7 @@ class Split:
     sample_table: np.ndarray
     characters: int | None = None
     words: int | None = None
+    sentence_starts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +172,9 @@ class Index:
 
 def open_split(store: Store, name: str, entry: SplitEntry) -> Split:
     """Check the tables of a split and map them into memory."""
+    sentence_starts = None
+    if SENTENCES_FILE in entry.files:
+        sentence_starts = open_table(store.checked(f"{name}/{SENTENCES_FILE}", entry.files[SENTENCES_FILE]))
     return Split(
         tokens=entry.tokens,
         documents=entry.documents,
@@ -176,6 +185,7 @@ def open_split(store: Store, name: str, entry: SplitEntry) -> Split:
         sample_table=open_table(store.checked(f"{name}/{SAMPLES_FILE}", entry.files[SAMPLES_FILE])),
         characters=entry.characters,
         words=entry.words,
+        sentence_starts=sentence_starts,
     )
 
 
@@ -205,4 +215,13 @@ def table_problem(split: Split, shard_samples: int) -> str | None:
         return f"{DOCUMENTS_FILE} is not the table of its documents"
     if starts[0] != 0 or starts[-1] != split.tokens or (starts[1:] < starts[:-1]).any():
         return f"{DOCUMENTS_FILE} has starts that do not ascend from 0 to {split.tokens}"
+    return None if split.sentence_starts is None else sentence_problem(split.sentence_starts, split.tokens)
+
+
+def sentence_problem(starts: np.ndarray, tokens: int) -> str | None:
+    """Describe why an array is not the table of the sentences of a split; None if it is."""
+    if starts.ndim != 1 or starts.dtype != SENTENCE_TABLE or len(starts) == 0:
+        return f"{SENTENCES_FILE} is not the table of its sentences"
+    if starts[0] != 0 or starts[-1] >= tokens or (starts[1:] <= starts[:-1]).any():
+        return f"{SENTENCES_FILE} has starts that do not ascend from 0 within its {tokens} tokens"
     return None

@@ -14,9 +14,15 @@ from txl_dist.config.schema import BytesTokenizerConfig, PrepareJob, PublishedCo
 from txl_dist.data.index import Index
 from txl_dist.data.preparing import corpora, published, shards, splitting
 from txl_dist.data.preparing.splitting import Plan
-from txl_dist.data.preparing.tokenizing import encode_pieces, given_tokenizer, load_tokenizer, train_tokenizer
+from txl_dist.data.preparing.tokenizing import (
+    encode_pieces,
+    given_tokenizer,
+    has_sentences,
+    load_tokenizer,
+    train_tokenizer,
+)
 from txl_dist.data.preparing.workers import WorkerPool
-from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer
+from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, XLNetTokenizer
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import is_empty, lock_of_new_folder, new_folder, sha256_of_json
 
@@ -97,6 +103,8 @@ def describe(job: PrepareJob, plan: Plan, tokenizer: Tokenizer | None) -> dict[s
     tokenizer_settings = asdict(job.tokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer_settings = {"name": tokenizer.kind, "model": tokenizer.sha256}
+    if isinstance(tokenizer, XLNetTokenizer):
+        tokenizer_settings = {"name": tokenizer.kind, "model": tokenizer.sha256, "lower": tokenizer.lower}
     if isinstance(tokenizer, WordTokenizer):
         tokenizer_settings = {"name": tokenizer.kind, "vocab": sha256_of_json(tokenizer.words)}
     settings: dict[str, Any] = {
@@ -139,14 +147,15 @@ def write_splits(
 ) -> dict[str, dict[str, Any]]:
     """Tokenize all text into the shards of its splits; return the splits' entries in index.json."""
     load_tokenizer.cache_clear()  # a tokenizer of an earlier call could have the same path
-    encode = partial(encode_pieces, folder / "tokenizer", plan.shares)
+    sentences = has_sentences(plan, tokenizer)
+    encode = partial(encode_pieces, folder / "tokenizer", plan.shares, sentences)
     writers: dict[str, shards.SplitWriter] = {}
     with ExitStack() as stack:
         for batch in workers.map("tokenizing", encode, plan.pieces(), plan.size()):
             for split, encoded in batch.items():
                 if split not in writers:
                     writer = shards.SplitWriter(
-                        folder, split, tokenizer.dtype, job.data.sample_tokens, job.data.shard_samples
+                        folder, split, tokenizer.dtype, job.data.sample_tokens, job.data.shard_samples, sentences
                     )
                     writers[split] = stack.enter_context(writer)
                 writers[split].add(*encoded)

@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from txl_dist.data.format import (
     FORMAT,
     SAMPLE_TABLE,
     SAMPLES_FILE,
+    SENTENCE_TABLE,
+    SENTENCES_FILE,
     Shard,
     content_fingerprint,
 )
@@ -63,9 +65,18 @@ class SplitWriter:
         dtype: of the tokens.
         sample_tokens: tokens in a sample.
         shard_samples: samples in a shard.
+        sentences: whether a table of the sentences is written.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], sample_tokens: int, shard_samples: int):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype[Any],
+        sample_tokens: int,
+        shard_samples: int,
+        sentences: bool = False,
+    ):
         self.folder = folder
         self.split = split
         self.sample_tokens = sample_tokens
@@ -73,10 +84,12 @@ class SplitWriter:
         (folder / split).mkdir()
         self.sample_table = NpyWriter(folder / split / SAMPLES_FILE, SAMPLE_TABLE)
         self.documents = NpyWriter(folder / split / DOCUMENTS_FILE, DOCUMENT_TABLE)
+        self.sentences = NpyWriter(folder / split / SENTENCES_FILE, SENTENCE_TABLE) if sentences else None
         self.tokens = 0  # added so far
         self.size = TextSize(0, 0, 0)  # of their text
         self.rest = np.empty(0, dtype)  # tokens that are not in a sample yet
         self.starts = np.empty(0, np.int64)  # of documents that are not in a sample yet
+        self.sentence_starts = np.empty(0, np.int64)  # of sentences whose first token has not come yet
         self.document = -1  # the last document of the samples so far
         self.document_start = 0
         self.tar: Any = None
@@ -88,18 +101,22 @@ class SplitWriter:
 
     def __exit__(self, *error: object) -> None:
         """Close the files that `close` has not; a full disk is reported by the error that ended the writing."""
-        for file in (self.tar, self.sample_table.stream, self.documents.stream):
+        tables = [table for table in (self.sample_table, self.documents, self.sentences) if table is not None]
+        for file in (self.tar, *(table.stream for table in tables)):
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
 
-    def add(self, tokens: np.ndarray, starts: list[int], size: TextSize) -> None:
+    def add(self, tokens: np.ndarray, starts: list[int], size: TextSize, sentences: Sequence[int] = ()) -> None:
         """Append tokens [n].
 
         Args:
             starts: the positions in `tokens` at which documents start; one without a token is not counted.
             size: of the text that the tokens were made of.
+            sentences: the positions in `tokens` at which sentences start; one without a token is not counted.
         """
+        if self.sentences is not None:
+            self._add_sentences(self.sentences, np.array(sentences, np.int64) + self.tokens, self.tokens + len(tokens))
         positions = np.array(starts, np.int64) + self.tokens
         self.starts = np.unique(np.concatenate([self.starts, positions]))
         self.rest = np.concatenate([self.rest, tokens])
@@ -116,8 +133,11 @@ class SplitWriter:
         self._close_shard()
         documents = self.documents.length
         self.documents.append([self.tokens])
-        self.documents.close()
-        self.sample_table.close()
+        tables = {SAMPLES_FILE: self.sample_table, DOCUMENTS_FILE: self.documents}
+        if self.sentences is not None:
+            tables[SENTENCES_FILE] = self.sentences
+        for table in tables.values():
+            table.close()
         return {
             "tokens": self.tokens,
             "documents": documents,
@@ -125,9 +145,16 @@ class SplitWriter:
             "characters": self.size.characters,
             "words": self.size.words,
             "samples": self.sample_table.length,
-            "files": {name: sha256_of_file(self.folder / self.split / name) for name in (SAMPLES_FILE, DOCUMENTS_FILE)},
+            "files": {name: sha256_of_file(self.folder / self.split / name) for name in tables},
             "shards": [shard._asdict() for shard in self.shards],
         }
+
+    def _add_sentences(self, table: NpyWriter, positions: np.ndarray, tokens: int) -> None:
+        """Append the starts among some ascending positions that are before `tokens`; keep the others."""
+        starts = np.unique(np.concatenate([self.sentence_starts, positions]))
+        complete = int(np.searchsorted(starts, tokens))
+        table.append(starts[:complete])
+        self.sentence_starts = starts[complete:]
 
     def _write_sample(self, tokens: np.ndarray) -> None:
         number = self.sample_table.length

@@ -8,7 +8,8 @@ machine or on the number of workers.
 
 import hashlib
 import io
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple
 
@@ -21,12 +22,14 @@ from txl_dist.errors import UserError
 PIECE_BYTES = 1 << 20
 ENOUGH_DOCUMENTS = 20  # from here on split_by=auto cuts between documents
 SPACES = tuple(chr(code).encode() for code in range(0x3001) if chr(code).isspace())  # all that str.split knows
+BLANK = re.compile(b"(?:%s)*" % b"|".join(SPACES))
 
 Shares = tuple[float, float]  # of valid and test
+Document = Literal["file", "line", "blank_line"]  # what a document is; blank_line: the lines up to a blank one
 
 
 class TextRange(NamedTuple):
-    """The bytes [start, end) of a file's text; without a split, each of its lines has its own (`split_of_line`)."""
+    """The bytes [start, end) of a file's text; without a split, each document in them has its own."""
 
     split: str | None
     start: int
@@ -42,6 +45,7 @@ class Piece(NamedTuple):
         first, last: whether the document begins, and ends, in this piece.
         line: the number of the first line, from 0, if lines are documents.
         midword: whether the piece before ends within the word that this one begins with.
+        midline: whether it ends within the line that this one begins with.
     """
 
     source: SourceFile
@@ -52,6 +56,7 @@ class Piece(NamedTuple):
     last: bool
     line: int | None
     midword: bool
+    midline: bool
 
 
 # --------------------------------------------------------------------------------------------------------- plan
@@ -68,7 +73,7 @@ class Plan:
     """
 
     files: list[tuple[SurveyedFile, list[TextRange]]]
-    document: Literal["file", "line"]
+    document: Document
     split_by: Literal["given", "document", "position"]
     shares: Shares
     vocabulary: SurveyedFile | None = None
@@ -92,24 +97,38 @@ class Plan:
 
     def _read(self, file: SurveyedFile, ranges: list[TextRange]) -> Iterator[Piece]:
         line = 0 if self.document == "line" else None
+        document = 0
         with opened(file.source.path) as stream:
             stream.read(file.start)
             for part in ranges:
                 offset = part.start
                 first = True
                 before = b""
-                for data in cut(stream, part.end - part.start):
-                    ends_line = line is not None and data.endswith(b"\n")
-                    last = ends_line or offset + len(data) == part.end
+                for data, ends in self._parts(stream, part.end - part.start):
+                    split = part.split
+                    if split is None and line is None:
+                        split = split_of_document(file.source.name, document, self.shares)
+                    last = ends or offset + len(data) == part.end
                     midword = before != b"" and not before.endswith(SPACES) and not data.startswith(SPACES)
-                    yield Piece(file.source, part.split, offset, data, first, last, line, midword)
+                    midline = before != b"" and not before.endswith(b"\n")
+                    yield Piece(file.source, split, offset, data, first, last, line, midword, midline)
                     offset += len(data)
-                    first = ends_line
+                    first = last
                     before = data
+                    document += last
                     if line is not None:
                         line += data.count(b"\n")
                 if offset != part.end:
                     raise UserError(f"{file.source.path}: became shorter while it was read; start again")
+
+    def _parts(self, stream: IO[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
+        """Cut the next `size` bytes; yield each part, and whether a document is known to end with it."""
+        parts = cut(stream, size)
+        if self.document == "blank_line":
+            yield from cut_at_blank_lines(parts)
+            return
+        for data in parts:
+            yield data, self.document == "line" and data.endswith(b"\n")
 
 
 def may_hold(text: TextRange | Piece, split: str | None) -> bool:
@@ -125,7 +144,7 @@ def plan(config: CorpusConfig, files: list[SurveyedFile]) -> Plan:
     """
     if isinstance(config, PublishedCorpusConfig):
         return published_plan(PUBLISHED[config.name], files)
-    document: Literal["file", "line"] = "file"
+    document: Document = "file"
     split_by: Literal["given", "auto", "document", "position"] = "document"
     shares = (config.valid_share, config.test_share)
     if isinstance(config, TextCorpusConfig):
@@ -135,7 +154,7 @@ def plan(config: CorpusConfig, files: list[SurveyedFile]) -> Plan:
         split_by = "given"
         shares = (0.0, 0.0)
     if split_by == "auto":
-        split_by = "document" if document == "line" or len(files) >= ENOUGH_DOCUMENTS else "position"
+        split_by = "document" if document != "file" or len(files) >= ENOUGH_DOCUMENTS else "position"
     if not files:
         check_splits(config, [], split_by)
 
@@ -143,7 +162,7 @@ def plan(config: CorpusConfig, files: list[SurveyedFile]) -> Plan:
         ranges = [[TextRange(file.source.split, file.start, file.size)] for file in files]
     elif split_by == "position":
         ranges = [ranges_by_position(file, shares) for file in files]
-    elif document == "line":
+    elif document != "file":
         ranges = [[TextRange(None, file.start, file.size)] for file in files]
     else:
         splits = splits_by_quota([file.source.name for file in files], shares)
@@ -228,9 +247,9 @@ def ranges_between(file: SurveyedFile, cuts: Sequence[int]) -> list[TextRange]:
     return [part for part in ranges if part.start < part.end]
 
 
-def split_of_line(name: str, line: int, shares: Shares) -> str:
-    """Return the split of the line with this number (from 0) of the file with this name."""
-    fraction = name_hash(f"{name}:{line}") / 2**64
+def split_of_document(name: str, number: int, shares: Shares) -> str:
+    """Return the split of the document with this number (from 0) in the file with this name, which holds many."""
+    fraction = name_hash(f"{name}:{number}") / 2**64
     valid, test = shares
     if fraction < valid:
         return "valid"
@@ -274,6 +293,31 @@ def boundary(data: bytes) -> int:
     return end or len(data)
 
 
+def cut_at_blank_lines(parts: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Cut parts of a text after the blank lines that end a document; yield each, and whether a document ends with it.
+
+    The blank lines belong to the document before them, those at the beginning of the text to the first one: so no byte
+    of the text is lost. Parts end at line ends, or within a line that is too long.
+    """
+    held: list[bytes] = []  # lines that are not yielded yet: whether they end a document shows the line after them
+    has_text = False
+    is_blank = False
+    starts_line = True
+    for part in parts:
+        for number, line in enumerate(io.BytesIO(part)):
+            was_blank = is_blank
+            is_blank = (starts_line or was_blank) and BLANK.fullmatch(line) is not None
+            starts_line = line.endswith(b"\n")
+            begins = has_text and was_blank and not is_blank
+            if held and (begins or number == 0):
+                yield b"".join(held), begins
+                held = []
+            held.append(line)
+            has_text = has_text or not is_blank
+    if held:
+        yield b"".join(held), True
+
+
 def line_ends(file: SurveyedFile, targets: list[int]) -> list[int]:
     """Return the first line end at or after each of some ascending positions in a file's text (else the text's end)."""
     ends: list[int] = []
@@ -301,12 +345,15 @@ def documents(piece: Piece, shares: Shares) -> Iterator[Piece]:
     offset = piece.offset
     first = piece.first
     midword = piece.midword
+    midline = piece.midline
     for number, data in enumerate(io.BytesIO(piece.data), piece.line):
-        split = piece.split or split_of_line(piece.source.name, number, shares)
-        yield Piece(piece.source, split, offset, data, first, data.endswith(b"\n") or piece.last, number, midword)
+        split = piece.split or split_of_document(piece.source.name, number, shares)
+        last = data.endswith(b"\n") or piece.last
+        yield Piece(piece.source, split, offset, data, first, last, number, midword, midline)
         offset += len(data)
         first = True
         midword = False
+        midline = False
 
 
 def text(piece: Piece) -> str:
