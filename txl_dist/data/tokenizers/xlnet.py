@@ -148,9 +148,9 @@ class XLNetTokenizer(Tokenizer):
 
     def encode(self, data: bytes, end: bool) -> np.ndarray:
         lines = [normalise(line, self.lower) for line in data.decode().split("\n")]
-        encoded: list[list[int]] = self.pieces.encode([line for line in lines if line], num_threads=1)
         tokens: list[int] = []
-        for line in encoded:
+        # One by one: for a list, SentencePiece starts threads, which costs more than a line does.
+        for line in map(self.pieces.encode, filter(None, lines)):
             if self.resplit.keys().isdisjoint(line):
                 tokens.extend(line)
             else:
