@@ -104,6 +104,13 @@ def test_lines_are_sentences_for_xlnet_whatever_a_document_is(tmp_path):
     assert [document[0] for document in lines if document[0]] == sentences
 
 
+def test_a_line_whose_only_token_is_the_end_of_the_document_is_no_sentence(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{BOOK * 5}\u0301\n\nThe first\n\u0301")  # accents alone have no tokens
+    prepare(text_job(tmp_path / "data", "xlnet", train=str(tmp_path / "a.txt"), document="blank_line"))
+    documents = sentences_of(tmp_path / "data")
+    assert documents[-2:] == [[f" {KEYWORDS}"], [" The first"]] and len(documents) == 21
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "word"])
 @pytest.mark.parametrize("document", ["file", "line"])
 def test_other_datasets_have_no_sentences(tmp_path, tokenizer, document):
