@@ -305,7 +305,7 @@ def test_a_home_directory_is_found_in_every_path(monkeypatch, tmp_path):
 
 
 def test_a_section_is_not_a_value():
-    assert "run.dir, run.on_lane_change, run.seed" in one("train", "run=x", "data.dir=${oc.env:DATASET}")
+    assert "run.dir, run.init_from, run.on_lane_change, run.seed" in one("train", "run=x", "data.dir=${oc.env:DATASET}")
     assert one("prepare", "corpus.name=nope").startswith("corpus.name=nope: should be 'stdlib'")
 
 

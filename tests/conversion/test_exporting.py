@@ -1,6 +1,5 @@
 """Exported folders give the same numbers, texts and tokens in transformers 5 as here."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -47,21 +46,6 @@ TEXTS = [
 TEXTS += ["the sum of a house, 7\n    the one"]
 EXPORTS = [*CASES, "bytes", "sentencepiece"]
 LONG = 43  # tokens: more than memory and segment together
-
-
-@pytest.fixture(scope="session")
-def transformers5(request):
-    """The environment of a process that imports transformers 5; it is installed once, and kept with pytest's cache."""
-    pins = Path(__file__).with_name("transformers5.txt")
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    name = hashlib.sha256(f"{version} {pins.read_text()}".encode()).hexdigest()[:12]
-    folder = request.config.cache.mkdir("transformers5") / name
-    if not folder.exists():
-        partial = folder.with_name(f"{name}.partial")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-        subprocess.run([*command, "--target", str(partial), "--requirement", str(pins)], check=True)
-        partial.rename(folder)
-    return {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 import txl_dist
 from txl_dist.checkpoint.format import CheckpointWriter, latest
-from txl_dist.conversion.weights import hugging_face_shapes
+from txl_dist.conversion.transformer_xl.weights import hugging_face_shapes
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import SentencePieceTokenizer
 from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from tests.batches import batch
-from txl_dist.conversion.weights import from_hugging_face
+from txl_dist.conversion.transformer_xl.weights import from_hugging_face
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers import dropout
 from txl_dist.models.layers.dropout import Noise

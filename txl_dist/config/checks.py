@@ -260,6 +260,18 @@ def run_continues_itself(
     yield from refused_changes(checkpoint.config, run, data, model, optimizer)
 
 
+def initial_weights_fit(run: RunConfig, data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    """Check that a run that begins with the weights of another model can; a run that resumes does not."""
+    if run.init_from is None:
+        return
+    from txl_dist.checkpoint.format import steps  # with torch, as the next
+
+    if not steps(run.dir):
+        from txl_dist.runs.initial_weights import problems_of
+
+        yield from problems_of(run.init_from, model, data.dir)
+
+
 def skipped_steps_can_be_read(run: RunConfig) -> Iterator[str]:
     """Check the run directory's record of skipped steps."""
     from txl_dist.engine.skipped_steps import read_skipped_steps  # with torch
@@ -288,6 +300,7 @@ CHECKS: dict[type, list[Check]] = {
         tracking_is_accepted,
         data_are_there,
         run_continues_itself,
+        initial_weights_fit,
         skipped_steps_can_be_read,
     ],
 }

@@ -130,7 +130,7 @@ def conversion_has_one_direction(
     is_empty_folder = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty_folder:
         yield f"{key}={target}: is there already, and nothing is overwritten; give another folder"
-    if from_ is not None and not Path(from_).exists():
+    if from_ is not None and not any(Path(path).exists() for path in (from_, f"{from_}.index")):
         yield f"from={from_}: there is no such file or folder"
     if to is not None and tokenizer_from is not None:
         yield f"tokenizer_from={tokenizer_from}: is for from=PATH, because a run has its own; leave it out"

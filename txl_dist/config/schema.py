@@ -148,6 +148,7 @@ class PrepareJob:
 class RunConfig:
     """The run directory is the run's identity: starting with the same `dir` again resumes the run.
 
+    init_from: a run directory or a third-party checkpoint, whose weights a new run begins with; resuming ignores it.
     on_lane_change: whether it may be resumed with other lanes (another value of a key that is marked LANES), at the
     same share of the epoch but with empty memories.
     """
@@ -155,6 +156,7 @@ class RunConfig:
     dir: RunDir
     seed: Annotated[Seed, NEVER]
     on_lane_change: Literal["refuse", "reset_memory"]
+    init_from: PathStr | None = None
 
 
 @dataclass(config=SCHEMA, frozen=True)

@@ -16,16 +16,16 @@ from txl_dist.checkpoint.format import CheckpointWriter
 from txl_dist.config.quoting import command_to_paste
 from txl_dist.config.schema import ConvertJob
 from txl_dist.config.sections import describe_unknown_key, describe_wrong_values
-from txl_dist.conversion import vocabularies
-from txl_dist.conversion.sources import ImportSource, open_import_source
-from txl_dist.conversion.weights import to_parameters
+from txl_dist.conversion.import_source import ImportSource
+from txl_dist.conversion.sources import open_import_source
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import new_folder
 from txl_dist.files.lock import Lock
 from txl_dist.files.parsing import shown
-from txl_dist.models.transformer_xl import TransformerXLConfig
+from txl_dist.models import registry
+from txl_dist.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ImportedModel:
     """A model that was made elsewhere; its weights have our parameters' names."""
 
     source: ImportSource
-    config: TransformerXLConfig
+    config: ModelConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
 
@@ -68,7 +68,7 @@ def read_model(job: ConvertJob, source: ImportSource) -> ImportedModel:
         tokenizer = find_tokenizer(job, source)
     with collected(problems):
         config = model_config(job, source)
-        weights = to_parameters(source.tensors, source.naming, config, source.vocab_size)
+        weights = source.weights(config)
     if problems:
         raise ConfigError(problems)
     return ImportedModel(source, config, weights, tokenizer)
@@ -92,7 +92,7 @@ def find_tokenizer(job: ConvertJob, source: ImportSource) -> Tokenizer:
     if job.tokenizer_from is not None:
         path = Path(job.tokenizer_from)
         key = f"tokenizer_from={job.tokenizer_from}"
-        tokenizer = vocabularies.load(path) if path.is_file() else Index.open(job.tokenizer_from).tokenizer()
+        tokenizer = source.load_vocabulary(path) if path.is_file() else Index.open(job.tokenizer_from).tokenizer()
     elif source.load_tokenizer is not None:
         key = f"from={job.from_}"
         tokenizer = source.load_tokenizer()
@@ -109,29 +109,30 @@ def find_tokenizer(job: ConvertJob, source: ImportSource) -> Tokenizer:
     return tokenizer
 
 
-def model_config(job: ConvertJob, source: ImportSource) -> TransformerXLConfig:
+def model_config(job: ConvertJob, source: ImportSource) -> ModelConfig:
     """Combine the hyper-parameters that the source states with those of the job, which come first.
 
     Raises:
         ConfigError: for those that neither gives, and those that are wrong or do not fit together.
     """
-    accepted = [*TransformerXLConfig.read_otherwise(), "cutoffs", "pre_lnorm"]
+    kind = registry.find(source.hyper_parameters["name"]).Config
+    accepted = [*kind.read_otherwise(), *source.also_accepted]
     unknown = [key for key in job.model if key not in accepted]
     if unknown:
         keys = [f"model.{key}" for key in accepted]
         raise ConfigError([describe_unknown_key(f"model.{key}", keys) for key in unknown])
     from_job = {key: value for key, value in job.model.items() if value is not None}
-    values = {"name": "transformer_xl"} | source.hyper_parameters | from_job
-    required = [field.name for field in fields(TransformerXLConfig) if field.default is MISSING]
+    values = source.hyper_parameters | from_job
+    required = [field.name for field in fields(kind) if field.default is MISSING]
     missing = [key for key in required if key not in values]
     if missing:
         raise ConfigError(
             [f"model.{key}: is missing; {job.from_} does not state it: give model.{key}=..." for key in missing]
         )
     try:
-        config = TypeAdapter(TransformerXLConfig).validate_python(values)
+        config: ModelConfig = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise ConfigError(wrong_values(job, from_job, values, error)) from error
+        raise ConfigError(wrong_values(job, kind, from_job, values, error)) from error
     problems = [*config.problems(), *config.vocabulary_problems(source.vocab_size)]
     if problems:
         raise ConfigError(problems)
@@ -139,11 +140,15 @@ def model_config(job: ConvertJob, source: ImportSource) -> TransformerXLConfig:
 
 
 def wrong_values(
-    job: ConvertJob, from_job: dict[str, Any], values: dict[str, Any], error: ValidationError
+    job: ConvertJob,
+    kind: type[ModelConfig],
+    from_job: dict[str, Any],
+    values: dict[str, Any],
+    error: ValidationError,
 ) -> list[str]:
     """Describe the first wrong hyper-parameters: by their keys where the job gives them, else by the source."""
     if any(detail["loc"][0] in from_job for detail in error.errors()):
-        return list(describe_wrong_values("model", TransformerXLConfig, values, error))[:5]
+        return list(describe_wrong_values("model", kind, values, error))[:5]
     problems = []
     for detail in error.errors()[:5]:
         key = ".".join(map(str, detail["loc"]))
@@ -152,7 +157,7 @@ def wrong_values(
 
 
 def write_checkpoint(
-    run_dir: Path, job: ConvertJob, source: ImportSource, config: TransformerXLConfig, weights: dict[str, Tensor]
+    run_dir: Path, job: ConvertJob, source: ImportSource, config: ModelConfig, weights: dict[str, Tensor]
 ) -> None:
     """Write a checkpoint of step 0 that holds weights alone, and no dataset that the model was trained on."""
     dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).is_dir() else None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from txl_dist import __version__
 from txl_dist.checkpoint.format import Checkpoint
+from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.checkpoint.writer import AsyncCheckpointer
 from txl_dist.config.identity import lanes_changed
 from txl_dist.config.schema import EngineConfig, TrainJob
@@ -32,6 +33,8 @@ from txl_dist.models.base import Batch, LanguageModel, Runtime
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.base import Objective, Score
 from txl_dist.objectives.causal_lm import CausalLM
+
+Start = Checkpoint | InitialWeights | None  # what a run resumes from or begins with; None: with random weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,7 +79,7 @@ class Engine(ABC):
         precision: fp32, bf16 or fp16.
     """
 
-    def __init__(self, job: TrainJob, group: ProcessGroup, local: LocalModule, checkpoint: Checkpoint | None):
+    def __init__(self, job: TrainJob, group: ProcessGroup, local: LocalModule, start: Start):
         self.job = job
         self.group = group
         self.split = lane_split(job, group)
@@ -101,8 +104,10 @@ class Engine(ABC):
         self.state = ShardedState(self.deepspeed, self.optimizer, parameters)
         self._own_grad_norm: float | Tensor = 0.0  # of ZeRO 0, where DeepSpeed has none
         self.memory = self.empty_memory()
-        if checkpoint:
-            self._restore(checkpoint)
+        if isinstance(start, Checkpoint):
+            self._restore(start)
+        elif start:
+            self.state.restore_weights(start.read)
         self.checkpointer = AsyncCheckpointer(job.run.dir, job.checkpoint, self.step, group)
 
     def _build_optimizer(self, local: LocalModule, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -330,13 +335,13 @@ def lane_split(job: TrainJob, group: ProcessGroup) -> LaneSplit:
     return LaneSplit(job.data.num_lanes, group.size, job.engine.gradient_accumulation, job.engine.pipeline_stages)
 
 
-def build_model(job: TrainJob, vocab_size: int, checkpoint: Checkpoint | None) -> LanguageModel:
-    """Build the whole model on the CPU, with a checkpoint's weights or those that run.seed draws."""
+def build_model(job: TrainJob, vocab_size: int, start: Start) -> LanguageModel:
+    """Build the whole model on the CPU, with given weights or those that run.seed draws."""
     torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
     runtime = Runtime(job.engine.attention, job.engine.activation_checkpointing, job.engine.compile)
     model = registry.build(job.model, vocab_size, runtime)
-    if checkpoint:
-        checkpoint.load_weights(model)
+    if start:
+        start.load_weights(model)
     return model
 
 

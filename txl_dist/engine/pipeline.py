@@ -22,7 +22,6 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
-from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.distributed.process_group import ProcessGroup
@@ -32,7 +31,7 @@ from txl_dist.engine.deepspeed_internals import (
     mark_as_replica,
     pipeline_group,
 )
-from txl_dist.engine.engine import Engine, LocalModule, build_model, build_objective, lane_split, parameter_names
+from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, build_objective, lane_split, parameter_names
 from txl_dist.engine.lane_states import LaneStates
 from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.dropout import Noise
@@ -133,10 +132,10 @@ class PipelineEngine(Engine):
         stage_layers: how many layers each stage has.
     """
 
-    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, checkpoint: Checkpoint | None):
+    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, start: Start):
         split = lane_split(job, group)
         number = split.stage(group.rank)
-        model = build_model(job, vocab_size, checkpoint)
+        model = build_model(job, vocab_size, start)
         names = parameter_names(model)
         costs = model.flops(split.micro_batch, job.model.tgt_len)
         self.stage_layers = job.engine.stage_layers or balance_layers(costs, split.stages)
@@ -150,7 +149,7 @@ class PipelineEngine(Engine):
         pipeline = Pipeline(self.stage, number, split.stages)
         pipeline.tie(tied)
         local = LocalModule(model, objective, layers, pipeline, names, training_flops)
-        super().__init__(job, group, local, checkpoint)
+        super().__init__(job, group, local, start)
         if not (self.stage.is_first or self.stage.is_last):
             self.lanes = range(0)  # what a middle stage reads comes from the stage before
 

@@ -3,7 +3,7 @@
 DeepSpeed's ZeRO cuts them into shards, a different way at each stage.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,12 @@ class ShardedState:
             for key in keys:
                 self._set(parameter, key, states[f"{key}/{name}"])
             self._set(parameter, None, weights[name])  # DeepSpeed made its fp32 copies from rounded weights
+
+    def restore_weights(self, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> None:
+        """Set the weights alone, to those that a function returns for their names."""
+        weights = read(self.parameters)
+        for name, parameter in self.parameters.items():
+            self._set(parameter, None, weights[name])  # as in `restore`
 
     def _restore_numbers(self, numbers: dict[str, dict[str, float]], keys: list[str]) -> None:
         """Restore what `numbers` returned, and make room for the optimizer's tensors of these names."""

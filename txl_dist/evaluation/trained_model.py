@@ -11,7 +11,7 @@ from txl_dist.config.run_checks import change_problems, run_problems
 from txl_dist.config.schema import ConvertJob, ModelChanges
 from txl_dist.config.types import CheckpointChoice
 from txl_dist.conversion.importing import read_model
-from txl_dist.conversion.sources import open_import_source
+from txl_dist.conversion.sources import is_importable, open_import_source
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.encode import encode_text
@@ -110,7 +110,7 @@ class TrainedModel:
 
 def load(path: str, which: CheckpointChoice, average: bool, changes: ModelChanges) -> TrainedModel:
     """Load a run's checkpoint, or a third-party one; arguments and errors are those of `txl_dist.load`."""
-    if Path(path).is_file() or Path(path, "config.json").is_file():
+    if is_importable(Path(path)):
         if which is not None or average:
             raise UserError(f"{path}: is not a run directory; checkpoint and average choose among what a run has saved")
         return import_model(path, changes)

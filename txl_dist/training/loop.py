@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from txl_dist.checkpoint.format import Checkpoint, latest
+from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
@@ -15,12 +16,13 @@ from txl_dist.distributed.preemption import Preempted, Preemption
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.distributed.watchdog import Watchdog
 from txl_dist.engine.anomaly_guard import AnomalyDetected, BadStep, describe_bad_step
-from txl_dist.engine.engine import Engine
+from txl_dist.engine.engine import Engine, Start
 from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
 from txl_dist.files.lock import Lock
 from txl_dist.runs.finished import mark_finished
+from txl_dist.runs.initial_weights import initial_weights
 from txl_dist.runs.resume import write_run
 from txl_dist.tracking.dropped_samples import DroppedSamples
 from txl_dist.tracking.gpu_peak import total_peak_flops
@@ -59,10 +61,11 @@ class Training:
         self.preemption = preemption
         self.lock = lock
         write_run(job, index, group)
-        self.engine = build_engine(job, index, group, checkpoint)
+        start = checkpoint or initial_weights(job, index, group)
+        self.engine = build_engine(job, index, group, start)
         self.start = self.engine.step
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
-        self.origin = describe_origin(job, checkpoint)
+        self.origin = describe_origin(job, start)
         self.unlogged: dict[str, Any] | None = checkpoint.data.get("unlogged") if checkpoint else None
         preemption.ask("while it was starting")
         self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
@@ -216,10 +219,10 @@ class Training:
         return describe_bad_step(bad_step, self.segments.plan, self.job.guard, latest(self.job.run.dir))
 
 
-def build_engine(job: TrainJob, index: Index, group: ProcessGroup, checkpoint: Checkpoint | None) -> Engine:
-    """Build the engine that the config asks for, with the state of a checkpoint."""
+def build_engine(job: TrainJob, index: Index, group: ProcessGroup, start: Start) -> Engine:
+    """Build the engine that the config asks for, with the state of a checkpoint or with given weights."""
     kind = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
-    return kind(job, index.vocab_size, group, checkpoint)
+    return kind(job, index.vocab_size, group, start)
 
 
 def training_segments(job: TrainJob, index: Index, engine: Engine, stop: int) -> Segments:
@@ -239,10 +242,12 @@ def training_segments(job: TrainJob, index: Index, engine: Engine, stop: int) ->
     )
 
 
-def describe_origin(job: TrainJob, checkpoint: Checkpoint | None) -> str:
-    """Say from where a start resumes, and whether with another optimizer than before."""
-    if checkpoint is None:
+def describe_origin(job: TrainJob, start: Start) -> str:
+    """Say from where a start resumes, and whether with another optimizer than before; or with what it begins."""
+    if start is None:
         return "starting"
-    before = checkpoint.config["optimizer"]["name"]
+    if isinstance(start, InitialWeights):
+        return f"starting with the weights of {start.origin}"
+    before = start.config["optimizer"]["name"]
     change = f" with {job.optimizer.name} in place of {before}" if before != job.optimizer.name else ""
-    return f"resuming from step {checkpoint.step:,}{change}"
+    return f"resuming from step {start.step:,}{change}"

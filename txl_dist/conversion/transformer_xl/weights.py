@@ -12,13 +12,12 @@ Hugging Face's names are the common ones; a `Naming` derives a file's names from
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
-from txl_dist.errors import ConfigError
-from txl_dist.files.parsing import shown
+from txl_dist.conversion.tensor_files import check_shapes, check_size, is_same
+from txl_dist.models.config import ModelConfig
 from txl_dist.models.shapes import parameter_shapes
 from txl_dist.models.transformer_xl import TransformerXLConfig
 
@@ -199,16 +198,11 @@ def tied_names(naming: Naming, kind: str, cluster: int) -> tuple[str, str]:
     return naming(f"crit.{softmax.format(cluster)}"), naming(f"transformer.word_emb.{embedding.format(cluster)}")
 
 
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same shape and the same numbers."""
-    return one.shape == other.shape and torch.equal(one, other)
-
-
 # ------------------------------------------------------------------------------------------------------ weights
 
 
 def to_parameters(
-    tensors: Mapping[str, Tensor], naming: Naming | None, config: TransformerXLConfig, vocab_size: int
+    tensors: Mapping[str, Tensor], naming: Naming | None, vocab_size: int, config: ModelConfig
 ) -> dict[str, Tensor]:
     """Convert a file's tensors into our parameters, in float32.
 
@@ -218,67 +212,17 @@ def to_parameters(
     Raises:
         ConfigError: for every tensor that is missing, has another shape, or is not part of this config's model.
     """
+    assert isinstance(config, TransformerXLConfig)
     parameters = parameter_shapes(config, vocab_size, at_most=len(tensors))
     check_size(tensors, parameters)
     if naming is None:
-        check_shapes(tensors, parameters)
+        check_shapes(tensors, parameters, NO_WEIGHTS)
         return {name: tensors[name].to(torch.float32, copy=True) for name in parameters}
-    check_shapes(tensors, {naming(name): shape for name, shape in hugging_face_shapes(config, vocab_size).items()})
+    expected = {naming(name): shape for name, shape in hugging_face_shapes(config, vocab_size).items()}
+    check_shapes(tensors, expected, NO_WEIGHTS)
 
     def theirs(name: str) -> Tensor:
         value = tensors[naming(name)].to(torch.float32, copy=True)  # a copy: each layer has its own u and v
         return value.flip(0) if naming.clusters_reversed and "cluster_" in name else value
 
     return {name: value for name, value in from_hugging_face(theirs, config) if name in parameters}
-
-
-def check_size(tensors: Mapping[str, Tensor], parameters: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a model far larger than its file: tensors of a pickle may be views of the same few numbers.
-
-    Raises:
-        ConfigError: where the model has more parameters than its tensors bytes.
-    """
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    num_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    num_parameters = sum(map(prod, parameters.values()))
-    # A parameter has at least one byte: two in float16, which serve two of ours where only the file ties them.
-    if num_parameters > max(num_bytes, 4096):
-        raise ConfigError(
-            [f"the model of the config has {num_parameters:,} parameters, but all tensors only {num_bytes:,} bytes"]
-        )
-
-
-def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare a file's tensors with those that the config asks for.
-
-    Raises:
-        ConfigError: where they differ; of many that differ in one way it names the first.
-    """
-    weights = {name: value for name, value in tensors.items() if name in expected or not NO_WEIGHTS.fullmatch(name)}
-    known = [name for name in expected if name in weights]
-    if not known:
-        raise ConfigError(
-            [f"none of the tensors is known: they are {shown(list(weights))}, not {shown(list(expected))}"]
-        )
-    missing = []
-    for name, shape in expected.items():
-        if name not in weights:
-            missing.append(f"{name}: is missing; its shape would be {list(shape)}")
-    other_shape = []
-    for name in known:
-        if tuple(weights[name].shape) != expected[name]:
-            shapes = f"has the shape {list(weights[name].shape)}, but the config asks for {list(expected[name])}"
-            other_shape.append(f"{name}: {shapes}")
-    other_dtype = []
-    for name in known:
-        if not weights[name].is_floating_point():
-            other_dtype.append(f"{name}: is of {weights[name].dtype}, not of floats")
-    unknown = []
-    for name, value in weights.items():
-        if name not in expected:
-            unknown.append(f"{name}: is not part of the model of the config; its shape is {list(value.shape)}")
-    problems = []
-    for lines in (missing, other_shape, other_dtype, unknown):
-        problems += lines if len(lines) <= 3 else [f"{lines[0]} ({len(lines) - 1} more)"]
-    if problems:
-        raise ConfigError(problems)

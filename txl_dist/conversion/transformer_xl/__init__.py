@@ -1,0 +1,1 @@
+"""Transformer-XL checkpoints: Hugging Face's, the authors' and NVIDIA's in, and Hugging Face folders out."""

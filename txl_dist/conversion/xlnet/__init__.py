@@ -1,0 +1,1 @@
+"""XLNet checkpoints: Hugging Face's folders in and out, and the authors' TensorFlow checkpoints in."""
