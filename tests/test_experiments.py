@@ -1,5 +1,7 @@
 """The recipes of conf/experiment: each composes, builds, and has the published number of parameters."""
 
+from math import prod
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -8,7 +10,8 @@ from pydantic import TypeAdapter
 
 from txl_dist.cli import CONF
 from txl_dist.config.schema import TrainJob
-from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.models import registry
+from txl_dist.models.shapes import parameter_shapes
 
 # Published millions of parameters, in total and of the layers alone; and the vocabulary.
 # The authors and NVIDIA share u and v among layers: here each layer has its own, 2 x d_model numbers more.
@@ -26,6 +29,8 @@ PUBLISHED = {
     "ptb": (24, None, 10_000),  # the paper does not give the shape; the one of the replica has 26.3M
     "wikitext2": (35, None, 33_278),  # not in the paper: the shape of ptb with more words
 }
+# Published parameters of XLNet, without the softmax's bias, for the vocabulary of 32,000 pieces.
+PUBLISHED_XLNET = {"xlnet_base": 116_718_336, "xlnet_large": 360_268_800, "xlnet_large_readme": 360_268_800}
 
 
 def composed(name):
@@ -36,7 +41,7 @@ def composed(name):
 
 def test_every_experiment_is_tested():
     names = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
-    assert names - {"quickstart", "ablation"} == PUBLISHED.keys()
+    assert names - {"quickstart", "ablation", "xlnet_small"} == {*PUBLISHED, *PUBLISHED_XLNET}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -45,7 +50,7 @@ def test_it_has_the_published_number_of_parameters(name):
     total, in_layers, vocab_size = PUBLISHED[name]
     assert not list(job.model.problems()) and job.run.dir == f"runs/{name}"
     with torch.device("meta"):
-        model = TransformerXL(job.model, vocab_size)
+        model = registry.build(job.model, vocab_size)
     own_u_and_v = (job.model.n_layer - 1) * 2 * job.model.n_head * job.model.d_head
     parameters, layer_parameters = (
         sum(parameter.numel() for parameter in part.parameters()) - own_u_and_v for part in (model, model.layers)
@@ -54,6 +59,14 @@ def test_it_has_the_published_number_of_parameters(name):
     assert parameters / 1e6 == pytest.approx(total, rel=within)
     if in_layers:
         assert layer_parameters / 1e6 == pytest.approx(in_layers, abs=0.05)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_XLNET)
+def test_xlnet_has_the_published_number_of_parameters(name):
+    job = composed(name)
+    shapes = parameter_shapes(job.model, 32_000, at_most=10_000)
+    assert not list(job.model.problems()) and job.run.dir == f"runs/{name}"
+    assert sum(prod(shape) for key, shape in shapes.items() if key != "head.bias") == PUBLISHED_XLNET[name]
 
 
 def test_without_the_data_the_error_names_the_command_that_makes_them(run, tmp_path):
