@@ -30,6 +30,7 @@ from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import exit_process, process_group
 from txl_dist.engine.zero import ZeroEngine
+from txl_dist.objectives.causal_lm import CausalLM
 
 TURNS = 5
 FAR = 1_000_000
@@ -51,7 +52,7 @@ def waits(overrides: list[str], data: str, run_dir: str) -> dict[str, float]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [*overrides, *given, "data.reset_memory=never"])
     job = parse_config(TrainJob, OmegaConf.to_container(config, resolve=True))
-    engine = ZeroEngine(job, 257, process_group(), None)
+    engine = ZeroEngine(job, CausalLM(), 257, process_group(), None)
     tokens = np.random.default_rng(0).integers(257, size=(4, 64))
 
     def step() -> None:

@@ -29,6 +29,7 @@ from txl_dist.distributed.process_group import process_group
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, RelativePositions, attend
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.objectives.causal_lm import CausalLM
 from txl_dist.tracking.gpu_peak import total_peak_flops
 
 TURNS = 5
@@ -115,7 +116,7 @@ def training(name: str, backend: str, compiled: bool) -> dict[str, float]:
     keys = ["optimizer=adam", "engine.zero_stage=1", "engine.precision=bf16"]
     given = job(name, lanes, *keys, f"engine.attention={backend}", f"engine.compile={str(compiled).lower()}")
     torch.cuda.reset_peak_memory_stats()
-    engine = ZeroEngine(given, vocab_size, process_group(), None)
+    engine = ZeroEngine(given, CausalLM(), vocab_size, process_group(), None)
     tokens = text(lanes, given.model.tgt_len, vocab_size).numpy()
     lookback = np.full_like(tokens, 10**6)
 

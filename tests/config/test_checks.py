@@ -4,26 +4,35 @@ import copy
 import os
 from dataclasses import replace
 from math import inf, nan
+from typing import Annotated
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from pydantic.dataclasses import dataclass
 
+from txl_dist.config.checks import objective_fits_the_rest, objective_fits_the_segment, objective_has_its_data
 from txl_dist.config.identity import refused_changes
 from txl_dist.config.overrides import CONF, spell_out
 from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import (
+    CausalLMConfig,
     ConvertJob,
     EvaluateJob,
     GenerateJob,
     InspectJob,
+    PermutationLMConfig,
     PrepareJob,
     ReclJob,
     ScoreJob,
     TrainJob,
 )
-from txl_dist.config.types import checked_path
+from txl_dist.config.types import LANES, SCHEMA, Size, checked_path
+from txl_dist.data.index import Index
+from txl_dist.data.tokenizers import BytesTokenizer
 from txl_dist.errors import ConfigError
+from txl_dist.models.config import ModelConfig
 
 JOBS = {"prepare": PrepareJob, "train": TrainJob, "evaluate": EvaluateJob, "generate": GenerateJob}
 
@@ -97,6 +106,11 @@ def test_a_run_dir_that_cannot_be_printed_is_refused(name):
 
 def test_an_unknown_key_is_reported_with_the_most_similar_one():
     assert "model.tgt_len?" in one("train", "+model.tgt_length=1", "data.dir=${oc.env:DATASET}")
+
+
+def test_a_key_of_another_choice_is_said_to_be_so(small):
+    problem = one("train", *small, "objective.num_predict=3")
+    assert problem == "objective.num_predict: is not a key of objective.name=causal_lm"
 
 
 @pytest.fixture(autouse=True)
@@ -205,9 +219,151 @@ def test_lanes_are_split_among_pipelines_not_processes(small, processes):
 def test_another_optimizer_continues_where_its_states_are_of_the_same_kind(small, before, now, refused):
     job = compose_job("train", *small)
     started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": before, "average_from": None}}
-    given = job.run, job.data, job.model, replace(job.optimizer, name=now)
+    given = job.run, job.data, job.model, replace(job.optimizer, name=now), job.objective
     problems = list(refused_changes(started, *given))
     assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
+
+
+PERMUTATION = {"num_predict": 10, "perm_size": 8, "spans": "words", "pairs": True, "directions": "both"}
+
+
+@dataclass(config=SCHEMA, frozen=True, kw_only=True)
+class ReusingConfig(ModelConfig):
+    """A model that reads tokens ahead, and again in the next step."""
+
+    name: str = "reusing"
+    n_layer: Size = 1
+    tgt_len: Annotated[Size, LANES] = 48
+    reuse_len: Annotated[Size, LANES] = 24
+
+
+def permutation(**options):
+    return PermutationLMConfig(name="permutation_lm", **PERMUTATION | options)
+
+
+def segment_problem(objective, model=None, **evaluation):
+    (problem,) = objective_fits_the_segment(objective, model or ReusingConfig(), evaluation)
+    return problem
+
+
+@pytest.mark.parametrize(
+    "overrides, options, words",
+    [
+        (["data.order=documents"], {}, "data.order=documents: objective=permutation_lm reads the text as it stands"),
+        (["data.reset_memory=document"], {}, "data.reset_memory=document: objective=permutation_lm reads across"),
+        (["data.on_error=skip_sample"], {}, "data.on_error=skip_sample: objective=permutation_lm cannot leave"),
+        (["data.num_lanes=7"], {}, "data.num_lanes=7: with objective.directions=both half of the lanes"),
+        (["data.num_lanes=7"], {"directions": "forward"}, None),
+        (["train.loss=second_half"], {}, "train.loss=second_half: is for objective=causal_lm"),
+        ([], {}, None),
+    ],
+)
+def test_what_permutation_does_not_go_with_is_refused(small, overrides, options, words):
+    job = compose_job("train", *small, *overrides)
+    reported = list(objective_fits_the_rest(permutation(**options), ReusingConfig(), job.data, job.train))
+    assert [problem.startswith(words) for problem in reported] == [True] * (words is not None)
+    assert not list(objective_fits_the_rest(job.objective, ReusingConfig(), job.data, job.train))
+
+
+def test_permutation_needs_a_model_that_reads_ahead(small):
+    problem = one("train", *small, "objective=permutation_lm", "objective.pairs=false")
+    assert problem.startswith("model.name=transformer_xl: objective=permutation_lm needs a model with reuse_len")
+    assert "model=xlnet" in problem
+
+
+@pytest.mark.parametrize(
+    "options, model, words",
+    [
+        ({"num_predict": 41}, {}, "give 40 or less"),  # of 24 reused and 21 new ones, which get half each
+        ({"num_predict": 46, "pairs": False}, {}, None),
+        ({"num_predict": 47, "pairs": False}, {}, "give 46 or less"),
+        ({"num_predict": 10**9}, {}, "objective.num_predict=1000000000: with model.tgt_len=48"),
+        ({"perm_size": 12}, {}, None),
+        ({"perm_size": 9}, {}, "objective.perm_size=9: has to divide the parts of a segment, 24 reused and 24 new"),
+        ({"perm_size": 16}, {"reuse_len": 16}, None),
+        ({"perm_size": 24}, {"reuse_len": 16}, "give 16 or a divisor of it"),
+        ({"perm_size": 1}, {"reuse_len": 43}, None),
+        ({"perm_size": 1}, {"reuse_len": 44}, "model.tgt_len=48: has to hold model.reuse_len=44 tokens"),
+        ({"perm_size": 1}, {"reuse_len": 44}, "<sep> twice and <cls>; give 49 or more"),
+        ({"perm_size": 1, "pairs": False}, {"reuse_len": 44}, None),
+    ],
+)
+def test_the_numbers_of_permutation_fit_the_segment(options, model, words):
+    reported = list(objective_fits_the_segment(permutation(**options), ReusingConfig(**model), {}))
+    assert [words in problem for problem in reported] == [True] * (words is not None), reported
+
+
+def test_as_many_as_are_advised_can_be_predicted():
+    """And each part keeps a token that is not predicted."""
+    for reuse_len in range(1, 44):
+        for pairs in (True, False):
+            model = ReusingConfig(reuse_len=reuse_len)
+            objective = permutation(num_predict=48, perm_size=1, pairs=pairs)
+            problem = segment_problem(objective, model)
+            most = int(problem.rpartition("give ")[2].split()[0])
+            assert not list(objective_fits_the_segment(replace(objective, num_predict=most), model, {}))
+            assert list(objective_fits_the_segment(replace(objective, num_predict=most + 1), model, {}))
+
+
+def test_evaluation_of_other_lengths_fits_the_permutation_too():
+    assert not list(objective_fits_the_segment(permutation(), ReusingConfig(), {"tgt_len": 64, "reuse_len": 32}))
+    problem = segment_problem(permutation(), tgt_len=50)
+    assert problem.startswith("objective.perm_size=8")
+    assert "evaluation.tgt_len=50 and evaluation.reuse_len=24" in problem
+
+
+def test_pairs_need_special_pieces_and_sentences(small, dataset, monkeypatch):
+    job = compose_job("train", *small)
+
+    def reported(**options):
+        return list(objective_has_its_data(permutation(**options), options.pop("model", ReusingConfig()), job.data))
+
+    no_pieces, no_sentences = reported()
+    assert no_pieces.startswith(f"objective.pairs=true: the tokenizer of {dataset} has no <sep> and no <cls>; prepare")
+    assert no_sentences.startswith(f"objective.pairs=true: {dataset} does not know where the sentences of ")
+    assert reported(pairs=False) == []
+    monkeypatch.setattr(BytesTokenizer, "specials", {"<sep>": 1}, raising=False)
+    assert "has no <cls>; prepare" in reported()[0]
+    monkeypatch.setattr(BytesTokenizer, "specials", {"<sep>": 1, "<cls>": 2}, raising=False)
+    (problem,) = reported()
+    assert problem == no_sentences
+
+    def with_sentences(location, opened=Index.open):
+        index = opened(location)
+        for split in index.splits.values():
+            object.__setattr__(split, "sentence_starts", np.zeros(1, np.uint64))
+        return index
+
+    monkeypatch.setattr(Index, "open", with_sentences)
+    assert reported() == []
+
+
+def test_a_split_holds_a_whole_segment(small):
+    job = compose_job("train", *small)
+    model = ReusingConfig(tgt_len=10**6)
+    reported = list(objective_has_its_data(permutation(pairs=False), model, job.data))
+    assert len(reported) == 3 and all(problem.startswith("model.tgt_len=1000000: a segment is") for problem in reported)
+    assert not list(objective_has_its_data(job.objective, model, job.data))
+
+
+def test_the_objective_of_a_run_never_changes(small):
+    """Runs of versions without objectives are those of causal_lm."""
+    job = compose_job("train", *small)
+    started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": "adam", "average_from": None}}
+
+    def refused(started, objective):
+        return list(refused_changes(started, job.run, job.data, job.model, job.optimizer, objective))
+
+    causal = CausalLMConfig(name="causal_lm")
+    trained = started | {"objective": {"name": "permutation_lm", **PERMUTATION}}
+    assert refused(started, causal) == refused(trained, permutation()) == []
+    (problem,) = refused(started, permutation())
+    assert problem.startswith("objective.name=permutation_lm: the run in runs/default was started with causal_lm; give")
+    (problem,) = refused(trained, causal)
+    assert problem.startswith("objective.name=causal_lm: the run in runs/default was started with permutation_lm")
+    for key, value in {"num_predict": 9, "perm_size": 4, "spans": "tokens", "pairs": False}.items():
+        (problem,) = refused(trained, permutation(**{key: value}))
+        assert problem.startswith(f"objective.{key}={value}: the run in runs/default was started with")
 
 
 def test_a_model_has_its_own_attention_backends(small):

@@ -71,6 +71,15 @@ def test_any_name_is_printed_as_it_is_and_drawn(tmp_path, capsys, name):
     assert (tmp_path / name / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_objective_without_bits_per_byte_shows_its_loss(tmp_path, capsys):
+    lines = [{"step": 3, "tokens": 384, "valid/loss": 2.0, "valid/perplexity": 7.389}]
+    write(tmp_path, lines)
+    show(tmp_path)
+    out = capsys.readouterr().out
+    assert "valid loss            2.0000  (nats per predicted token, perplexity 7.39)\n" in out
+    assert "bits per byte" not in out and "  nan" not in out
+
+
 @pytest.mark.parametrize("content", [None, "", "damaged\n", '{"step": 3, "tokens": 384, "valid/loss": "low"}\n'])
 def test_a_result_without_metrics_is_a_result(tmp_path, capsys, content):
     """Removed or edited by hand while the run was in its last step."""

@@ -8,8 +8,9 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
-from math import lcm
+from math import gcd, lcm
 from shutil import which
 
 from txl_dist.config.identity import refused_changes
@@ -18,15 +19,19 @@ from txl_dist.config.schema import (
     DataConfig,
     EngineConfig,
     ModelChanges,
+    ObjectiveConfig,
     OptimizerConfig,
+    PermutationLMConfig,
     RunConfig,
     ScheduleConfig,
     TrackingConfig,
     TrainConfig,
     TrainJob,
+    reuse_len_of,
 )
 from txl_dist.config.sections import changed_model
 from txl_dist.data.index import Index
+from txl_dist.data.two_way import CLASSIFIER, SEPARATOR
 from txl_dist.distributed.launcher import launcher_env
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.models.config import ModelConfig
@@ -237,8 +242,110 @@ def data_are_there(data: DataConfig, model: ModelConfig, checkpoint: CheckpointC
     yield from (f"{problem} in {data.dir}" for problem in model.vocabulary_problems(index.vocab_size))
 
 
+def objective_fits_the_rest(
+    objective: ObjectiveConfig, model: ModelConfig, data: DataConfig, train: TrainConfig
+) -> Iterator[str]:
+    """Check what the objective asks of model and lanes."""
+    if not isinstance(objective, PermutationLMConfig):
+        return
+    given = "objective=permutation_lm"
+    if not reuse_len_of(model):
+        yield f"model.name={model.name}: {given} needs a model with reuse_len; give model=xlnet, or objective=causal_lm"
+    if data.order != "corpus":
+        yield f"data.order={data.order}: {given} reads the text as it stands; give data.order=corpus"
+    if data.reset_memory != "never":
+        yield f"data.reset_memory={data.reset_memory}: {given} reads across documents; give data.reset_memory=never"
+    if data.on_error != "fail":
+        yield f"data.on_error={data.on_error}: {given} cannot leave tokens out; give data.on_error=fail"
+    if objective.directions == "both" and data.num_lanes % 2:
+        yield (
+            f"data.num_lanes={data.num_lanes}: with objective.directions=both half of the lanes read backward; give an "
+            "even number, or objective.directions=forward"
+        )
+    if train.loss != "full":
+        yield f"train.loss={train.loss}: is for objective=causal_lm; give train.loss=full"
+
+
+def objective_fits_the_segment(
+    objective: ObjectiveConfig, model: ModelConfig, evaluation: ModelChanges
+) -> Iterator[str]:
+    """Check the numbers of the objective against the lengths of a segment, in training and in evaluation."""
+    if not isinstance(objective, PermutationLMConfig) or not reuse_len_of(model):
+        return
+    problems = list(segment_problems(objective, model, "model"))
+    try:
+        evaluated = changed_model(model, evaluation, "evaluation")
+    except ConfigError:  # evaluation_fits_together reports it
+        evaluated = model
+    if not problems and evaluated != model:
+        problems = list(segment_problems(objective, evaluated, "evaluation"))
+    yield from problems
+
+
+def segment_problems(objective: PermutationLMConfig, model: ModelConfig, section: str) -> Iterator[str]:
+    """Yield what does not fit the lengths of a segment, which are given in a section."""
+    length = model.tgt_len
+    reused = reuse_len_of(model)
+    new = length - reused - 3 * objective.pairs  # without <sep> twice and <cls>
+    lengths = f"{section}.tgt_len={length} and {section}.reuse_len={reused}"
+    if new < 2:
+        fewest = reused + 2 + 3 * objective.pairs
+        pieces = ", <sep> twice and <cls>" if objective.pairs else ""
+        yield (
+            f"{section}.tgt_len={length}: has to hold {section}.reuse_len={reused} tokens, two or more new "
+            f"ones{pieces}; give {fewest} or more"
+        )
+        return
+
+    def leaves_context(count: int) -> bool:
+        first = replace(objective, num_predict=count).first_targets(length, reused)
+        return first < reused and count - first < new
+
+    if not leaves_context(objective.num_predict):
+        most = max(filter(leaves_context, range(1, length)))
+        yield (
+            f"objective.num_predict={objective.num_predict}: with {lengths} no token would be left to predict them "
+            f"from in one of the parts, reused and new; give {most} or less"
+        )
+    if reused % objective.perm_size or (length - reused) % objective.perm_size:
+        yield (
+            f"objective.perm_size={objective.perm_size}: has to divide the parts of a segment, {reused} reused and "
+            f"{length - reused} new tokens ({lengths}); give {gcd(reused, length - reused)} or a divisor of it"
+        )
+
+
+def objective_has_its_data(objective: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+    """Check what the objective asks of the dataset."""
+    if not isinstance(objective, PermutationLMConfig):
+        return
+    try:
+        index = Index.open(data.dir)
+        specials = index.tokenizer().specials
+    except UserError:  # data_are_there reports it
+        return
+    if objective.pairs:
+        missing = [piece for piece in (SEPARATOR, CLASSIFIER) if piece not in specials]
+        if missing:
+            yield (
+                f"objective.pairs=true: the tokenizer of {data.dir} has no {' and no '.join(missing)}; prepare data "
+                "with tokenizer=xlnet, or give objective.pairs=false"
+            )
+        without = [name for name, split in index.splits.items() if split.sentence_starts is None]
+        if without:
+            yield (
+                f"objective.pairs=true: {data.dir} does not know where the sentences of {', '.join(without)} begin; "
+                "prepare data with corpus.document=blank_line or tokenizer=xlnet, or give objective.pairs=false"
+            )
+    for name, split in index.splits.items():
+        if split.tokens < model.tgt_len:
+            yield (
+                f"model.tgt_len={model.tgt_len}: a segment is longer than the split {name} of {data.dir}, which has "
+                f"{split.tokens:,} tokens"
+            )
+
+
 def run_continues_itself(
-    run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
+    run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig, objective: ObjectiveConfig
 ) -> Iterator[str]:
     """Check that a run directory with a checkpoint is resumed as the run that it is."""
     from txl_dist.checkpoint.format import latest  # with torch
@@ -257,7 +364,7 @@ def run_continues_itself(
             "give another run.dir"
         )
         return
-    yield from refused_changes(checkpoint.config, run, data, model, optimizer)
+    yield from refused_changes(checkpoint.config, run, data, model, optimizer, objective)
 
 
 def initial_weights_fit(run: RunConfig, data: DataConfig, model: ModelConfig) -> Iterator[str]:
@@ -299,6 +406,9 @@ CHECKS: dict[type, list[Check]] = {
         run_dir_can_be_printed,
         tracking_is_accepted,
         data_are_there,
+        objective_fits_the_rest,
+        objective_fits_the_segment,
+        objective_has_its_data,
         run_continues_itself,
         initial_weights_fit,
         skipped_steps_can_be_read,

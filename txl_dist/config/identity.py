@@ -4,9 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from txl_dist.config.schema import DataConfig, OptimizerConfig, RunConfig, TrainJob
+from txl_dist.config.schema import DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainJob
 from txl_dist.config.types import ALWAYS, LANES, MayChange, may_change
 from txl_dist.models.config import ModelConfig
+
+# The sections that are newer than some runs, as those runs had them.
+EARLIER = {"objective": {"name": "causal_lm"}}
 
 
 class Change(NamedTuple):
@@ -19,19 +22,26 @@ class Change(NamedTuple):
 
 
 def changes(
-    started: Mapping[str, Any], run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
+    started: Mapping[str, Any],
+    run: RunConfig,
+    data: DataConfig,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
 ) -> Iterator[Change]:
     """Yield what a config changes of the one that a checkpoint was made with.
 
     Args:
-        started: the checkpoint's config, as nested dicts. It may lack keys that are newer.
+        started: the checkpoint's config, as nested dicts. It may lack keys and sections that are newer.
     """
-    sections: dict[str, RunConfig | DataConfig | ModelConfig | OptimizerConfig] = {
+    sections: dict[str, RunConfig | DataConfig | ModelConfig | OptimizerConfig | ObjectiveConfig] = {
         "run": run,
         "data": data,
         "model": model,
         "optimizer": optimizer,
+        "objective": objective,
     }
+    started = EARLIER | dict(started)
     for name, section in sections.items():
         marks = model.may_change() if section is model else may_change(type(section), unmarked=ALWAYS)
         values = asdict(section)
@@ -43,11 +53,17 @@ def changes(
 
 def lanes_changed(started: Mapping[str, Any], job: TrainJob) -> bool:
     """Return whether the lanes of a run are others than those of a checkpoint, so that its memory has no meaning."""
-    return any(change.allowed is LANES for change in changes(started, job.run, job.data, job.model, job.optimizer))
+    found = changes(started, job.run, job.data, job.model, job.optimizer, job.objective)
+    return any(change.allowed is LANES for change in found)
 
 
 def refused_changes(
-    started: Mapping[str, Any], run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig
+    started: Mapping[str, Any],
+    run: RunConfig,
+    data: DataConfig,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
 ) -> Iterator[str]:
     """Yield what a config changes, but must not, of the config that a checkpoint was made with."""
     trained_by = started["optimizer"]["name"]
@@ -56,7 +72,7 @@ def refused_changes(
             f"optimizer.name={optimizer.name}: the run in {run.dir} was trained with {trained_by}, whose states are of "
             f"another kind; give optimizer={trained_by}, or another run.dir for another run"
         )
-    for change in changes(started, run, data, model, optimizer):
+    for change in changes(started, run, data, model, optimizer, objective):
         described = f"{change.key}={change.now}: the run in {run.dir} was started with {change.before}"
         if change.allowed is ALWAYS:
             continue

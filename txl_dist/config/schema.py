@@ -176,6 +176,50 @@ class DataConfig:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class CausalLMConfig:
+    """Predict each token from those before it."""
+
+    name: Annotated[Literal["causal_lm"], NEVER]
+
+    def stride(self, model: ModelConfig) -> int:
+        """Return how many tokens a lane moves on by in a step."""
+        return model.tgt_len
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class PermutationLMConfig:
+    """Predict some tokens of a segment in a random order (Yang et al. 2019), with a model that has reuse_len.
+
+    num_predict: tokens of each segment. perm_size: of the blocks within which the order is random. spans: what is
+    predicted are whole words, or tokens from the start of a word on. pairs: a segment is two stretches of text with
+    <sep> and <cls>, or a continuous one. directions: whether half of the lanes read backward.
+    """
+
+    name: Annotated[Literal["permutation_lm"], NEVER]
+    num_predict: Annotated[Size, NEVER]
+    perm_size: Annotated[Size, NEVER]
+    spans: Annotated[Literal["words", "tokens"], NEVER]
+    pairs: Annotated[StrictBool, NEVER]
+    directions: Annotated[Literal["both", "forward"], NEVER]
+
+    def stride(self, model: ModelConfig) -> int:
+        """Return how many tokens a lane moves on by in a step: it reads the others again."""
+        return reuse_len_of(model) or model.tgt_len
+
+    def first_targets(self, tgt_len: int, reuse_len: int) -> int:
+        """Return how many of num_predict are among the first reuse_len tokens: their share of the segment."""
+        return round(self.num_predict * reuse_len / tgt_len)
+
+
+def reuse_len_of(model: ModelConfig) -> int:
+    """Return how many tokens of a segment a model remembers, where it reads others ahead; 0 for a model that cannot."""
+    return getattr(model, "reuse_len", 0)
+
+
+ObjectiveConfig = Annotated[CausalLMConfig | PermutationLMConfig, Field(discriminator="name")]
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class OptimizerConfig:
     """The optimizer, the clipping of gradients and the averaging of weights.
 
@@ -291,6 +335,7 @@ class TrainJob:
     run: RunConfig
     data: DataConfig
     model: AnyModel
+    objective: ObjectiveConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
@@ -301,9 +346,14 @@ class TrainJob:
     tracking: TrackingConfig
 
     @property
+    def stride(self) -> int:
+        """Return how many tokens a lane moves on by in a step."""
+        return self.objective.stride(self.model)
+
+    @property
     def tokens_per_step(self) -> int:
         """Return the tokens of one optimizer step, of all lanes."""
-        return self.data.num_lanes * self.model.tgt_len
+        return self.data.num_lanes * self.stride
 
     @property
     def evaluated_model(self) -> ModelConfig:

@@ -87,7 +87,9 @@ def describe_wrong_values(section: str, kind: Any, value: Any, error: Validation
         if path[:1] == [tag]:
             path = path[1:]
         key = ".".join([section, *given_parts(value, path)])
-        if detail["type"] == "unexpected_keyword_argument":
+        if detail["type"] == "unexpected_keyword_argument" and key.rpartition(".")[2] in field_names(kind):
+            yield f"{key}: is not a key of {section}.name={tag}"  # but of another shape of this section
+        elif detail["type"] == "unexpected_keyword_argument":
             yield describe_unknown_key(key, [f"{section}.{field}" for field in field_names(kind)])
         elif detail["type"] == "missing":
             yield f"{key}: is missing"

@@ -1,6 +1,7 @@
 """Segments: the tokens that the lanes of one rank read at one step, as arrays, read ahead in the background."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ NOT_SCORED = -100  # the target of a position that holds no token: the default o
 class Segment:
     """One step of some lanes; all arrays int64 [lanes, tgt_len].
 
+    What an objective reads otherwise extends it: `step` and `targets` are what everybody needs.
+
     Attributes:
         inputs: the token before each target; `<eos>` before a document's first, and for a lost one.
         targets: the tokens of the lanes' spans; NOT_SCORED where a lane has ended or the token is lost.
@@ -32,15 +35,11 @@ class Segment:
     lookback: np.ndarray
 
 
-class Segments:
-    """Iterates over the segments of `lanes` for the steps from `start` up to `stop`.
-
-    If the reader fills in NOT_SCORED for tokens that are lost, the tokens after such a gap are read as if a document
-    began there: no position looks back into the gap or beyond it.
+class SegmentLoader(ABC):
+    """Iterates over the segments of `lanes` for the steps from `start` up to `stop`, which threads read ahead.
 
     Args:
         workers: threads that read ahead; their number changes nothing in the segments.
-        mem_len: how many tokens before a segment are searched for gaps: those that a model may remember.
 
     Attributes:
         waited: seconds that the consumer has waited for data so far.
@@ -50,24 +49,14 @@ class Segments:
     """
 
     def __init__(
-        self,
-        plan: LanePlan,
-        reader: SampleReader,
-        lanes: Sequence[int],
-        eos: int,
-        start: int,
-        stop: int,
-        workers: int = 1,
-        mem_len: int = 0,
+        self, plan: LanePlan, reader: SampleReader, lanes: Sequence[int], start: int, stop: int, workers: int = 1
     ):
         self.plan = plan
         self.reader = reader
         self.lanes = lanes
-        self.eos = eos
         self.start = start
         self.stop = stop
         self.workers = workers
-        self.mem_len = mem_len
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -88,6 +77,36 @@ class Segments:
             finally:
                 for future in coming:
                     future.cancel()
+
+    @abstractmethod
+    def read(self, step: int) -> Segment:
+        """Return the segment of one step; several threads call it."""
+
+
+class Segments(SegmentLoader):
+    """Loads each token with the one before it: what a causal language model reads.
+
+    If the reader fills in NOT_SCORED for tokens that are lost, the tokens after such a gap are read as if a document
+    began there: no position looks back into the gap or beyond it.
+
+    Args:
+        mem_len: how many tokens before a segment are searched for gaps: those that a model may remember.
+    """
+
+    def __init__(
+        self,
+        plan: LanePlan,
+        reader: SampleReader,
+        lanes: Sequence[int],
+        eos: int,
+        start: int,
+        stop: int,
+        workers: int = 1,
+        mem_len: int = 0,
+    ):
+        super().__init__(plan, reader, lanes, start, stop, workers)
+        self.eos = eos
+        self.mem_len = mem_len
 
     def read(self, step: int) -> Segment:
         """Return the segment of one step."""
@@ -137,7 +156,7 @@ def whole_split(
     num_lanes: int,
     tgt_len: int,
     reset_memory: ResetMemory,
-    lanes: range,
+    lanes: Sequence[int],
     workers: int = 1,
     tokens: int | None = None,
 ) -> Segments:

@@ -32,7 +32,6 @@ from txl_dist.models import registry
 from txl_dist.models.base import Batch, LanguageModel, Runtime
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.base import Objective, Score
-from txl_dist.objectives.causal_lm import CausalLM
 
 Start = Checkpoint | InitialWeights | None  # what a run resumes from or begins with; None: with random weights
 
@@ -343,11 +342,6 @@ def build_model(job: TrainJob, vocab_size: int, start: Start) -> LanguageModel:
     if start:
         start.load_weights(model)
     return model
-
-
-def build_objective(job: TrainJob) -> Objective:
-    """Return what the model is trained for."""
-    return CausalLM(job.first_scored)
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

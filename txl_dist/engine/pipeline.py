@@ -31,7 +31,7 @@ from txl_dist.engine.deepspeed_internals import (
     mark_as_replica,
     pipeline_group,
 )
-from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, build_objective, lane_split, parameter_names
+from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, lane_split, parameter_names
 from txl_dist.engine.lane_states import LaneStates
 from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.dropout import Noise
@@ -132,18 +132,25 @@ class PipelineEngine(Engine):
         stage_layers: how many layers each stage has.
     """
 
-    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, start: Start):
+    def __init__(
+        self,
+        job: TrainJob,
+        objective: Objective,
+        vocab_size: int,
+        group: ProcessGroup,
+        start: Start,
+    ):
         split = lane_split(job, group)
         number = split.stage(group.rank)
         model = build_model(job, vocab_size, start)
         names = parameter_names(model)
-        costs = model.flops(split.micro_batch, job.model.tgt_len)
+        targets = objective.num_targets(job.model.tgt_len)
+        costs = model.flops(split.micro_batch, targets)
         self.stage_layers = job.engine.stage_layers or balance_layers(costs, split.stages)
         tied = model.tied_parameters()
-        training_flops = model.training_flops(job.data.num_lanes, job.model.tgt_len)
+        training_flops = model.training_flops(job.data.num_lanes, targets)
         end = sum(self.stage_layers[: number + 1])
         layers = range(end - self.stage_layers[number], end)
-        objective = build_objective(job)
         self.stage = Stage(model, layers, number == 0, number == split.stages - 1, objective)
         deepspeed.init_distributed(dist_init_required=False)  # its own view of the process group
         pipeline = Pipeline(self.stage, number, split.stages)

@@ -9,20 +9,27 @@ from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine.deepspeed_internals import forget_pipeline_grid
-from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, build_objective, parameter_names
+from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, parameter_names
 from txl_dist.evaluation.likelihood import read_segments
 from txl_dist.models.base import Batch
-from txl_dist.objectives.base import micro_batches
+from txl_dist.objectives.base import Objective, micro_batches
 
 
 class ZeroEngine(Engine):
     """Train all layers on this rank's lanes."""
 
-    def __init__(self, job: TrainJob, vocab_size: int, group: ProcessGroup, start: Start):
+    def __init__(
+        self,
+        job: TrainJob,
+        objective: Objective,
+        vocab_size: int,
+        group: ProcessGroup,
+        start: Start,
+    ):
         forget_pipeline_grid()
         model = build_model(job, vocab_size, start)
-        objective = build_objective(job)
-        training_flops = model.training_flops(job.data.num_lanes, job.model.tgt_len)
+        targets = objective.num_targets(job.model.tgt_len)
+        training_flops = model.training_flops(job.data.num_lanes, targets)
         layers = range(len(model.layers))
         local = LocalModule(model, objective, layers, model, parameter_names(model), training_flops)
         super().__init__(job, group, local, start)

@@ -1,13 +1,16 @@
-"""What a model is trained for: which batch is made of a segment, and what its predictions are worth."""
+"""What a model is trained for: what lanes read, which batch is made of it, and what its predictions are worth."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from txl_dist.data.segments import Segment
+from txl_dist.config.schema import TrainJob
+from txl_dist.data.index import Index
+from txl_dist.data.lanes import Origin
+from txl_dist.data.segments import Segment, SegmentLoader
 from txl_dist.models.base import Batch
 
 
@@ -30,7 +33,28 @@ class Score:
 
 
 class Objective(ABC):
-    """What a model is to predict of a segment, and how that counts."""
+    """What a model is to read and to predict, and how that counts."""
+
+    @abstractmethod
+    def segments(
+        self, job: TrainJob, index: Index, lanes: Sequence[int], origin: Origin, start: int, stop: int
+    ) -> SegmentLoader:
+        """Return what `lanes` read of the training split, from step `start` up to `stop`.
+
+        Args:
+            origin: where these lanes began.
+        """
+
+    @abstractmethod
+    def evaluation_segments(self, job: TrainJob, index: Index, split: str, lanes: Sequence[int]) -> SegmentLoader:
+        """Return what `lanes` read when all data.num_lanes lanes together read a split once.
+
+        It is read with the lengths of job.evaluated_model, and is the same every time.
+        """
+
+    @abstractmethod
+    def num_targets(self, tgt_len: int) -> int:
+        """Return how many positions of a segment of tgt_len tokens a model computes predictions for."""
 
     @abstractmethod
     def batch(self, segment: Segment) -> Batch:

@@ -1,11 +1,16 @@
 """Causal language modelling: predict each token from those before it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from txl_dist.data.segments import Segment
+from txl_dist.config.schema import TrainJob
+from txl_dist.data.index import Index
+from txl_dist.data.lanes import LanePlan, Origin
+from txl_dist.data.samples import SampleReader
+from txl_dist.data.segments import NOT_SCORED, Segment, Segments, whole_split
 from txl_dist.models.base import Batch
 from txl_dist.objectives.base import Objective, Score
 
@@ -19,6 +24,32 @@ class CausalLM(Objective):
     """
 
     first_scored: int = 0
+
+    def segments(
+        self, job: TrainJob, index: Index, lanes: Sequence[int], origin: Origin, start: int, stop: int
+    ) -> Segments:
+        """Return what `lanes` read of the training split, from step `start` up to `stop`."""
+        plan = LanePlan(
+            index.splits["train"].document_starts,
+            job.data.num_lanes,
+            job.model.tgt_len,
+            seed=job.run.seed,
+            order=job.data.order,
+            reset_memory=job.data.reset_memory,
+            origin=origin,
+        )
+        reader = SampleReader(index, "train", fill_value=NOT_SCORED if job.data.on_error == "skip_sample" else None)
+        return Segments(plan, reader, lanes, index.eos, start, stop, job.data.workers, job.model.lookback)
+
+    def evaluation_segments(self, job: TrainJob, index: Index, split: str, lanes: Sequence[int]) -> Segments:
+        """Return what `lanes` read of a split, of which all lanes together read every token once."""
+        data = job.data
+        tgt_len = job.evaluated_model.tgt_len
+        return whole_split(index, split, data.num_lanes, tgt_len, data.reset_memory, lanes, data.workers)
+
+    def num_targets(self, tgt_len: int) -> int:
+        """Return tgt_len: every token is predicted."""
+        return tgt_len
 
     def batch(self, segment: Segment) -> Batch:
         """Return inputs, targets and lookback of a segment, int64 [lanes, length]."""

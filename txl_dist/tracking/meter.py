@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from txl_dist.data.segments import Segments
+from txl_dist.data.segments import SegmentLoader
 
 
 class ThroughputMeter:
@@ -17,7 +17,7 @@ class ThroughputMeter:
     """
 
     def __init__(
-        self, segments: Segments, step: int, tokens_per_step: int, flops_per_step: float, peak_flops: float | None
+        self, segments: SegmentLoader, step: int, tokens_per_step: int, flops_per_step: float, peak_flops: float | None
     ):
         self.segments = segments
         self.tokens_per_step = tokens_per_step

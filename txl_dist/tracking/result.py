@@ -61,8 +61,12 @@ def result_rows(lines: list[dict[str, Any]]) -> Iterator[Row]:
         if evaluated:
             keys = ("bits_per_byte", "loss", "perplexity")
             bits, loss, perplexity = (evaluated[-1].get(f"{split}/{key}", math.nan) for key in keys)
-            more = f"  (loss {loss:.4f} nats per token, perplexity {perplexity:,.2f})"
-            yield f"{split} bits per byte", Text.assemble((f"{bits:.3f}", "bold"), more)
+            if f"{split}/bits_per_byte" in evaluated[-1]:
+                more = f"  (loss {loss:.4f} nats per token, perplexity {perplexity:,.2f})"
+                yield f"{split} bits per byte", Text.assemble((f"{bits:.3f}", "bold"), more)
+            else:  # of an objective that does not predict the text, token by token
+                more = f"  (nats per predicted token, perplexity {perplexity:,.2f})"
+                yield f"{split} loss", Text.assemble((f"{loss:.4f}", "bold"), more)
     speeds = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]
     if speeds:
         yield "tokens per second", Text.assemble((f"{median(speeds):,.0f}", "bold"), "  (median of training)")

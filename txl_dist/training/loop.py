@@ -9,9 +9,7 @@ from txl_dist.checkpoint.format import Checkpoint, latest
 from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
-from txl_dist.data.lanes import LanePlan
-from txl_dist.data.samples import SampleReader
-from txl_dist.data.segments import NOT_SCORED, Segment, Segments, whole_split
+from txl_dist.data.segments import Segment, SegmentLoader
 from txl_dist.distributed.preemption import Preempted, Preemption
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.distributed.watchdog import Watchdog
@@ -21,6 +19,7 @@ from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
 from txl_dist.files.lock import Lock
+from txl_dist.objectives.registry import build_objective
 from txl_dist.runs.finished import mark_finished
 from txl_dist.runs.initial_weights import initial_weights
 from txl_dist.runs.resume import write_run
@@ -69,7 +68,9 @@ class Training:
         self.unlogged: dict[str, Any] | None = checkpoint.data.get("unlogged") if checkpoint else None
         preemption.ask("while it was starting")
         self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
-        self.segments = training_segments(job, index, self.engine, self.stop)
+        self.segments = self.engine.objective.segments(
+            job, index, self.engine.lanes, self.engine.origin, self.start, self.stop
+        )
         self.dropped = DroppedSamples(self.segments.reader, group, self.tracker.reporter)
         peak = total_peak_flops(job.engine, self.engine.precision, group)
         self.meter = ThroughputMeter(self.segments, self.start, job.tokens_per_step, self.engine.training_flops, peak)
@@ -85,7 +86,7 @@ class Training:
             RunError: on every rank, where training cannot continue.
         """
         with self.tracker, self.engine.checkpointer:
-            lanes = f"{self.job.data.num_lanes} lanes of {self.job.model.tgt_len} tokens per step"
+            lanes = f"{self.job.data.num_lanes} lanes of {self.job.stride} tokens per step"
             self.tracker.reporter.say(f"{self.job.run.dir}: {self.origin}; {self.engine}, {lanes}")
             try:
                 self.loop()
@@ -164,23 +165,19 @@ class Training:
                 self.save(metrics.get("valid/loss"))
 
     def evaluate(self, name: str) -> dict[str, float]:
-        """Return the metrics of a whole split, such as valid/loss, valid/perplexity and valid/bits_per_byte.
+        """Return the objective's metrics of a whole split, such as valid/loss and valid/perplexity.
 
         Raises:
             Preempted: on every rank, after the same segment.
         """
-        data = self.job.data
-        tgt_len = self.job.evaluated_model.tgt_len
-        segments = whole_split(
-            self.index, name, data.num_lanes, tgt_len, data.reset_memory, self.engine.lanes, data.workers
-        )
+        segments = self.engine.objective.evaluation_segments(self.job, self.index, name, self.engine.lanes)
         score = self.engine.evaluate(self.until_stopped(segments, name))
         if self.preemption.agreed:
             raise Preempted(f"in the evaluation of {name} after step {self.engine.step}")
         metrics = self.engine.objective.metrics(score, self.index.splits[name].bytes)
         return {f"{name}/{key}": value for key, value in metrics.items()}
 
-    def until_stopped(self, segments: Segments, name: str) -> Iterator[Segment]:
+    def until_stopped(self, segments: SegmentLoader, name: str) -> Iterator[Segment]:
         """Yield segments of a split under a progress bar, until the ranks agree that a signal has come."""
         for segment in self.tracker.reporter.watch(segments, f"evaluating {name}", len(segments)):
             yield segment
@@ -222,24 +219,7 @@ class Training:
 def build_engine(job: TrainJob, index: Index, group: ProcessGroup, start: Start) -> Engine:
     """Build the engine that the config asks for, with the state of a checkpoint or with given weights."""
     kind = PipelineEngine if job.engine.pipeline_stages > 1 else ZeroEngine
-    return kind(job, index.vocab_size, group, start)
-
-
-def training_segments(job: TrainJob, index: Index, engine: Engine, stop: int) -> Segments:
-    """Return the segments of this rank's lanes, from the engine's step to the last one."""
-    plan = LanePlan(
-        index.splits["train"].document_starts,
-        job.data.num_lanes,
-        job.model.tgt_len,
-        seed=job.run.seed,
-        order=job.data.order,
-        reset_memory=job.data.reset_memory,
-        origin=engine.origin,
-    )
-    reader = SampleReader(index, "train", fill_value=NOT_SCORED if job.data.on_error == "skip_sample" else None)
-    return Segments(
-        plan, reader, engine.lanes, index.eos, engine.step, stop, workers=job.data.workers, mem_len=job.model.lookback
-    )
+    return kind(job, build_objective(job, index), index.vocab_size, group, start)
 
 
 def describe_origin(job: TrainJob, start: Start) -> str:
