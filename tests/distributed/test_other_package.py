@@ -45,6 +45,11 @@ def train(command, dataset, tmp_path_factory):
     return train
 
 
+def test_its_values_are_found_without_a_warning(command):
+    done = command("txl_dist.train", *CHOSEN, "--cfg", "job")
+    assert "name: recurrent" in done.stdout and not done.stderr
+
+
 @pytest.fixture(scope="module")
 def whole(train):
     return train("whole")

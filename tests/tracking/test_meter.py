@@ -24,7 +24,7 @@ def test_mfu_is_the_share_of_all_devices_peak(run, small, metrics, dataset, tmp_
     printed = run("txl_dist.train", *command, processes=processes).stdout
     model = TransformerXLConfig(**OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml").model))
     built = registry.build(model, Index.open(str(dataset)).vocab_size)
-    flops_per_token = built.training_flops(lanes=8) / (8 * 16)
+    flops_per_token = built.training_flops(lanes=8, targets=16) / (8 * 16)
     lines = [line for line in metrics(tmp_path) if "train/tokens_per_second" in line]
     assert len(lines) == 3
     for line in lines:
