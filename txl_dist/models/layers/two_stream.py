@@ -21,7 +21,7 @@ from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Mask, Noise, drop, hash64
 from txl_dist.models.layers.state import KVCache, StateValue
 
-BLOCK = 128  # rows of the content stream that attend together
+BLOCK = 256  # rows of the content stream that attend together
 SEGMENTS = 4  # ids that a segment can have: A (and memory), B, and two for the marks behind them
 
 
