@@ -1,11 +1,12 @@
 """Permutation language modelling is the same run under every split and after every restart."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
-import torch
 
-from txl_dist.checkpoint.format import latest
+from tests.distributed.test_same_run import Split, check_same
 
 LANES, REUSED = 8, 16
 MODEL = [
@@ -70,26 +71,57 @@ def test_a_run_logs_the_loss_per_predicted_token(whole, metrics):
     assert "test loss" in done.stdout and "nats per predicted token" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "splits",
-    [
-        [(2, ["engine.zero_stage=2", "engine.gradient_accumulation=2"])],
-        [(2, ["engine.pipeline_stages=2", "engine.gradient_accumulation=4"]), (None, ["data.workers=3"])],
-    ],
-    ids=["data-parallel", "stages-then-one"],
-)
-def test_it_is_the_same_run_under_another_split(train, whole, metrics, request, splits):
-    for number, (processes, options) in enumerate(splits):
-        stop = ["train.stop_at=4"] if number + 1 < len(splits) else []
-        run_dir, _ = train(request.node.callspec.id, *options, *stop, processes=processes)
-    for key in ("train/loss", "train/grad_norm", "valid/loss", "test/loss"):
-        actual, expected = ([line[key] for line in metrics(path) if key in line] for path in (run_dir, whole[0]))
-        assert actual and actual == pytest.approx(expected, rel=1e-5), key
-    for kind in ("weights", "memory"):
-        actual, expected = (latest(path).tensors(kind) for path in (run_dir, whole[0]))
-        assert actual.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+# With every kind of dropout, as the model has it by default.
+SPLITS = [
+    *(Split(1, acc=acc, checkpointing=acc == 4) for acc in (2, 4)),
+    *(Split(2, zero=stage, acc=2) for stage in range(4)),
+    Split(2, zero=3, checkpointing=True),
+    Split(2, zero=2, offload="optimizer"),
+    Split(2, zero=3, offload="parameters"),
+    Split(4, zero=1),
+    *(Split(pp=2, zero=stage, acc=2) for stage in (0, 1)),
+    Split(pp=2, zero=1, acc=4, checkpointing=True),
+    Split(pp=4, zero=1, acc=4),
+    Split(2, 2, zero=1, acc=2),
+]
+MOVES = [
+    (Split(2, zero=3), Split(1)),
+    (Split(1), Split(pp=2, zero=1, acc=2)),
+    (Split(pp=4, zero=1, acc=4), Split(2, zero=2)),
+    (Split(4, zero=1), Split(2, 2, zero=1, acc=2, checkpointing=True)),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(run, sentences, tmp_path_factory):
+    """One run of 20 steps in one process, under every split, and with a change of the split half-way."""
+    folder = tmp_path_factory.mktemp("splits")
+    often = ["train.max_steps=20", "train.eval_every=10", "checkpoint.every=10", "tracking.log_every=1"]
+    given = [f"data.dir={sentences}", f"data.num_lanes={LANES}", "optimizer.lr=3e-3", "tracking.mode=disabled", *often]
+    first = [("whole", Split(), []), *((str(split), split, []) for split in SPLITS)]
+    first += [(f"{before}-to-{after}", before, ["train.stop_at=10"]) for before, after in MOVES]
+    second = [(f"{before}-to-{after}", after, []) for before, after in MOVES]
+    for starts in (first, second):
+        for processes in sorted({split.processes for _, split, _ in starts}):
+            jobs = [
+                [*MODEL, *OBJECTIVE, *given, *split.overrides, *more, f"run.dir={folder / name}"]
+                for name, split, more in starts
+                if split.processes == processes
+            ]
+            (folder / "jobs.json").write_text(json.dumps(jobs))
+            script = Path(__file__).parent / "many_runs.py"
+            run(script, str(folder / "jobs.json"), "--no-curves", processes=processes, fresh=True)
+    return folder
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_every_split_is_the_same_run(runs, metrics, split):
+    check_same(metrics, runs / str(split), runs / "whole")
+
+
+@pytest.mark.parametrize("before, after", MOVES, ids=[f"{before}-to-{after}" for before, after in MOVES])
+def test_a_run_goes_on_under_another_split(runs, metrics, before, after):
+    check_same(metrics, runs / f"{before}-to-{after}", runs / "whole")
 
 
 def test_a_restart_changes_nothing(train, whole, check_identical):
