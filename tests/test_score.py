@@ -47,6 +47,11 @@ def test_json_and_table_show_the_same_scores(trained_run, run):
     assert f"{np.exp(scores[0].log_prob):.4f}" in table and "next token" in table and f"{len(TEXT)} tokens" in table
 
 
+def test_a_model_that_reads_from_left_to_right_has_no_other_side(trained_run, run):
+    refused = run("txl_dist.score", f"run={trained_run}", "text=a", "context=both", expect=2).stderr
+    assert "context=both: transformer_xl predicts from left to right only; give context=left" in refused
+
+
 def test_an_empty_text_has_a_next_token(trained_run, run):
     printed = json.loads(run("txl_dist.score", f"run={trained_run}", "text=''", "format=json", "next=2").stdout)
     more = json.loads(run("txl_dist.score", f"run={trained_run}", "text=''", "format=json", "next=9999").stdout)

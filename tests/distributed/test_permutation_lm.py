@@ -124,6 +124,33 @@ def test_a_run_goes_on_under_another_split(runs, metrics, before, after):
     check_same(metrics, runs / f"{before}-to-{after}", runs / "whole")
 
 
+def test_other_commands_read_it_from_left_to_right(run, whole):
+    """Whatever the cache: with a memory of all before it segments of any length have the same loss."""
+    run_dir, _ = whole
+    losses = []
+    for tgt_len in (7, 40):
+        lengths = [f"model.tgt_len={tgt_len}", "model.reuse_len=7", "model.mem_len=3000", "max_tokens=600"]
+        evaluated = run("txl_dist.evaluate", f"run={run_dir}", "split=test", "num_lanes=2", "format=json", *lengths)
+        losses.append(json.loads(evaluated.stdout)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    prompt = "abc dead beef ."
+    written = run("txl_dist.generate", f"run={run_dir}", f"prompt={prompt}", "max_tokens=5", "temperature=0").stdout
+    assert written.startswith(prompt) and len(written) > len(prompt)
+
+
+def test_a_token_is_scored_from_both_sides(run, whole):
+    run_dir, _ = whole
+    scored = {}
+    for context in ("left", "both"):
+        options = [f"run={run_dir}", "text=abc dead beef .", "format=json", f"context={context}"]
+        scored[context] = json.loads(run("txl_dist.score", *options).stdout)
+    left, both = (scored[context]["tokens"] for context in ("left", "both"))
+    assert [token["token"] for token in left] == [token["token"] for token in both]
+    assert all(one["log_prob"] != other["log_prob"] for one, other in zip(left, both, strict=True))
+    assert scored["both"]["next"] == [] and len(scored["left"]["next"]) == 5
+    assert "log-probability" in run("txl_dist.score", f"run={run_dir}", "text=abc", "context=both").stdout
+
+
 def test_a_restart_changes_nothing(train, whole, check_identical):
     train("restarted", "train.stop_at=4")
     run_dir, _ = train("restarted")

@@ -5,7 +5,9 @@
 
 The content stream h holds every position, itself included. The query stream g holds only the positions that are to be
 predicted, and does not see what stands there. Which keys a row sees is told by one integer per position, its *rank*:
-content sees keys of the same rank or a lower one, a query those of a lower one; memory has the lowest.
+content sees keys of the same rank or a lower one, a query those of a lower one; memory has the lowest. Of a permuted
+segment the part that becomes memory sees nothing behind it, whatever its ranks: else memory would tell what is
+predicted when that is read again.
 """
 
 from functools import lru_cache
@@ -50,7 +52,7 @@ def blocks_of(length: int, reuse_len: int | None, mem_len: int) -> list[Block]:
     Args:
         reuse_len: of a permuted segment, the part that sees nothing behind it; None: it is read from left to right.
     """
-    borders = list(range(BLOCK, length, BLOCK)) if reuse_len is None else [reuse_len] if reuse_len < length else []
+    borders = range(BLOCK, length, BLOCK) if reuse_len is None else range(reuse_len, length, length)
     blocks = []
     for start, end in pairwise([0, *borders, length]):
         parts = range(start, end, BLOCK)
@@ -277,17 +279,19 @@ class TwoStreamAttention(nn.Module):
         pair = 2 * width * lanes
         marked_pair = pair if reuse_len is None else pair + 2 * self.n_head * SEGMENTS * lanes
         rows = queries if self.is_last else length + queries
-        blocks = [(end - start, count, seen[0]) for start, end, count in blocks_of(length, reuse_len, mem_len)]
-        attending = [] if self.is_last else blocks
-        attending += blocks if reuse_len is None else [(queries, keys, seen[1])]
+        content = [(end - start, count) for start, end, count in blocks_of(length, reuse_len, mem_len)]
+        attending = [] if self.is_last else [(number, count, count + number - 1, seen[0]) for number, count in content]
+        if reuse_len is None:
+            attending += [(number, count, count + number - 1, seen[1]) for number, count in content]
+        else:
+            attending.append((queries, keys, keys + length, seen[1]))
         products = [
             *[Product(project * rows)] * 2,  # q, output
             *[Product(project * length)] * 2,  # k, v
             *[Product(project * mem_len, gradients=1)] * 2,
             Product(2 * d_model * width * (keys + length), gradients=1),  # r, which all lanes share
         ]
-        for number, count, share in attending:
-            columns = count + number - 1 if (number, count) != (queries, keys) or reuse_len is None else keys + length
+        for number, count, columns, share in attending:
             products.append(Product(marked_pair * number * count, visible=min(share / count, 1.0)))  # content
             products.append(Product(pair * number * columns, visible=min(share / columns, 1.0)))  # position
             products.append(Product(pair * number * count, visible=min(share / count, 1.0)))  # values
