@@ -4,7 +4,7 @@
     score(i, j) = ((q_i + u) k_j + (q_i + v) r_(i - j) + (q_i + s) segment[same or other]) / sqrt(d_head)
 
 The content stream h holds every position, itself included. The query stream g holds only the positions that are to be
-predicted, and does not see what stands there. Which keys a row sees is told by one integer per position, its *rank*:
+predicted, and does not see what stands there. Which keys a row sees follows from one integer per position, its *rank*:
 content sees keys of the same rank or a lower one, a query those of a lower one; memory has the lowest. Of a permuted
 segment the part that becomes memory sees nothing behind it, whatever its ranks: else memory would tell what is
 predicted when that is read again.
@@ -39,11 +39,16 @@ def encode_both_ways(
 
 
 class Block(NamedTuple):
-    """Rows of a segment, from `start` to before `end`, that see the first `keys` keys at most."""
+    """Rows of a segment, from `start` to before `end`, that see the first `keys` keys at most.
+
+    Attributes:
+        key: by which it has dropout masks of its own.
+    """
 
     start: int
     end: int
     keys: int
+    key: int
 
 
 def blocks_of(length: int, reuse_len: int | None, mem_len: int) -> list[Block]:
@@ -56,7 +61,7 @@ def blocks_of(length: int, reuse_len: int | None, mem_len: int) -> list[Block]:
     blocks = []
     for start, end in pairwise([0, *borders, length]):
         parts = range(start, end, BLOCK)
-        blocks += [Block(part, min(part + BLOCK, end), mem_len + end) for part in parts]
+        blocks += [Block(part, min(part + BLOCK, end), mem_len + end, hash64(f"block {part}")) for part in parts]
     return blocks
 
 
@@ -241,12 +246,12 @@ class TwoStreamAttention(nn.Module):
             ahead: by how much the rows stand further than the content of the same number.
         """
         attended = []
-        for number, (start, end, count) in enumerate(view.blocks):
+        for start, end, count, block_key in view.blocks:
             first = view.length - end + 1 - ahead  # the distance from the last row to the first key
             distances = keys.relative[:, first : first + count + end - start - 1]
             scores = skew_both_ways(rows.position[:, start:end] @ distances.transpose(1, 2), count)
             part = Keys(keys.key[:, :count], keys.value[:, :count], distances)
-            block_mask = mask and mask._replace(seeds=mask.seeds ^ hash64(f"block {number}"))
+            block_mask = mask and mask._replace(seeds=mask.seeds ^ block_key)
             attended.append(attend(rows.content[:, start:end], part, scores, added[:, start:end, :count], block_mask))
         return attended
 
@@ -279,7 +284,7 @@ class TwoStreamAttention(nn.Module):
         pair = 2 * width * lanes
         marked_pair = pair if reuse_len is None else pair + 2 * self.n_head * SEGMENTS * lanes
         rows = queries if self.is_last else length + queries
-        content = [(end - start, count) for start, end, count in blocks_of(length, reuse_len, mem_len)]
+        content = [(end - start, count) for start, end, count, _ in blocks_of(length, reuse_len, mem_len)]
         attending = [] if self.is_last else [(number, count, count + number - 1, seen[0]) for number, count in content]
         if reuse_len is None:
             attending += [(number, count, count + number - 1, seen[1]) for number, count in content]
