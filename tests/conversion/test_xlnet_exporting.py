@@ -201,3 +201,14 @@ def test_the_published_vocabulary_as_transformers_4_converts_it():
         ours["model"]["vocab"], theirs["model"]["vocab"], strict=True
     ):
         assert piece == their_piece and score == pytest.approx(their_score, rel=1e-12)
+
+
+def test_two_streams_agree_with_transformers_5_as_well(transformers5):
+    """The comparison with transformers 4.36.2: logits, loss, gradients and memories, in both directions."""
+    repo = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(Path(transformers5["PYTHONPATH"]).resolve()), str(repo)])
+    environment = os.environ | transformers5 | {"PYTHONPATH": paths}
+    asked = ["tests/models/test_xlnet.py", "-k", "agrees_with_the_reference", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *asked]
+    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr

@@ -105,7 +105,7 @@ def reference(model, dtype, monkeypatch):
         )
     ).to(dtype)
 
-    def positions(self, qlen, klen, bsz=None):
+    def positions(self, qlen, klen, bsz=None, **device):
         inverse = 1 / 10000 ** (torch.arange(0, self.d_model, 2.0, dtype=dtype) / self.d_model)
         forward = torch.arange(klen, -qlen, -1.0, dtype=dtype)
         both = [forward, -forward]
