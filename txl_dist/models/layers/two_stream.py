@@ -110,6 +110,11 @@ class Rows(NamedTuple):
     content: Tensor
     position: Tensor
 
+    def split(self, sizes: list[int]) -> "list[Rows]":
+        """Cut the rows in parts of these sizes."""
+        parts = zip(self.content.split(sizes, 1), self.position.split(sizes, 1), strict=True)
+        return [Rows(*part) for part in parts]
+
 
 def skew_both_ways(by_distance: Tensor, keys: int) -> Tensor:
     """Turn scores by distance into scores by key, without a copy, where each row stands one position further.
@@ -175,16 +180,19 @@ class TwoStreamAttention(nn.Module):
         content = streams[:, : view.length]
         keys, new_memory = self.keys_of(content, memory, view)
         attending = streams[:, view.length :] if self.is_last else streams
-        rows = self.rows_of(attending, view)
-        attended = []
-        if not self.is_last:
-            attended += self.attend_by_blocks(rows, keys, view, view.content, self.content_dropatt.mask(noise), ahead=0)
-            rows = Rows(rows.content[:, view.length :], rows.position[:, view.length :])
-        mask = self.query_dropatt.mask(noise)
+        block_sizes = [block.end - block.start for block in view.blocks]
+        content_sizes = [] if self.is_last else block_sizes
+        query_sizes = block_sizes if view.columns is None else [attending.size(1) - sum(content_sizes)]
+        rows = self.rows_of(attending, view).split(content_sizes + query_sizes)
+        content_rows = rows[: len(content_sizes)]
+        query_rows = rows[len(content_sizes) :]
+        content_mask = self.content_dropatt.mask(noise)
+        query_mask = self.query_dropatt.mask(noise)
+        attended = self.attend_by_blocks(content_rows, keys, view, view.content, content_mask, ahead=0)
         if view.columns is None:
-            attended += self.attend_by_blocks(rows, keys, view, view.queries, mask, ahead=1)
+            attended += self.attend_by_blocks(query_rows, keys, view, view.queries, query_mask, ahead=1)
         else:
-            attended.append(self.attend_anywhere(rows, keys, view, mask))
+            attended.append(self.attend_anywhere(query_rows[0], keys, view, query_mask))
         together = torch.cat(attended, dim=2).transpose(1, 2).flatten(-2)
         return self.layer_norm(attending + self.dropout(self.o_net(together), noise)), new_memory
 
@@ -236,23 +244,25 @@ class TwoStreamAttention(nn.Module):
         return Rows(content.transpose(1, 2).flatten(0, 1), position.transpose(1, 2).flatten(0, 1))
 
     def attend_by_blocks(
-        self, rows: Rows, keys: Keys, view: View, added: Tensor, mask: Mask | None, ahead: int
+        self, rows: list[Rows], keys: Keys, view: View, added: Tensor, mask: Mask | None, ahead: int
     ) -> list[Tensor]:
         """Attend from neighbouring positions, block by block: [lanes, n_head, rows, d_head] of each.
 
         A block needs the distances between its rows and their keys only: fewer, and a part of them fits in the cache.
 
         Args:
+            rows: those of each block; none at all where only queries are computed.
             ahead: by how much the rows stand further than the content of the same number.
         """
         attended = []
-        for start, end, count, block_key in view.blocks:
+        for part, (start, end, count, block_key) in zip(rows, view.blocks, strict=False):
             first = view.length - end + 1 - ahead  # the distance from the last row to the first key
             distances = keys.relative[:, first : first + count + end - start - 1]
-            scores = skew_both_ways(rows.position[:, start:end] @ distances.transpose(1, 2), count)
-            part = Keys(keys.key[:, :count], keys.value[:, :count], distances)
+            scores = skew_both_ways(part.position @ distances.transpose(1, 2), count)
             block_mask = mask and mask._replace(seeds=mask.seeds ^ block_key)
-            attended.append(attend(rows.content[:, start:end], part, scores, added[:, start:end, :count], block_mask))
+            # A slice of everything would cost a copy in backward.
+            seen = keys if count == keys.key.size(1) else Keys(keys.key[:, :count], keys.value[:, :count], distances)
+            attended.append(attend(part.content, seen, scores, added[:, start:end, :count], block_mask))
         return attended
 
     def attend_anywhere(self, rows: Rows, keys: Keys, view: View, mask: Mask | None) -> Tensor:
