@@ -1,13 +1,17 @@
 """Log-probabilities of a text equal those of one forward over it, for any segments, softmax and tokens."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from tests.batches import batch
+from txl_dist.checkpoint.format import latest, write_manifest
+from txl_dist.errors import ConfigError
 from txl_dist.evaluation.scoring import Scorer
+from txl_dist.runs.load import load_model
 
 TEXT = "the and of the\nabcd"
 
@@ -34,6 +38,18 @@ def test_scores_are_those_of_one_forward(trained_run):
     assert [score.log_prob for score in scores] == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(next_log_probs, log_probs[0, -1], rtol=1e-5, atol=1e-5)
     assert next_log_probs.exp().sum().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_config_that_does_not_fit_together_is_refused_without_any_change(trained_run, tmp_path):
+    """By whatever it came into the checkpoint, whose sums are right."""
+    shutil.copytree(trained_run, tmp_path / "run")
+    folder = latest(tmp_path / "run").path
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    del manifest["sha256"]
+    manifest["config"]["model"]["clamp_len"] = 0
+    write_manifest(folder, manifest)
+    with pytest.raises(ConfigError, match=r"model\.clamp_len=0: would make all distances equal"):
+        load_model(str(tmp_path / "run"))
 
 
 def test_json_and_table_show_the_same_scores(trained_run, run):

@@ -26,11 +26,6 @@ def run_is_there(run: str, checkpoint: CheckpointChoice) -> Iterator[str]:
     yield from run_problems(run, checkpoint)
 
 
-def model_can_be_read_so(run: str, checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:
-    """Check what is to be read otherwise than in training."""
-    yield from change_problems(run, checkpoint, model)
-
-
 def some_run_is_there(run: list[str], checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:
     """Refuse runs of which none can be evaluated; where some can, the rows of the others say why not."""
     yield from patterns_match(run)
@@ -87,19 +82,19 @@ def run_problems(path: str, which: CheckpointChoice) -> Iterator[str]:
                 )
 
 
-def change_problems(path: str, which: CheckpointChoice, changes: ModelChanges) -> Iterator[str]:
-    """Yield what cannot be changed of a run's model, where its checkpoint can be read."""
+def change_problems(run: str, checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:
+    """Check what is to be read otherwise than in training, where the checkpoint can be read."""
     from txl_dist.checkpoint.format import directory, latest, open_checkpoint
 
-    if not changes:
+    if not model:
         return
     try:
-        checkpoint = open_checkpoint(directory(path, which)) if isinstance(which, int) else latest(path)
+        chosen = open_checkpoint(directory(run, checkpoint)) if isinstance(checkpoint, int) else latest(run)
     except UserError:  # which is reported where the checkpoint is chosen
         return
-    if checkpoint is not None:
+    if chosen is not None:
         try:
-            changed_model(parse_model(checkpoint.config["model"]), changes)
+            changed_model(parse_model(chosen.config["model"]), model)
         except ConfigError as error:
             yield from error.problems
 
@@ -146,9 +141,9 @@ def exported_run_is_there(run: str, to: str | None, checkpoint: CheckpointChoice
 Check = Callable[..., Iterator[str]]
 CHECKS: dict[type, list[Check]] = {
     EvaluateJob: [some_run_is_there, window_has_no_memory],
-    GenerateJob: [run_is_there, model_can_be_read_so],
+    GenerateJob: [run_is_there, change_problems],
     InspectJob: [run_is_there],
-    ScoreJob: [run_is_there, model_can_be_read_so],
+    ScoreJob: [run_is_there, change_problems],
     ReclJob: [all_runs_are_there, there_are_two_contexts],
     ConvertJob: [conversion_has_one_direction, exported_run_is_there],
 }

@@ -31,7 +31,7 @@ def export_checkpoint(job: ConvertJob, target: Path, lock: Lock) -> None:
     if config.name not in EXPORTERS:
         raise ConfigError([f"run={job.run}: holds a model of {config.name}, for which there is no exported form"])
     exporter = EXPORTERS[config.name](config, load_tokenizer(job.run, checkpoint), checkpoint.data["vocab_size"])
-    problems = list(exporter.problems())
+    problems = [*config.problems(), *exporter.problems()]
     if problems:
         raise ConfigError(problems)
     with new_folder(target, lock) as folder:

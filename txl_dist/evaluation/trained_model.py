@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.config.run_checks import change_problems, run_problems
 from txl_dist.config.schema import ConvertJob, ModelChanges
 from txl_dist.config.types import CheckpointChoice
@@ -126,7 +127,5 @@ def import_model(path: str, changes: ModelChanges) -> TrainedModel:
     job = ConvertJob(run="none", from_=path, to=None, tokenizer_from=None, checkpoint=None, model=changes)
     imported = read_model(job, open_import_source(Path(path)))
     model = registry.build(imported.config, imported.source.vocab_size)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(imported.weights[name])
+    InitialWeights(path, lambda names: imported.weights).load_weights(model)
     return TrainedModel(ready_to_evaluate(model), imported.tokenizer)

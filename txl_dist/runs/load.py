@@ -42,9 +42,12 @@ def load_model(
     checkpoint = find_checkpoint(run, which)
     config = changed_model(parse_model(checkpoint.config["model"]), changes or {})
     vocab_size = checkpoint.data["vocab_size"]
+    problems = list(config.problems())
     missing_average = explain_missing_average(checkpoint) if average else None
     if missing_average:
-        raise ConfigError([f"average=true: {run} {missing_average}; leave it out"])
+        problems.append(f"average=true: {run} {missing_average}; leave it out")
+    if problems:
+        raise ConfigError(problems)
     check_shapes(checkpoint, config, vocab_size)
     model = registry.build(config, vocab_size)
     checkpoint.load_weights(model, average)
