@@ -19,6 +19,7 @@ from txl_dist.checkpoint.format import latest
 from txl_dist.cli import CONF
 from txl_dist.data.index import Index
 from txl_dist.models.transformer_xl import TransformerXLConfig
+from txl_dist.tracking.schema import METRICS
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -162,8 +163,8 @@ def metrics():
     return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-# Metrics that differ at every start.
-SPEEDS = ("train/tokens_per_second", "train/data_wait", "train/checkpoint_wait", "train/mfu")
+# What differs at every start.
+SPEEDS = {"time", *(metric.key for metric in METRICS if not metric.is_exact)}
 
 
 @pytest.fixture(scope="session")

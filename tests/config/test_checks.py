@@ -394,7 +394,8 @@ def test_a_checkpoint_is_a_step_or_the_best_or_the_latest():
 
 SCHEMAS = JOBS | {"score": ScoreJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
 # A number can be a name; and whether a step exists is checked with the run.
-NAMES = ("prompt", "text", "tracking.project", "tracking.name", "tokenizer.model", "checkpoint")
+TRACKING = [f"tracking.{key}" for key in ("project", "name", "entity", "group", "job_type", "tags", "notes", "prompts")]
+NAMES = ("prompt", "text", *TRACKING, "tokenizer.model", "checkpoint")
 
 
 def changes(name, values):

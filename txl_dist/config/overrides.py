@@ -24,11 +24,12 @@ from txl_dist.errors import ConfigError, UserError, first_line
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
-TEXT_KEYS = {"prompt", "text"}
+TEXT_KEYS = {"prompt", "text", "tracking.prompts", "tracking.notes"}
 CORPUS_KEYS = {"corpus.path", "corpus.train", "corpus.valid", "corpus.test"}
 PATH_KEYS = {"run", "run.dir", "data.dir", "data_dir", "from", "to", "tokenizer_from"} | CORPUS_KEYS
-PATH_KEYS |= {"tokenizer.vocab", "tokenizer.model", "tracking.project", "tracking.name"}
-LIST_KEYS = {"prompt", "run"} | CORPUS_KEYS
+PATH_KEYS |= {"tokenizer.vocab", "tokenizer.model"}
+PATH_KEYS |= {f"tracking.{key}" for key in ("project", "name", "entity", "group", "job_type", "tags")}
+LIST_KEYS = {"prompt", "run", "tracking.prompts", "tracking.tags"} | CORPUS_KEYS
 
 # Turn off what Hydra does by default: a folder of its own for every start, and logging to a file.
 HYDRA_SETTINGS = [

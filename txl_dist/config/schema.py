@@ -4,6 +4,7 @@ The section of a model is described beside the model. What must hold of several 
 run_checks.py.
 """
 
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
@@ -23,13 +24,13 @@ from txl_dist.config.types import (
     PathStr,
     Positive,
     PositiveInt,
-    Prompts,
     RunDir,
     RunDirs,
     Seconds,
     Seed,
     Size,
     StrictBool,
+    StrList,
     Workers,
 )
 from txl_dist.models.config import ModelConfig
@@ -317,15 +318,30 @@ class GuardConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class TrackingConfig:
-    """Metrics go to metrics.jsonl and the console always, to W&B by `mode` (auto: online with a key, else offline).
+    """Metrics go to metrics.jsonl and the console always, and to the trackers in `to`.
 
-    project, name: null: as W&B's own variables and files say, else txl_dist and the name of the run directory.
+    mode: of W&B; auto: online with a key, else offline; disabled: as without it in `to`.
+    project, name, entity, group, job_type, tags, notes: null: as W&B's own variables and files say; the project is else
+    txl_dist, the name that of the run directory.
+    memory_every: what the memory does, at every so many steps; null: at evaluations; 0: never.
+    watch_every: norms of weights, gradients, updates and activations; null: never.
+    prompts: are continued by sample_tokens tokens at evaluations.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
     log_every: PositiveInt
     project: str | None
     name: str | None
+    to: list[Literal["wandb", "trackio"]] = field(default_factory=lambda: ["wandb"])
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: StrList | None = None
+    notes: str | None = None
+    memory_every: NonNegativeInt | None = None
+    watch_every: PositiveInt | None = None
+    prompts: StrList | None = None
+    sample_tokens: PositiveInt = 64
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -394,7 +410,7 @@ class GenerateJob:
     """Continue prompts; null: standard input is the prompt."""
 
     run: RunDir
-    prompt: Prompts | None
+    prompt: StrList | None
     max_tokens: NonNegativeInt
     temperature: NonNegative
     top_k: NonNegativeInt

@@ -52,7 +52,7 @@ Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=
 NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Strict(), Field(gt=0, le=1e9, allow_inf_nan=False)]
-Prompts = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
+StrList = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
 PathStr = Annotated[str, AfterValidator(checked_path)]  # or a URL, or a glob
 PathList = Annotated[list[PathStr], Field(min_length=1), BeforeValidator(listed)]
 RunDir = Annotated[PathStr, AfterValidator(checked_run)]

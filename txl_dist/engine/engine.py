@@ -6,7 +6,7 @@ layers and lanes, and writes and reads its share of checkpoints.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.base import Objective, Score
 
 Start = Checkpoint | InitialWeights | None  # what a run resumes from or begins with; None: with random weights
+
+VERSIONS = {"txl_dist": __version__, "torch": str(torch.__version__), "deepspeed": deepspeed.__version__}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -149,7 +151,7 @@ class Engine(ABC):
     def forward_backward_step(self, batch: Batch) -> Tensor:
         """Run forward, backward and the optimizer's step on all micro-batches of a batch.
 
-        The new memory is written beside the old one. Return the loss for `mean`, in nats per token.
+        The new memory is written beside the old one. Return the loss for `global_losses`, in nats per token.
         """
 
     @abstractmethod
@@ -178,7 +180,9 @@ class Engine(ABC):
     # -------------------------------------------------------------------------------------------------- training
 
     def train_step(self, segment: Segment) -> Tensor:
-        """Make one optimizer step on this rank's rows of a segment; return the loss for `mean`, in nats per token.
+        """Make one optimizer step on this rank's rows of a segment.
+
+        Return the loss for `global_losses`, in nats per token.
 
         Raises:
             AnomalyDetected: on every rank, where the step is bad and guard.max_bad_steps is exceeded.
@@ -202,9 +206,9 @@ class Engine(ABC):
         """Return the randomness of the current step for this rank's lanes."""
         return Noise.of_step(self.job.run.seed, self.step, self.memory.lanes, self.group.device)
 
-    def mean(self, loss: Tensor) -> float:
-        """Return the loss of the global batch: the mean over all ranks of what `train_step` returned."""
-        return self.group.sum(loss)[0] / self.group.size
+    def global_losses(self, losses: Sequence[Tensor]) -> list[float]:
+        """Return the losses of the global batches: the means over all ranks of what `train_step` returned."""
+        return [total / self.group.size for total in self.group.sum(*losses)]
 
     @property
     def grad_norm(self) -> float:
@@ -316,9 +320,7 @@ class Engine(ABC):
             "written_by": {
                 "ranks": self.group.size,
                 "precision": self.precision,
-                "txl_dist": __version__,
-                "torch": str(torch.__version__),
-                "deepspeed": deepspeed.__version__,
+                **VERSIONS,
             },
             "valid_loss": valid_loss,
         }

@@ -8,9 +8,10 @@ A pipeline cuts it between two layers, and the carry crosses. A state never does
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from txl_dist.models.config import ModelConfig
+from txl_dist.models.layers.attention_weights import AttentionWeights, ObservableAttention
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Noise, assign_places
 from txl_dist.models.layers.state import State
@@ -159,6 +161,24 @@ class LanguageModel(nn.Module, ABC):
             yield
         finally:
             self.config = trained
+
+    @contextmanager
+    def observed(self, observer: Callable[[int, AttentionWeights], None]) -> Iterator[None]:
+        """Show where attention goes, for a while: the observer is called with the number of each layer that is here.
+
+        Layers without attention show nothing.
+        """
+        sublayers: list[ObservableAttention] = []
+        for number, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if isinstance(module, ObservableAttention):
+                    module.observer = partial(observer, number)
+                    sublayers.append(module)
+        try:
+            yield
+        finally:
+            for sublayer in sublayers:
+                sublayer.observer = None
 
     # -------------------------------------------------------------------------------------------------- the states
 

@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from txl_dist.distributed.logs import output_optional
+from txl_dist.tracking.events import Event
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ class ConsoleReporter:
             self.progress.update(self.task, metrics=text)
         else:
             self.say(f"step {metrics['step']:>{len(str(self.stop))}}/{self.stop}  {text}")
+
+    def record(self, event: Event) -> None:
+        """Show the samples of an event; the training loop says what there is to say of others."""
+        for sample in event.get("samples", []):
+            self.say(f"step {event['step']:,} continues {sample['prompt']!r}:\n{sample['prompt']}{sample['text']}")
 
     def watch(self, items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
         """Pass items through under a progress bar of their own."""

@@ -1,20 +1,20 @@
 """Write and read metrics.jsonl: a JSON object per logged step, with flat keys such as train/loss and valid/loss.
 
-JSON has no NaN and no Infinity: null stands for a number that is not finite, and is read as NaN. Files of earlier
-versions contain these words, which only Python reads.
+tracking/schema.py says what each key means. JSON has no NaN and no Infinity: null stands for a number that is not
+finite, and is read as NaN. Files of earlier versions contain these words, which only Python reads.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterator
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from txl_dist.errors import UserError
+from txl_dist.tracking.json_lines import append_line, cut, lines_backwards
 
 log = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
 
 
 class MetricsFile:
@@ -25,10 +25,9 @@ class MetricsFile:
     """
 
     def __init__(self, run_dir: str, step: int):
-        self.path = Path(run_dir) / "metrics.jsonl"
-        ends = (end for end, line in backwards(self.path) if line and line["step"] <= step)
-        with self.path.open("ab") as file:
-            file.truncate(next(ends, 0))
+        self.path = Path(run_dir) / FILE
+        lines = lines_backwards(self.path, read_line)
+        cut(self.path, next((end for end, line in lines if line and line["step"] <= step), 0))
 
     def append(self, metrics: dict[str, Any]) -> None:
         """Append the metrics of a step.
@@ -36,33 +35,7 @@ class MetricsFile:
         Raises:
             OSError: if they cannot be written; it names the file.
         """
-        try:
-            with self.path.open("a") as file:
-                finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
-        except OSError as error:
-            # The error of a full disk does not name the file.
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-
-def backwards(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield the lines from the last to the first: the byte at which each ends, and its metrics, None if damaged.
-
-    An incomplete last line, as left by a machine that stopped, is left out.
-
-    Raises:
-        UserError: if the path is not a file.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is not a file; move it away")
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        end = content.rfind(b"\n") + 1
-        while end:
-            start = content.rfind(b"\n", 0, end - 1) + 1
-            yield end, read_line(content[start:end])
-            end = start
+        append_line(self.path, {key: value if math.isfinite(value) else None for key, value in metrics.items()})
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
@@ -90,13 +63,13 @@ def last_line(run_dir: str) -> dict[str, Any] | None:
     Raises:
         UserError: if metrics.jsonl is not a file.
     """
-    return next((line for _, line in backwards(Path(run_dir) / "metrics.jsonl")), None)
+    return next((line for _, line in lines_backwards(Path(run_dir) / FILE, read_line)), None)
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     """Return all logged metrics of a run; a warning names each line that cannot be read, and it is left out."""
-    path = Path(run_dir) / "metrics.jsonl"
-    lines = [line for _, line in backwards(path)][::-1]
+    path = Path(run_dir) / FILE
+    lines = [line for _, line in lines_backwards(path, read_line)][::-1]
     for number, line in enumerate(lines, 1):
         if line is None:
             log.warning("%s: line %d cannot be read, and is left out", path, number)

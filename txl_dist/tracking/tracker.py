@@ -1,63 +1,96 @@
-"""The tracker sends the metrics of a run to metrics.jsonl, the console and W&B."""
+"""What records a run: its metrics and events, in files of the run directory, on the console and in trackers."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.preemption import Preempted
 from txl_dist.tracking.console import ConsoleReporter
+from txl_dist.tracking.events import Event, EventsFile, make_event
 from txl_dist.tracking.metrics import MetricsFile
 from txl_dist.tracking.weights_and_biases import WandbRun
 
 
+class Service(Protocol):
+    """A tracker outside the run directory. Whatever goes wrong there is one line, never an error."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Log the metrics of a step."""
+
+    def record(self, event: Event) -> None:
+        """Show an event (tracking/events.py), in a way of its own or not at all."""
+
+    def finish(self, summary: dict[str, Any], preempted: bool) -> None:
+        """End this start of the run, with the last value of each metric."""
+
+
 class Tracker:
-    """Records the metrics of one start of a run, from step `start` to `stop`.
+    """Records one start of a run, from step `start` to `stop`.
 
     Args:
         records: whether this is the rank that records, rank zero; the tracker of any other rank does nothing.
 
     Attributes:
-        problems: why metrics could not be written; the run must end if there are any.
+        problems: why files could not be written; the run must end if there are any.
     """
 
     def __init__(self, job: TrainJob, start: int, stop: int, records: bool):
         self.problems: list[str] = []
-        self.path = f"{job.run.dir}/metrics.jsonl"
         self.reporter = ConsoleReporter(start, stop, records)
-        self.file: MetricsFile | None = None
+        self.metrics: MetricsFile | None = None
+        self.events: EventsFile | None = None
         if records:
-            with self.failure_noted():
-                self.file = MetricsFile(job.run.dir, start)
-        self.wandb: WandbRun | None = None
-        if records and job.tracking.mode != "disabled":
-            self.wandb = WandbRun(job.run.dir, asdict(job), job.tracking)
-        self.last: dict[str, Any] = {}
+            with self.failure_noted(job.run.dir):
+                self.metrics = MetricsFile(job.run.dir, start)
+                self.events = EventsFile(job.run.dir)
+        self.services = list(services(job)) if records else []
+        self.last: dict[str, Any] = {"step": start, "tokens": 0}
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Record the metrics of a step: `step`, `tokens`, and any of train/*, valid/*, test/*."""
+        """Record the metrics of a step: `step`, `tokens`, and what tracking/schema.py declares."""
+        metrics = metrics | {"time": round(time.time(), 3)}
         self.last |= metrics
-        if self.file:
-            with self.failure_noted():
-                self.file.append(metrics)
-        if self.wandb:
-            self.wandb.log(metrics)
+        if self.metrics:
+            with self.failure_noted(str(self.metrics.path)):
+                self.metrics.append(metrics)
+        for service in self.services:
+            service.log(metrics)
         self.reporter.log(metrics)
 
+    def record(self, kind: str, step: int, tokens: int, **facts: Any) -> None:
+        """Record an event (tracking/events.py)."""
+        event = make_event(kind, step, tokens, **facts)
+        if self.events:
+            with self.failure_noted(str(self.events.path)):
+                self.events.append(event)
+        for service in self.services:
+            service.record(event)
+        self.reporter.record(event)
+
     @contextlib.contextmanager
-    def failure_noted(self) -> Iterator[None]:
-        """Add an OSError in this context to `problems`."""
+    def failure_noted(self, path: str) -> Iterator[None]:
+        """Add an OSError in this context to `problems`, with this path where it names none."""
         try:
             yield
         except OSError as error:
-            self.problems.append(f"{error.filename or self.path}: cannot be written: {error.strerror}")
+            self.problems.append(f"{error.filename or path}: cannot be written: {error.strerror}")
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        reason = "ended" if kind is None else "preempted" if kind is Preempted else "failed"
+        self.record("end", self.last["step"], self.last["tokens"], reason=reason, detail=str(error or ""))
         self.reporter.close()
-        if self.wandb:
-            self.wandb.finish(self.last, preempted=kind is Preempted)
+        for service in self.services:
+            service.finish(self.last, preempted=kind is Preempted)
+
+
+def services(job: TrainJob) -> Iterator[Service]:
+    """Start the trackers that the config asks for."""
+    if "wandb" in job.tracking.to and job.tracking.mode != "disabled":
+        yield WandbRun(job.run.dir, asdict(job), job.tracking)

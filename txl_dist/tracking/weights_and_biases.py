@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.distributed.preemption import REQUEUE
 from txl_dist.errors import describe_os_error, first_line
+from txl_dist.tracking.events import Event
 from txl_dist.tracking.wandb_id import MAX_LENGTH, claim_run_id
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,9 @@ class WandbRun:
         if not self.broken:
             with self._left_out_if_it_fails():
                 self.run.log(metrics, step=metrics["step"] if self.offline else None)
+
+    def record(self, event: Event) -> None:
+        """Show an event."""
 
     def finish(self, summary: dict[str, Any], preempted: bool) -> None:
         """Write the summary and end W&B's run, as preempted or as finished."""

@@ -1,11 +1,14 @@
 """The training loop, and one start of a run around it: from its checkpoint to the last step that is asked for."""
 
+import socket
 from collections.abc import Iterator
+from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
-from txl_dist.checkpoint.format import Checkpoint, latest
+from txl_dist.checkpoint.format import Checkpoint, directory, latest
 from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
@@ -14,7 +17,7 @@ from txl_dist.distributed.preemption import Preempted, Preemption
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.distributed.watchdog import Watchdog
 from txl_dist.engine.anomaly_guard import AnomalyDetected, BadStep, describe_bad_step
-from txl_dist.engine.engine import Engine, Start
+from txl_dist.engine.engine import VERSIONS, Engine, Start
 from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
@@ -41,6 +44,7 @@ class Training:
         start: the last step that is done already.
         stop: the last step that is asked for.
         unlogged: where the start before was stopped in an evaluation: the other metrics of that step.
+        earlier_losses, losses: of the steps since the last logged one: known ones, and what the engine has returned.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Training:
         self.stop = min(job.train.stop_at or job.train.max_steps, job.train.max_steps)
         self.origin = describe_origin(job, start)
         self.unlogged: dict[str, Any] | None = checkpoint.data.get("unlogged") if checkpoint else None
+        self.earlier_losses: list[float] = checkpoint.data.get("unlogged_losses", []) if checkpoint else []
+        self.losses: list[Tensor] = []
         preemption.ask("while it was starting")
         self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
         self.segments = self.engine.objective.segments(
@@ -86,16 +92,17 @@ class Training:
             RunError: on every rank, where training cannot continue.
         """
         with self.tracker, self.engine.checkpointer:
+            self.record("start", origin=self.origin, split=str(self.engine), **describe_start(self.job))
             lanes = f"{self.job.data.num_lanes} lanes of {self.job.stride} tokens per step"
             self.tracker.reporter.say(f"{self.job.run.dir}: {self.origin}; {self.engine}, {lanes}")
             try:
                 self.loop()
             except AnomalyDetected as anomaly:
                 self.engine.checkpointer.wait()
-                message = self.describe(anomaly.bad_step)
                 if anomaly.bad_step.action == "stop":
-                    raise RunError(message.splitlines()) from anomaly
-                self.tracker.reporter.say(message)
+                    self.record_bad_step(anomaly.bad_step)
+                    raise RunError(self.describe(anomaly.bad_step).splitlines()) from anomaly
+                self.report(anomaly.bad_step)
             else:
                 if self.engine.step == self.job.train.max_steps:
                     self.finish()
@@ -112,13 +119,13 @@ class Training:
             self.evaluate_log_and_save(self.unlogged)
         for segment in self.segments:
             with profile.step(engine.step + 1):
-                loss = engine.train_step(segment)
+                self.losses.append(engine.train_step(segment))
             self.watchdog.beat(f"step {engine.step}")
             self.preemption.poll()
             self.dropped.tokens += engine.dropped_tokens
             if engine.guard.bad_step:
-                self.tracker.reporter.say(self.describe(engine.guard.bad_step))
-            metrics = self.measure(loss) if self.is_due(self.job.tracking.log_every, self.stop) else {}
+                self.report(engine.guard.bad_step)
+            metrics = self.measure() if self.is_due(self.job.tracking.log_every, self.stop) else {}
             self.evaluate_log_and_save(metrics)
             self.tracker.reporter.advance(engine.step)
             if self.preemption.agreed and engine.step < self.stop:
@@ -135,20 +142,29 @@ class Training:
         """Return whether something is due that is done every so many steps, and at the last one."""
         return self.engine.step % every == 0 or self.engine.step == last
 
-    def measure(self, loss: Tensor) -> dict[str, Any]:
-        """Return the metrics of the last step; every rank must call it.
+    def measure(self) -> dict[str, Any]:
+        """Return the metrics of the steps since the last logged one; every rank must call it.
 
         Raises:
             AnomalyDetected: where a step since the last reading was bad.
         """
         engine = self.engine
         engine.guard.raise_pending()
+        losses = self.take_losses()
         metrics = {
-            "train/loss": engine.mean(loss),
+            "train/loss": fmean(losses),
+            "train/step_loss": losses[-1],
             "train/lr": engine.learning_rate,
             "train/grad_norm": engine.grad_norm,
         }
         return metrics | self.meter.read(engine.step) | self.dropped.read() | engine.guard.metrics()
+
+    def take_losses(self) -> list[float]:
+        """Return the loss of each step since the last logged one, and forget them; every rank must call it."""
+        losses = self.earlier_losses + self.engine.global_losses(self.losses)
+        self.earlier_losses = []
+        self.losses = []
+        return losses
 
     def evaluate_log_and_save(self, metrics: dict[str, Any]) -> None:
         """Do what is due after a step: an evaluation, a line of the log with these metrics, a checkpoint."""
@@ -199,17 +215,34 @@ class Training:
             )
         self.group.raise_if_any_failed(problems)
 
+    def record(self, kind: str, **facts: Any) -> None:
+        """Record an event of the current step."""
+        self.tracker.record(kind, self.engine.step, self.engine.tokens, **facts)
+
     def save(self, valid_loss: float | None, **more: Any) -> None:
         """Save a checkpoint of the current step, with what the run is trained on and more facts."""
+        self.earlier_losses = self.take_losses()
         data = {
             "fingerprint": self.index.fingerprint,
             "vocab_size": self.index.vocab_size,
             "tokenizer": self.index.tokenizer_files,
             "place": self.index.store.absolute_location,
+            "unlogged_losses": self.earlier_losses,
         }
         with self.meter.saving():
             self.engine.save(data | more, valid_loss)
+        self.record("checkpoint", path=str(directory(self.job.run.dir, self.engine.step)), valid_loss=valid_loss)
         self.watchdog.beat(f"the checkpoint of step {self.engine.step}")
+
+    def report(self, bad_step: BadStep) -> None:
+        """Record and show a bad step."""
+        self.record_bad_step(bad_step)
+        self.tracker.reporter.say(self.describe(bad_step))
+
+    def record_bad_step(self, bad_step: BadStep) -> None:
+        """Record a bad step, which may lie before the current one."""
+        tokens = self.engine.origin.tokens_at(bad_step.step, self.job.tokens_per_step)
+        self.tracker.record("bad_step", bad_step.step, tokens, why=bad_step.why, action=bad_step.action)
 
     def describe(self, bad_step: BadStep) -> str:
         """Say what is wrong with a step, and what happens now."""
@@ -231,3 +264,8 @@ def describe_origin(job: TrainJob, start: Start) -> str:
     before = start.config["optimizer"]["name"]
     change = f" with {job.optimizer.name} in place of {before}" if before != job.optimizer.name else ""
     return f"resuming from step {start.step:,}{change}"
+
+
+def describe_start(job: TrainJob) -> dict[str, Any]:
+    """Return what is recorded of each start beside its origin and split."""
+    return {"host": socket.gethostname(), "versions": VERSIONS, "config": asdict(job)}

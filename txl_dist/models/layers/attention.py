@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend
+from txl_dist.models.layers.attention_weights import AttentionWeights, ObservableAttention
+from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend, attention_weights
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Noise
 from txl_dist.models.layers.state import KVCache, RelativeTerms, StateValue
@@ -56,7 +57,7 @@ def sinusoids(position: Tensor, d_model: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- variants
 
 
-class Attention(nn.Module, ABC):
+class Attention(ObservableAttention, ABC):
     """The attention sublayer: projections, attention, residual connection and layer normalisation.
 
     The state of a lane is the sublayer's own last mem_len inputs, oldest first. In evaluation it may be a `KVCache` of
@@ -149,6 +150,11 @@ class Attention(nn.Module, ABC):
             key, value = self.heads(key_value).chunk(2, dim=-2)
         content, position = self.queries(self.heads(self.q_net(segment)))
         relative = RelativePositions(position, *terms) if position is not None and terms else None
+        if self.observer is not None:
+            by_head = attention_weights(content, key, relative, window).unflatten(0, (self.n_head, -1))
+            states = memory if isinstance(memory, Tensor) else None
+            shown = AttentionWeights(by_head.transpose(0, 1), window.distance[None], window.mem_len, states)
+            self.observer(shown)
         attended = attend(self.backend, content, key, value, relative, window, self.dropatt.mask(noise))
         hidden = hidden + self.dropout(self.o_net(attended.flatten(-2)), noise)
         return (hidden if self.pre_lnorm else self.layer_norm(hidden)), new_memory

@@ -57,13 +57,17 @@ class AttentionWindow:
     dtype: torch.dtype = torch.float32
 
     @cached_property
-    def visible(self) -> Tensor:
-        """Return whether a query sees a key: bool [lanes, length, mem_len + length]."""
+    def distance(self) -> Tensor:
+        """Return how many tokens back each key lies from each query: int64 [length, mem_len + length]."""
         length = self.lookback.size(1)
         device = self.lookback.device
         query = torch.arange(self.mem_len, self.mem_len + length, device=device)
-        distance = query[:, None] - torch.arange(self.mem_len + length, device=device)
-        return (distance >= 0) & (distance <= self.lookback[:, :, None])
+        return query[:, None] - torch.arange(self.mem_len + length, device=device)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Return whether a query sees a key: bool [lanes, length, mem_len + length]."""
+        return (self.distance >= 0) & (self.distance <= self.lookback[:, :, None])
 
     @cached_property
     def mask(self) -> Tensor:
@@ -103,6 +107,22 @@ def position_scores(relative: RelativePositions) -> Tensor:
     return skew(by_distance.view(n_head, lanes, length, -1))
 
 
+def attention_weights(
+    content: Tensor, key: Tensor, relative: RelativePositions | None, window: AttentionWindow
+) -> Tensor:
+    """Compute the softmax of the formula: [n_head x lanes, length, keys]."""
+    lanes, length, n_head, d_head = content.shape
+    # Heads, then lanes: for a single lane, and for a KVCache, these are views.
+    queries, keys = (x.movedim(-2, 0).flatten(0, 1) for x in (content * d_head**-0.5, key))
+    if relative is None:
+        scores = queries @ keys.transpose(1, 2)
+    else:
+        scores = torch.baddbmm(position_scores(relative).flatten(0, 1), queries, keys.transpose(1, 2))
+    # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
+    scores.view(n_head, lanes, length, -1).add_(window.mask)
+    return scores.softmax(dim=-1)
+
+
 def reference(
     content: Tensor,
     key: Tensor,
@@ -113,15 +133,8 @@ def reference(
 ) -> Tensor:
     """Compute the formula as it is written, with scores and probabilities in memory."""
     lanes, length, n_head, d_head = content.shape
-    # Heads, then lanes: for a single lane, and for a KVCache, these are views.
-    queries, keys, values = (x.movedim(-2, 0).flatten(0, 1) for x in (content * d_head**-0.5, key, value))
-    if relative is None:
-        scores = queries @ keys.transpose(1, 2)
-    else:
-        scores = torch.baddbmm(position_scores(relative).flatten(0, 1), queries, keys.transpose(1, 2))
-    # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
-    scores.view(n_head, lanes, length, -1).add_(window.mask)
-    probabilities = scores.softmax(dim=-1)
+    values = value.movedim(-2, 0).flatten(0, 1)
+    probabilities = attention_weights(content, key, relative, window)
     if mask is not None:
         by_lane = probabilities.view(n_head, lanes, length, -1).transpose(0, 1)
         probabilities = drop(by_lane, mask).transpose(0, 1).flatten(0, 1)

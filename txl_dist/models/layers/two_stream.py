@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from txl_dist.models.layers.attention import remember, sinusoids
+from txl_dist.models.layers.attention_weights import AttentionWeights, ObservableAttention
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Mask, Noise, drop, hash64
 from txl_dist.models.layers.state import KVCache, StateValue
@@ -134,7 +135,7 @@ def skew_both_ways(by_distance: Tensor, keys: int) -> Tensor:
     return shifted.view(*batch, rows, columns - 1)[..., :keys]
 
 
-class TwoStreamAttention(nn.Module):
+class TwoStreamAttention(ObservableAttention):
     """The attention sublayer of both streams: projections, attention, residual connection and layer normalisation.
 
     The state of a lane is the sublayer's own last mem_len content inputs, oldest first; in evaluation a `KVCache`.
@@ -189,10 +190,14 @@ class TwoStreamAttention(nn.Module):
         content_mask = self.content_dropatt.mask(noise)
         query_mask = self.query_dropatt.mask(noise)
         attended = self.attend_by_blocks(content_rows, keys, view, view.content, content_mask, ahead=0)
+        shown: list[Tensor] | None = None if self.observer is None else []
         if view.columns is None:
-            attended += self.attend_by_blocks(query_rows, keys, view, view.queries, query_mask, ahead=1)
+            attended += self.attend_by_blocks(query_rows, keys, view, view.queries, query_mask, ahead=1, shown=shown)
         else:
-            attended.append(self.attend_anywhere(query_rows[0], keys, view, query_mask))
+            attended.append(self.attend_anywhere(query_rows[0], keys, view, query_mask, shown))
+        if self.observer is not None:
+            assert shown is not None
+            self.observer(self.query_weights(shown, keys, view, memory))
         together = torch.cat(attended, dim=2).transpose(1, 2).flatten(-2)
         return self.layer_norm(attending + self.dropout(self.o_net(together), noise)), new_memory
 
@@ -244,7 +249,14 @@ class TwoStreamAttention(nn.Module):
         return Rows(content.transpose(1, 2).flatten(0, 1), position.transpose(1, 2).flatten(0, 1))
 
     def attend_by_blocks(
-        self, rows: list[Rows], keys: Keys, view: View, added: Tensor, mask: Mask | None, ahead: int
+        self,
+        rows: list[Rows],
+        keys: Keys,
+        view: View,
+        added: Tensor,
+        mask: Mask | None,
+        ahead: int,
+        shown: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Attend from neighbouring positions, block by block: [lanes, n_head, rows, d_head] of each.
 
@@ -253,6 +265,7 @@ class TwoStreamAttention(nn.Module):
         Args:
             rows: those of each block; none at all where only queries are computed.
             ahead: by how much the rows stand further than the content of the same number.
+            shown: to which the weights of each block are appended.
         """
         attended = []
         for part, (start, end, count, block_key) in zip(rows, view.blocks, strict=False):
@@ -262,16 +275,33 @@ class TwoStreamAttention(nn.Module):
             block_mask = mask and mask._replace(seeds=mask.seeds ^ block_key)
             # A slice of everything would cost a copy in backward.
             seen = keys if count == keys.key.size(1) else Keys(keys.key[:, :count], keys.value[:, :count], distances)
-            attended.append(attend(part.content, seen, scores, added[:, start:end, :count], block_mask))
+            attended.append(attend(part.content, seen, scores, added[:, start:end, :count], block_mask, shown))
         return attended
 
-    def attend_anywhere(self, rows: Rows, keys: Keys, view: View, mask: Mask | None) -> Tensor:
+    def attend_anywhere(
+        self, rows: Rows, keys: Keys, view: View, mask: Mask | None, shown: list[Tensor] | None
+    ) -> Tensor:
         """Attend from queries at positions of their own: [lanes, n_head, queries, d_head]."""
         assert view.columns is not None and view.seeing is not None
         by_distance = rows.position @ keys.relative.transpose(1, 2)
         columns = view.columns[:, None].expand(-1, self.n_head, -1, -1).flatten(0, 1)
-        attended = attend(rows.content, keys, by_distance.gather(2, columns), view.queries, mask)
+        attended = attend(rows.content, keys, by_distance.gather(2, columns), view.queries, mask, shown)
         return attended * view.seeing
+
+    def query_weights(self, by_block: list[Tensor], keys: Keys, view: View, memory: StateValue) -> AttentionWeights:
+        """Return where queries look, from the weights of each of their blocks, [lanes, n_head, rows, keys or fewer]."""
+        count = keys.key.size(1)
+        weights = torch.cat([F.pad(block, (0, count - block.size(3))) for block in by_block], dim=2)
+        if view.columns is None:
+            position = torch.arange(1, view.length + 1, device=weights.device)
+            key = torch.arange(view.length - count, view.length, device=weights.device)
+            distance = (position[:, None] - key)[None]
+        else:
+            assert view.seeing is not None
+            weights = weights * view.seeing
+            distance = count - view.columns
+        states = memory if isinstance(memory, Tensor) else None
+        return AttentionWeights(weights, distance, count - view.length, states)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split [..., n * d_head] into heads, [..., n, d_head]; n is n_head, or twice that: keys, then values."""
@@ -317,11 +347,19 @@ class TwoStreamAttention(nn.Module):
         return KVCache(self.kv_net.weight.new_zeros(2, self.n_head, lanes, mem_len, self.d_head, device=device))
 
 
-def attend(content: Tensor, keys: Keys, position_scores: Tensor, added: Tensor, mask: Mask | None) -> Tensor:
+def attend(
+    content: Tensor,
+    keys: Keys,
+    position_scores: Tensor,
+    added: Tensor,
+    mask: Mask | None,
+    shown: list[Tensor] | None = None,
+) -> Tensor:
     """Compute softmax(content key^T + position_scores + added) value: [lanes, n_head, rows, d_head].
 
     Args:
         added: [lanes, rows, keys], for all heads.
+        shown: to which the softmax is appended, [lanes, n_head, rows, keys].
     """
     lanes = len(added)
     scores = torch.baddbmm(position_scores, content, keys.key.transpose(1, 2))
@@ -329,6 +367,8 @@ def attend(content: Tensor, keys: Keys, position_scores: Tensor, added: Tensor, 
     by_lane = scores.view(lanes, -1, *added.shape[1:])
     by_lane.add_(added[:, None])
     probabilities = by_lane.softmax(dim=-1)
+    if shown is not None:
+        shown.append(probabilities)
     if mask is not None:
         probabilities = drop(probabilities, mask)
     return (probabilities.flatten(0, 1) @ keys.value).view(lanes, -1, added.size(1), keys.value.size(2))

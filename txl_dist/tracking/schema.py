@@ -1,0 +1,293 @@
+"""The metrics of a run, each declared once: console, curve, dashboard, W&B and documentation show them by this.
+
+Every key of metrics.jsonl but those of AXES is one of METRICS, or a member of a family of them.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Section = Literal["Loss", "Optimization", "Memory", "Speed", "Health", "Samples"]
+SECTIONS: tuple[Section, ...] = ("Loss", "Optimization", "Memory", "Speed", "Health", "Samples")
+
+AXES = {"tokens": "training tokens", "step": "optimizer steps", "time": "seconds since 1970"}  # on every line
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is logged, or a family of numbers.
+
+    Attributes:
+        key: in metrics.jsonl. A word in braces stands for what tells the members of a family apart.
+        label: of its line in a chart; words in braces as in the key.
+        meaning: for the documentation.
+        is_exact: whether the same run logs the same value at every start; speeds are others each time.
+    """
+
+    key: str
+    label: str
+    meaning: str
+    is_exact: bool = True
+
+    @property
+    def is_family(self) -> bool:
+        """Return whether it stands for several keys."""
+        return "{" in self.key
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """Return what a key has in place of the words in braces; None for the key of another metric."""
+        found = pattern(self.key).fullmatch(key)
+        return found.groupdict() if found else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart: metrics with one axis.
+
+    Attributes:
+        title: unique.
+        unit: of its values; empty for counts, shares and numbers without one.
+        better: which values are better; None where neither are.
+    """
+
+    title: str
+    section: Section
+    unit: str
+    better: Literal["lower", "higher"] | None
+    metrics: tuple[Metric, ...]
+
+
+@cache
+def pattern(key: str) -> re.Pattern[str]:
+    """Return the regular expression of a metric's keys."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+?)", re.escape(key)))
+
+
+def find_metric(key: str) -> Metric | None:
+    """Return the metric of a key in metrics.jsonl; None for a key that is not declared."""
+    return next((metric for metric in METRICS if metric.match(key) is not None), None)
+
+
+NATS = "nats per token"  # with permutation language modelling per predicted token
+
+PANELS = (
+    # ------------------------------------------------------------------------------------------------------- loss
+    Panel(
+        "Loss",
+        "Loss",
+        NATS,
+        "lower",
+        (
+            Metric("train/loss", "training", "the mean over the steps since the line before"),
+            Metric("valid/loss", "validation", "that of the whole validation split"),
+            Metric("test/loss", "test", "that of the whole test split"),
+        ),
+    ),
+    Panel("Loss of a step", "Loss", NATS, "lower", (Metric("train/step_loss", "training", "that of this step alone"),)),
+    Panel(
+        "Perplexity",
+        "Loss",
+        "",
+        "lower",
+        (
+            Metric("valid/perplexity", "validation", "exp(valid/loss)"),
+            Metric("test/perplexity", "test", "exp(test/loss)"),
+        ),
+    ),
+    Panel(
+        "Bits per byte",
+        "Loss",
+        "bits per byte of text",
+        "lower",
+        (
+            Metric("valid/bits_per_byte", "validation", "the loss in bits; not of permutation language modelling"),
+            Metric("test/bits_per_byte", "test", "the same of the test split"),
+        ),
+    ),
+    # ----------------------------------------------------------------------------------------------- optimization
+    Panel("Learning rate", "Optimization", "", None, (Metric("train/lr", "learning rate", "that of this step"),)),
+    Panel(
+        "Norm of the gradient",
+        "Optimization",
+        "",
+        None,
+        (Metric("train/grad_norm", "all parameters", "the norm of this step's whole gradient, before clipping"),),
+    ),
+    Panel(
+        "Norm of weights",
+        "Optimization",
+        "",
+        None,
+        (Metric("watch/weights/{part}", "{part}", "of a layer (`layer.0`) or another module, after this step"),),
+    ),
+    Panel(
+        "Norm of gradients",
+        "Optimization",
+        "",
+        None,
+        (Metric("watch/gradients/{part}", "{part}", "of a part's gradient in this step, before clipping"),),
+    ),
+    Panel(
+        "Norm of updates",
+        "Optimization",
+        "",
+        None,
+        (Metric("watch/updates/{part}", "{part}", "of the change of a part's weights in this step"),),
+    ),
+    Panel(
+        "Root mean square of activations",
+        "Optimization",
+        "",
+        None,
+        (Metric("watch/activations_rms/{part}", "{part}", "of the numbers that leave a layer in this step"),),
+    ),
+    Panel(
+        "Largest activation",
+        "Optimization",
+        "",
+        None,
+        (Metric("watch/activations_max/{part}", "{part}", "the largest absolute value among them"),),
+    ),
+    # ----------------------------------------------------------------------------------------------------- memory
+    Panel(
+        "Gain of memory",
+        "Memory",
+        NATS,
+        "higher",
+        (
+            Metric(
+                "memory/gain",
+                "all positions",
+                "by how much the loss on the beginning of the validation split is lower with memory than without",
+            ),
+            Metric(
+                "memory/gain/from.{position}",
+                "from position {position} on",
+                "the same at the positions of a segment from this one up to the next such number",
+            ),
+        ),
+    ),
+    Panel(
+        "Attention on memory",
+        "Memory",
+        "",
+        None,
+        (
+            Metric("memory/share", "all heads", "the share of attention that is on the memory, not on the segment"),
+            Metric("memory/share/layer.{layer}.head.{head}", "layer {layer}, head {head}", "that of one head"),
+        ),
+    ),
+    Panel(
+        "Attention by distance",
+        "Memory",
+        "",
+        None,
+        (
+            Metric(
+                "memory/distance/layer.{layer}.head.{head}.from.{distance}",
+                "layer {layer}, head {head}, from {distance} on",
+                "the share of a head's attention at distances from this one, in tokens, up to the next such number; "
+                "0: the token itself; ahead: what follows it",
+            ),
+        ),
+    ),
+    Panel(
+        "Age of what is attended to",
+        "Memory",
+        "tokens",
+        None,
+        (Metric("memory/age/layer.{layer}", "layer {layer}", "the mean distance of attention on the memory"),),
+    ),
+    Panel(
+        "Norm of what is attended to",
+        "Memory",
+        "",
+        None,
+        (Metric("memory/norm/layer.{layer}", "layer {layer}", "the mean norm of the remembered states"),),
+    ),
+    Panel(
+        "Cosine of old and new state",
+        "Memory",
+        "",
+        None,
+        (
+            Metric(
+                "memory/drift/layer.{layer}",
+                "layer {layer}",
+                "between what a lane of training remembered before this step and after it; the mean over lanes",
+            ),
+        ),
+    ),
+    # ------------------------------------------------------------------------------------------------------ speed
+    Panel(
+        "Tokens per second",
+        "Speed",
+        "",
+        "higher",
+        (
+            Metric(
+                "train/tokens_per_second",
+                "training",
+                "of all ranks, without evaluations and checkpoints",
+                is_exact=False,
+            ),
+        ),
+    ),
+    Panel(
+        "Model FLOPs utilisation",
+        "Speed",
+        "",
+        "higher",
+        (
+            Metric(
+                "train/mfu",
+                "training",
+                "the share of the GPUs' peak that the model uses; give `engine.peak_tflops` where the GPU is not a "
+                "known one",
+                is_exact=False,
+            ),
+        ),
+    ),
+    Panel(
+        "Wait for data",
+        "Speed",
+        "",
+        "lower",
+        (Metric("train/data_wait", "training", "the share of the time that training waits for data", is_exact=False),),
+    ),
+    Panel(
+        "Seconds beside training",
+        "Speed",
+        "seconds",
+        "lower",
+        (
+            Metric("train/checkpoint_wait", "checkpoints", "that training has waited for checkpoints", is_exact=False),
+            Metric("memory/seconds", "metrics of memory", "that the metrics `memory/...` have taken", is_exact=False),
+            Metric("watch/seconds", "metrics of layers", "that the metrics `watch/...` have taken", is_exact=False),
+        ),
+    ),
+    # ----------------------------------------------------------------------------------------------------- health
+    Panel(
+        "Skipped steps",
+        "Health",
+        "",
+        "lower",
+        (Metric("train/skipped_steps", "so far", "skipped steps so far, if there are any"),),
+    ),
+    Panel(
+        "Dropped tokens",
+        "Health",
+        "",
+        "lower",
+        (
+            Metric(
+                "train/skipped_tokens",
+                "since the line before",
+                "of damaged samples since the line before, if there are any",
+            ),
+        ),
+    ),
+)
+
+METRICS = tuple(metric for panel in PANELS for metric in panel.metrics)
