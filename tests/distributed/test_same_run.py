@@ -243,6 +243,7 @@ def check_same(metrics, run_dir, reference):
     assert len(losses(metrics, run_dir)) == 20
     for key in ("train/loss", "train/grad_norm", "valid/loss", "test/loss"):
         assert losses(metrics, run_dir, key) == pytest.approx(losses(metrics, reference, key), rel=1e-5), key
+    check_same_use(metrics(run_dir), metrics(reference))
     for kind in ("weights", "memory", "optimizer"):
         actual, expected = (latest(path).tensors(kind) for path in (run_dir, reference))
         assert actual.keys() == expected.keys()
@@ -252,6 +253,14 @@ def check_same(metrics, run_dir, reference):
             assert value.norm() > 0, key
             error = (actual[key] - value).norm()
             assert error <= 1e-5 * value.norm(), (key, error / value.norm())
+
+
+def check_same_use(lines, reference):
+    """What the memory does: a gain is a difference of losses, which are some nats."""
+    for line, expected in zip(lines, reference, strict=True):
+        keys = [key for key in expected if key.startswith("memory/") and key != "memory/seconds"]
+        assert [key for key in line if key in keys] == keys
+        assert all(line[key] == pytest.approx(expected[key], rel=1e-4, abs=2e-5) for key in keys)
 
 
 @pytest.mark.parametrize("model, split", RUNS, ids=[name(model, split) for model, split in RUNS])

@@ -34,6 +34,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.two_way import CLASSIFIER, SEPARATOR
 from txl_dist.distributed.launcher import launcher_env
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.evaluation.encode import encode_text
 from txl_dist.models.config import ModelConfig
 from txl_dist.tracking.weights_and_biases import refused_settings
 
@@ -242,6 +243,20 @@ def data_are_there(data: DataConfig, model: ModelConfig, checkpoint: CheckpointC
     yield from (f"{problem} in {data.dir}" for problem in model.vocabulary_problems(index.vocab_size))
 
 
+def prompts_can_be_encoded(tracking: TrackingConfig, data: DataConfig) -> Iterator[str]:
+    """Check that the tokenizer of the data takes the prompts."""
+    try:
+        tokenizer = Index.open(data.dir).tokenizer() if tracking.prompts else None
+    except UserError:  # data_are_there reports it
+        return
+    for number, prompt in enumerate(tracking.prompts or []):
+        try:
+            assert tokenizer is not None
+            encode_text(tokenizer, prompt, f"tracking.prompts: text {number + 1}")
+        except UserError as error:
+            yield str(error)
+
+
 def objective_fits_the_rest(
     objective: ObjectiveConfig, model: ModelConfig, data: DataConfig, train: TrainConfig
 ) -> Iterator[str]:
@@ -406,6 +421,7 @@ CHECKS: dict[type, list[Check]] = {
         run_dir_can_be_printed,
         tracking_is_accepted,
         data_are_there,
+        prompts_can_be_encoded,
         objective_fits_the_rest,
         objective_fits_the_segment,
         objective_has_its_data,

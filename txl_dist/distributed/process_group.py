@@ -52,9 +52,19 @@ class ProcessGroup:
 
     def gather(self, problems: list[str]) -> list[str]:
         """Return the different problems of all ranks, the same list on each. Every rank must call it."""
-        gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, problems)
-        return list(dict.fromkeys(chain.from_iterable(gathered)))
+        return list(dict.fromkeys(chain.from_iterable(self.all_gather(problems))))
+
+    def all_gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks, in their order. Every rank must call it."""
+        gathered = [value] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def gather_on_rank_zero(self, value: Value) -> list[Value]:
+        """Return the values of all ranks on rank zero, and none elsewhere. Every rank must call it."""
+        gathered = [value] * self.size if self.is_rank_zero else None
+        dist.gather_object(value, gathered)
+        return gathered or []
 
     def broadcast(self, value: Value) -> Value:
         """Return rank zero's value on every rank. Every rank must call it."""

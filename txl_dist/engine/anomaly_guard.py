@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from txl_dist.checkpoint.format import Checkpoint
@@ -169,8 +168,7 @@ class AnomalyGuard:
         why = self._find_anomaly(total / self.num_lanes, ranks_with_wrong_norm > 0 and not self.fp16)
         if why is None:
             return None
-        by_rank: list[list[LaneLoss]] = [[] for _ in range(self.group.size)]
-        dist.all_gather_object(by_rank, list(zip(self.lanes, losses.tolist(), strict=False)))
+        by_rank = self.group.all_gather(list(zip(self.lanes, losses.tolist(), strict=False)))
         return BadStep(reading.step, why, worst_lanes(by_rank), self.config.on_bad_step)
 
     def _find_anomaly(self, loss: float, wrong_norm: bool) -> str | None:

@@ -4,9 +4,11 @@ A rank trains a part of the model (all of it, or one stage of a pipeline) on its
 layers and lanes, and writes and reads its share of checkpoints.
 """
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ from txl_dist.engine.anomaly_guard import AnomalyGuard
 from txl_dist.engine.lane_states import LaneStates
 from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.sharded_state import ShardedState
+from txl_dist.evaluation.memory_use import ShowAttention, ShowLosses
 from txl_dist.models import registry
 from txl_dist.models.base import Batch, LanguageModel, Runtime
 from txl_dist.models.layers.dropout import Noise
@@ -155,8 +158,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def score(self, segments: Iterable[Segment]) -> tuple[float | Tensor, int]:
-        """Read segments with memories of their own; return this rank's share of the nats, and of their tokens."""
+    def score(self, segments: Iterable[Segment], show: ShowLosses | None = None) -> tuple[float | Tensor, int]:
+        """Read segments with memories of their own; return this rank's share of the nats, and of their tokens.
+
+        Args:
+            show: is called, where the losses are computed, with those of some lanes, [lanes, targets], and their batch.
+        """
 
     def __str__(self) -> str:
         """Return the model's size and the split, for people to read."""
@@ -281,14 +288,35 @@ class Engine(ABC):
 
         Memories are new ones: those of training stay as they are.
         """
+        with self._evaluating():
+            nats, tokens = self.group.sum(*self.score(segments))
+        return Score(nats, int(tokens))
+
+    def show(self, segments: Iterable[Segment], losses: ShowLosses, attention: ShowAttention | None) -> None:
+        """Read segments as `evaluate` does, and show losses and attention of this rank's lanes and layers."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._evaluating())
+            if attention:
+                stack.enter_context(self.model.observed(lambda number, seen: attention(self.layers[number], seen)))
+            self.score(segments, losses)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Have the model read with the lengths of job.evaluated_model, without dropout."""
         self.deepspeed.eval()
         try:
             # Compiled layers would be compiled anew for each length, as their caches grow.
             with self.model.reading_as(self.job.evaluated_model), torch.compiler.set_stance("force_eager"):
-                nats, tokens = self.group.sum(*self.score(segments))
+                yield
         finally:
             self.deepspeed.train()
-        return Score(nats, int(tokens))
+
+    def memory_drift(self) -> dict[str, float]:
+        """Return by layer the cosine of what lanes remember and remembered a step before; every rank must call it."""
+        sums: Counter[int] = Counter()
+        for of_rank in self.group.all_gather(self.memory.drift()):
+            sums.update(of_rank)
+        return {f"memory/drift/layer.{layer}": sums[layer] / self.job.data.num_lanes for layer in sorted(sums)}
 
     def save(self, data: dict[str, Any], valid_loss: float | None) -> None:
         """Copy the state of the current step; a checkpoint of it is written in the background.
@@ -325,6 +353,11 @@ class Engine(ABC):
             "valid_loss": valid_loss,
         }
         self.checkpointer.save(self.step, tensors, state, asdict(self.job), data)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return a CPU copy of all weights, by name, on rank zero, and nothing elsewhere; every rank must call it."""
+        shares = self.group.gather_on_rank_zero(self.state.weights())
+        return {name: weight for share in shares for name, weight in share.items()}
 
     def close(self) -> None:
         """Free the memory of model and optimizer; the engine cannot be used any more."""

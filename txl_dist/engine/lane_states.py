@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from txl_dist.models.base import Shapes
 from txl_dist.models.layers.state import State
@@ -64,6 +65,18 @@ class LaneStates:
         for old, new in zip(self.current, self.next, strict=True):
             for name, states in new.items():
                 states[rows] = old[name][rows]
+
+    def drift(self) -> dict[int, float]:
+        """Return for each layer the sum over lanes of the cosine between the committed state and the one before it."""
+        cosines = {}
+        for layer, current, before in zip(self.layers, self.current, self.next, strict=True):
+            if any(states.numel() for states in current.values()):
+                now, then = (
+                    torch.cat([states.float().flatten(1) for states in of_step.values()], dim=1)
+                    for of_step in (current, before)
+                )
+                cosines[layer] = float(F.cosine_similarity(now, then).sum())
+        return cosines
 
     def by_name(self) -> dict[str, Tensor]:
         """Return each state under its identity: `layer.L.lane.N` for `memory`, `layer.L.lane.N.NAME` for others."""

@@ -33,6 +33,7 @@ from txl_dist.engine.deepspeed_internals import (
 )
 from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, lane_split, parameter_names
 from txl_dist.engine.lane_states import LaneStates
+from txl_dist.evaluation.memory_use import ShowLosses
 from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.base import Objective, micro_batches
@@ -49,6 +50,7 @@ class Stage(nn.Module):
             only, so `forward` runs once for each micro-batch.
         loss_weight: that of the engine.
         lane_losses: to which the last stage appends the losses of a micro-batch's lanes.
+        evaluated: to which the last stage appends, in evaluation, the losses [lanes, targets] of a micro-batch.
     """
 
     def __init__(self, model: LanguageModel, layers: range, is_first: bool, is_last: bool, objective: Objective):
@@ -61,6 +63,7 @@ class Stage(nn.Module):
         self.memory: LaneStates | None = None
         self.loss_weight = 1.0
         self.lane_losses: list[Tensor] = []
+        self.evaluated: list[Tensor] = []
         model.keep_stage(layers, is_first, is_last)
 
     def forward(self, stage_input: StageInput) -> StageInput:
@@ -88,6 +91,7 @@ class Stage(nn.Module):
         *carry, rows = stage_output
         nats = self.model.predict(tuple(carry), targets, self.noise and self.noise.of_rows(rows))
         if not self.training:
+            self.evaluated.append(nats)
             return nats.double().sum()
         loss, lane_losses = self.objective.loss(nats, self.loss_weight)
         self.lane_losses.append(lane_losses)
@@ -168,7 +172,7 @@ class PipelineEngine(Engine):
         self.stage.lane_losses = self.guard.lane_losses
         return self.deepspeed.train_batch(self.stage_inputs(batch))
 
-    def score(self, segments: Iterable[Segment]) -> tuple[Tensor, int]:
+    def score(self, segments: Iterable[Segment], show: ShowLosses | None = None) -> tuple[Tensor, int]:
         """Return the nats and the number of the scored tokens of this rank's lanes on the last stage; 0 on others."""
         memory = self.empty_memory()
         self.stage.memory = memory
@@ -178,11 +182,14 @@ class PipelineEngine(Engine):
         expect_other_lengths(self.deepspeed)
         for segment in segments:
             batch = self.objective.batch(segment)
+            self.stage.evaluated = []
             losses = self.deepspeed.eval_batch(self.stage_inputs(batch), reduce_output=None, bcast_loss=False)
             memory.commit()
             if self.stage.is_last:
                 nats += torch.stack(losses).sum()
                 tokens += int((batch["targets"] != NOT_SCORED).sum())
+                if show:
+                    show(torch.cat(self.stage.evaluated), batch)
         expect_other_lengths(self.deepspeed)
         return nats, tokens
 

@@ -11,6 +11,7 @@ from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine.deepspeed_internals import forget_pipeline_grid
 from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, parameter_names
 from txl_dist.evaluation.likelihood import read_segments
+from txl_dist.evaluation.memory_use import ShowLosses
 from txl_dist.models.base import Batch
 from txl_dist.objectives.base import Objective, micro_batches
 
@@ -48,8 +49,9 @@ class ZeroEngine(Engine):
             self.deepspeed.step()
         return torch.stack(losses).detach().mean()
 
-    def score(self, segments: Iterable[Segment]) -> tuple[Tensor, int]:
+    def score(self, segments: Iterable[Segment], show: ShowLosses | None = None) -> tuple[Tensor, int]:
         """Return the nats and the number of the scored tokens of this rank's lanes."""
         device = self.group.device
-        caches = [self.model.empty_cache(self.split.micro_batch, device) for _ in range(self.split.accumulation)]
-        return read_segments(self.deepspeed, self.objective, caches, segments, device)
+        empty = self.model.empty_memory if show else self.model.empty_cache  # states are to be seen as they are
+        memories = [empty(self.split.micro_batch, device) for _ in range(self.split.accumulation)]
+        return read_segments(self.deepspeed, self.objective, memories, segments, device, show)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from txl_dist.data.segments import NOT_SCORED, Segment
-from txl_dist.models.base import Carry, LanguageModel
+from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.state import State
 from txl_dist.objectives.base import Objective, Score, micro_batches
 from txl_dist.objectives.causal_lm import CausalLM
@@ -27,6 +27,7 @@ def read_segments(
     caches: list[list[State]],
     segments: Iterable[Segment],
     device: torch.device,
+    show: Callable[[Tensor, Batch], None] | None = None,
 ) -> tuple[Tensor, int]:
     """Read segments in order, each micro-batch of lanes with a memory of its own.
 
@@ -34,6 +35,7 @@ def read_segments(
         forward: runs the model, as `LanguageModel.forward`.
         caches: the empty memory of each micro-batch; they are used up.
         device: of the losses.
+        show: is called with the losses [lanes, targets] of each micro-batch, and with the micro-batch.
 
     Returns:
         The nats, float64, and how many tokens are scored.
@@ -45,6 +47,8 @@ def read_segments(
         for number, (_, micro_batch) in enumerate(micro_batches(batch, len(caches))):
             losses, caches[number] = forward(micro_batch, caches[number])
             nats += losses.double().sum()
+            if show:
+                show(losses, micro_batch)
         tokens += int((batch["targets"] != NOT_SCORED).sum())
     return nats, tokens
 

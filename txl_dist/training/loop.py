@@ -1,6 +1,7 @@
 """The training loop, and one start of a run around it: from its checkpoint to the last step that is asked for."""
 
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from statistics import fmean
@@ -21,6 +22,7 @@ from txl_dist.engine.engine import VERSIONS, Engine, Start
 from txl_dist.engine.pipeline import PipelineEngine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.errors import RunError
+from txl_dist.evaluation.memory_use import measure_memory_use
 from txl_dist.files.lock import Lock
 from txl_dist.objectives.registry import build_objective
 from txl_dist.runs.finished import mark_finished
@@ -31,6 +33,7 @@ from txl_dist.tracking.gpu_peak import total_peak_flops
 from txl_dist.tracking.meter import ThroughputMeter
 from txl_dist.tracking.profile import Profile
 from txl_dist.tracking.tracker import Tracker
+from txl_dist.training.samples import PromptSampler
 
 
 class Training:
@@ -77,6 +80,7 @@ class Training:
         self.segments = self.engine.objective.segments(
             job, index, self.engine.lanes, self.engine.origin, self.start, self.stop
         )
+        self.sampler = PromptSampler(job, index) if job.tracking.prompts else None
         self.dropped = DroppedSamples(self.segments.reader, group, self.tracker.reporter)
         peak = total_peak_flops(job.engine, self.engine.precision, group)
         self.meter = ThroughputMeter(self.segments, self.start, job.tokens_per_step, self.engine.training_flops, peak)
@@ -126,6 +130,8 @@ class Training:
             if engine.guard.bad_step:
                 self.report(engine.guard.bad_step)
             metrics = self.measure() if self.is_due(self.job.tracking.log_every, self.stop) else {}
+            if self.memory_is_due:
+                metrics |= engine.memory_drift()
             self.evaluate_log_and_save(metrics)
             self.tracker.reporter.advance(engine.step)
             if self.preemption.agreed and engine.step < self.stop:
@@ -141,6 +147,19 @@ class Training:
     def is_due(self, every: int, last: int) -> bool:
         """Return whether something is due that is done every so many steps, and at the last one."""
         return self.engine.step % every == 0 or self.engine.step == last
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Return whether the validation split is scored after this step."""
+        return self.is_due(self.job.train.eval_every, self.job.train.max_steps) and "valid" in self.index.splits
+
+    @property
+    def memory_is_due(self) -> bool:
+        """Return whether it is looked at what the memory does after this step: by default at evaluations."""
+        every = self.job.tracking.memory_every
+        if every == 0 or not self.job.evaluated_model.lookback or "valid" not in self.index.splits:
+            return False
+        return self.evaluation_is_due if every is None else self.engine.step % every == 0
 
     def measure(self) -> dict[str, Any]:
         """Return the metrics of the steps since the last logged one; every rank must call it.
@@ -169,16 +188,29 @@ class Training:
     def evaluate_log_and_save(self, metrics: dict[str, Any]) -> None:
         """Do what is due after a step: an evaluation, a line of the log with these metrics, a checkpoint."""
         with self.meter.paused():
-            if self.is_due(self.job.train.eval_every, self.job.train.max_steps) and "valid" in self.index.splits:
+            if self.evaluation_is_due:
                 try:
                     metrics = metrics | self.evaluate("valid")
                 except Preempted:
                     self.save(None, unlogged=metrics)
                     raise
+            if self.memory_is_due:
+                metrics = metrics | self.look_at_memory()
             if metrics:
                 self.log(metrics)
+            if self.evaluation_is_due and self.sampler:
+                self.record("samples", samples=self.sampler.sample(self.engine))
+                self.watchdog.beat(f"the samples of step {self.engine.step}")
             if self.is_due(self.job.checkpoint.every, self.stop) or self.preemption.agreed:
                 self.save(metrics.get("valid/loss"))
+
+    def look_at_memory(self) -> dict[str, float]:
+        """Return what the memory does for the validation split; every rank must call it."""
+        began = time.perf_counter()
+        segments = self.engine.objective.evaluation_segments(self.job, self.index, "valid", self.engine.lanes)
+        lookback = self.job.evaluated_model.lookback
+        metrics = measure_memory_use(self.engine.show, segments, lookback, self.group)
+        return metrics | {"memory/seconds": time.perf_counter() - began}
 
     def evaluate(self, name: str) -> dict[str, float]:
         """Return the objective's metrics of a whole split, such as valid/loss and valid/perplexity.
