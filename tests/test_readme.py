@@ -24,6 +24,7 @@ from txl_dist.models.config import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")])
+METRICS_PAGE = runpy.run_path(str(REPO / "docs" / "generate_metrics.py"))
 REFERENCE = runpy.run_path(str(REPO / "docs" / "generate_configuration.py"))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -149,6 +150,10 @@ def test_relative_links_lead_somewhere(page):
 
 def test_the_reference_of_the_configuration_is_current():
     assert REFERENCE["PAGE"].read_text() == REFERENCE["generate"](), "run python docs/generate_configuration.py"
+
+
+def test_the_page_of_metrics_is_current():
+    assert METRICS_PAGE["PAGE"].read_text() == METRICS_PAGE["generate"](), "run python docs/generate_metrics.py"
 
 
 def test_the_reference_names_every_key_of_the_schema():

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from txl_dist.distributed.logs import output_optional
 from txl_dist.tracking.events import Event
+from txl_dist.tracking.schema import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -91,14 +92,5 @@ class ConsoleReporter:
 
 def format_metrics(metrics: dict[str, Any]) -> str:
     """Format the metrics of a step for one line of the console."""
-    parts = []
-    for split in ("train", "valid", "test"):
-        if f"{split}/loss" in metrics:
-            parts.append(f"{split} loss {metrics[f'{split}/loss']:.4f}")
-        if f"{split}/bits_per_byte" in metrics:
-            parts.append(f"{split} bits/byte {metrics[f'{split}/bits_per_byte']:.4f}")
-    if "train/tokens_per_second" in metrics:
-        parts.append(f"lr {metrics['train/lr']:.2e}  {metrics['train/tokens_per_second']:,.0f} tokens/s")
-    if "train/mfu" in metrics:
-        parts.append(f"MFU {metrics['train/mfu']:.1%}")
-    return "  ".join(parts)
+    shown = [metric for metric in METRICS if metric.console and metric.key in metrics]
+    return "  ".join(metric.console.format(metrics[metric.key]) for metric in shown if metric.console)

@@ -23,12 +23,14 @@ class Metric:
         label: of its line in a chart; words in braces as in the key.
         meaning: for the documentation.
         is_exact: whether the same run logs the same value at every start; speeds are others each time.
+        console: how it stands in a line of the console, with its value; None: it does not.
     """
 
     key: str
     label: str
     meaning: str
     is_exact: bool = True
+    console: str | None = None
 
     @property
     def is_family(self) -> bool:
@@ -79,9 +81,11 @@ PANELS = (
         NATS,
         "lower",
         (
-            Metric("train/loss", "training", "the mean over the steps since the line before"),
-            Metric("valid/loss", "validation", "that of the whole validation split"),
-            Metric("test/loss", "test", "that of the whole test split"),
+            Metric(
+                "train/loss", "training", "the mean over the steps since the line before", console="train loss {:.4f}"
+            ),
+            Metric("valid/loss", "validation", "that of the whole validation split", console="valid loss {:.4f}"),
+            Metric("test/loss", "test", "that of the whole test split", console="test loss {:.4f}"),
         ),
     ),
     Panel("Loss of a step", "Loss", NATS, "lower", (Metric("train/step_loss", "training", "that of this step alone"),)),
@@ -101,12 +105,23 @@ PANELS = (
         "bits per byte of text",
         "lower",
         (
-            Metric("valid/bits_per_byte", "validation", "the loss in bits; not of permutation language modelling"),
-            Metric("test/bits_per_byte", "test", "the same of the test split"),
+            Metric(
+                "valid/bits_per_byte",
+                "validation",
+                "the loss in bits; not of permutation language modelling",
+                console="valid bits/byte {:.4f}",
+            ),
+            Metric("test/bits_per_byte", "test", "the same of the test split", console="test bits/byte {:.4f}"),
         ),
     ),
     # ----------------------------------------------------------------------------------------------- optimization
-    Panel("Learning rate", "Optimization", "", None, (Metric("train/lr", "learning rate", "that of this step"),)),
+    Panel(
+        "Learning rate",
+        "Optimization",
+        "",
+        None,
+        (Metric("train/lr", "learning rate", "that of this step", console="lr {:.2e}"),),
+    ),
     Panel(
         "Norm of the gradient",
         "Optimization",
@@ -231,6 +246,7 @@ PANELS = (
                 "training",
                 "of all ranks, without evaluations and checkpoints",
                 is_exact=False,
+                console="{:,.0f} tokens/s",
             ),
         ),
     ),
@@ -246,6 +262,7 @@ PANELS = (
                 "the share of the GPUs' peak that the model uses; give `engine.peak_tflops` where the GPU is not a "
                 "known one",
                 is_exact=False,
+                console="MFU {:.1%}",
             ),
         ),
     ),
