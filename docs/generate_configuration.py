@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": schema.EvaluateJob,
     "generate": schema.GenerateJob,
     "score": schema.ScoreJob,
+    "look": schema.LookJob,
     "recl": schema.ReclJob,
     "inspect": schema.InspectJob,
     "convert": schema.ConvertJob,

@@ -22,6 +22,7 @@ from txl_dist.config.schema import (
     EvaluateJob,
     GenerateJob,
     InspectJob,
+    LookJob,
     PermutationLMConfig,
     PrepareJob,
     ReclJob,
@@ -392,7 +393,7 @@ def test_a_checkpoint_is_a_step_or_the_best_or_the_latest():
         )
 
 
-SCHEMAS = JOBS | {"score": ScoreJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
+SCHEMAS = JOBS | {"score": ScoreJob, "look": LookJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
 # A number can be a name; and whether a step exists is checked with the run.
 TRACKING = [f"tracking.{key}" for key in ("project", "name", "entity", "group", "job_type", "tags", "notes", "prompts")]
 NAMES = ("prompt", "text", *TRACKING, "tokenizer.model", "checkpoint")

@@ -1,4 +1,4 @@
-"""The checks of the jobs that read the checkpoints of runs: evaluate, generate, score, recl, inspect, convert.
+"""The checks of the jobs that read the checkpoints of runs: evaluate, generate, score, look, recl, inspect, convert.
 
 checkpoint.format is imported by the functions that need it: with it comes torch.
 """
@@ -12,6 +12,7 @@ from txl_dist.config.schema import (
     EvaluateJob,
     GenerateJob,
     InspectJob,
+    LookJob,
     ModelChanges,
     ReclJob,
     ScoreJob,
@@ -113,6 +114,15 @@ def window_has_no_memory(sliding_window: bool, model: ModelChanges) -> Iterator[
         )
 
 
+def page_has_a_place(to: str) -> Iterator[str]:
+    """Check that the page is a file in a folder, and takes the place of nothing but a page."""
+    path = Path(to)
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        yield f"to={to}: is not the name of a page; give one that ends with .html"
+    elif not path.parent.is_dir():
+        yield f"to={to}: there is no folder {path.parent}; make it first, or give another"
+
+
 def conversion_has_one_direction(
     run: str, from_: str | None, to: str | None, tokenizer_from: str | None
 ) -> Iterator[str]:
@@ -144,6 +154,7 @@ CHECKS: dict[type, list[Check]] = {
     GenerateJob: [run_is_there, change_problems],
     InspectJob: [run_is_there],
     ScoreJob: [run_is_there, change_problems],
+    LookJob: [run_is_there, change_problems, page_has_a_place],
     ReclJob: [all_runs_are_there, there_are_two_contexts],
     ConvertJob: [conversion_has_one_direction, exported_run_is_there],
 }

@@ -449,6 +449,22 @@ class ScoreJob:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class LookJob:
+    """Write a page that shows what memory and attention do in a text (null: standard input).
+
+    max_tokens: a longer text is cut. A page tells distances in 16 bits.
+    """
+
+    run: RunDir
+    text: str | None
+    to: PathStr
+    max_tokens: Annotated[int, Strict(), Field(ge=1, le=65_535)]
+    checkpoint: CheckpointChoice
+    average: StrictBool
+    model: ModelChanges
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class ReclJob:
     """Measure the effective context of runs.
 
