@@ -5,7 +5,7 @@ it relies on: that is what to look up when an upgrade breaks a test.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -86,6 +86,47 @@ def optimized_tensors(engine: Any, parameters: Mapping[str, nn.Parameter]) -> li
     if stage == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
     return engine.optimizer.single_partition_of_fp32_groups
+
+
+class Shard(NamedTuple):
+    """The stretch of a parameter that a rank keeps, within a tensor that the inner optimizer updates.
+
+    Attributes:
+        tensor: flat, of several parameters; at ZeRO 0 the parameter itself.
+    """
+
+    tensor: Tensor
+    start: int
+    stop: int
+
+    def weights(self) -> Tensor:
+        """Return the weights, of which the optimizer keeps float32: [stop - start]."""
+        return self.tensor.detach().reshape(-1)[self.start : self.stop]
+
+    def gradient(self) -> Tensor | None:
+        """Return their gradient, while the optimizer updates `tensor`; None where there is none."""
+        return None if self.tensor.grad is None else self.tensor.grad.reshape(-1)[self.start : self.stop]
+
+
+def local_shard(engine: Any, parameter: Any, rank: int) -> Shard | None:
+    """Return the stretch of a parameter that a data-parallel rank keeps; None: none. At ZeRO 0 all keep all of it.
+
+    At ZeRO 1 and 2 `_hp_mapping`, None for a parameter of other ranks, has its address in the partition of its group.
+    At 3 every rank has as much of it as `ds_tensor`, at its `grad_position`; the last pieces end with padding.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return Shard(parameter, 0, parameter.numel())
+    if stage == 3:
+        group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        kept = min(max(parameter.ds_numel - rank * length, 0), length)
+        return Shard(engine.optimizer.fp32_partitioned_groups_flat[group], start, start + kept)
+    fragment = parameter._hp_mapping
+    if fragment is None:
+        return None
+    address = fragment.get_hp_fragment_address()
+    partition = engine.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+    return Shard(partition, address.start, address.start + address.numel)
 
 
 def link_optimizer_states(engine: Any) -> None:

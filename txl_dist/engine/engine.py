@@ -30,6 +30,7 @@ from txl_dist.engine.anomaly_guard import AnomalyGuard
 from txl_dist.engine.lane_states import LaneStates
 from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
 from txl_dist.engine.sharded_state import ShardedState
+from txl_dist.engine.watch import LayerWatch
 from txl_dist.evaluation.memory_use import ShowAttention, ShowLosses
 from txl_dist.models import registry
 from txl_dist.models.base import Batch, LanguageModel, Runtime
@@ -80,6 +81,7 @@ class Engine(ABC):
         training_flops: that the whole model needs in a step.
         checkpointer: writes what `save` has copied.
         guard: judges the steps.
+        watch: measures what goes on inside a step.
         precision: fp32, bf16 or fp16.
     """
 
@@ -106,6 +108,9 @@ class Engine(ABC):
         self.optimizer = self._build_optimizer(local, parameters)
         self.deepspeed = self._initialize_deepspeed(local.module)
         self.state = ShardedState(self.deepspeed, self.optimizer, parameters)
+        self.watch = LayerWatch(
+            job.tracking.watch_every, self.model, self.layers, local.names.values(), self.state, group
+        )
         self._own_grad_norm: float | Tensor = 0.0  # of ZeRO 0, where DeepSpeed has none
         self.memory = self.empty_memory()
         if isinstance(start, Checkpoint):
@@ -201,7 +206,8 @@ class Engine(ABC):
         if self.job.data.on_error == "skip_sample":
             self._count_dropped_tokens(segment, batch["targets"])
         self.guard.start_step(self.step + 1)
-        loss = self.forward_backward_step(batch)
+        with self.watch.step(self.step + 1):
+            loss = self.forward_backward_step(batch)
         self.guard.finish_step(self._last_grad_norm)
         if self.guard.vetoed:
             self._keep_finite_memory()
@@ -253,6 +259,7 @@ class Engine(ABC):
         """Clip the gradient, and return whether the optimizer is to make its update."""
         if self.job.engine.zero_stage == 0:
             self._clip_gradient()
+        self.watch.read_gradients(self.optimizer, self._last_grad_norm, self.job.optimizer.clip)
         return not self.guard.vetoes_update(self._last_grad_norm)
 
     def _clip_gradient(self) -> None:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.engine.deepspeed_internals import (
+    Shard,
     full_shape,
     is_replica,
     link_optimizer_states,
+    local_shard,
     loss_scaler_state,
     optimized_tensors,
     set_full_value_zero3,
@@ -58,6 +60,16 @@ class ShardedState:
         """
         link_optimizer_states(self.engine)
         return {f"{key}/{name}": value for key in self._tensor_keys() for name, value in self._share(key)}
+
+    def shards(self) -> dict[str, Shard]:
+        """Return what this rank is to look at where every number of the own parameters is to be looked at once."""
+        shards = {}
+        for number, (name, parameter) in enumerate(self.own.items()):
+            shard = local_shard(self.engine, parameter, self.rank)
+            is_other_ranks = self.stage == 0 and number % self.ranks != self.rank  # all have it
+            if shard is not None and not is_other_ranks:
+                shards[name] = shard
+        return shards
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """Return the optimizer's numbers, which all parameters share (as Adam's step), and those of the loss scaler."""

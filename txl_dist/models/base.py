@@ -61,6 +61,8 @@ class LanguageModel(nn.Module, ABC):
         config: the hyper-parameters; those of `ModelConfig.read_otherwise` may be others from one segment to the next.
         vocab_size: of the distribution that it predicts.
         layers: those that are here; a pipeline stage has some of them.
+        activation_observer: called with the number of each layer that is here, and the floats of the carry behind it,
+            once for each forward. Layers may be compiled or recomputed: it stands outside of them.
     """
 
     Config: type[ModelConfig]
@@ -68,6 +70,7 @@ class LanguageModel(nn.Module, ABC):
     first_only: tuple[str, ...] = ("embedding",)
     last_only: tuple[str, ...] = ("softmax",)
     layers: nn.ModuleList
+    activation_observer: Callable[[int, Tensor], None] | None = None
 
     def __init__(self, config: ModelConfig, vocab_size: int, runtime: Runtime):
         super().__init__()
@@ -129,8 +132,10 @@ class LanguageModel(nn.Module, ABC):
         """Run all layers that are here; return the carry behind them, and the new memory."""
         shared = self.shared(carry, noise)
         new_memory = []
-        for layer, state in zip(self.layers, memory, strict=True):
+        for number, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             carry, new_state = self.run_layer(layer, carry, state, shared, noise)
+            if self.activation_observer:
+                self.activation_observer(number, carry[0].detach())
             new_memory.append(new_state)
         return carry, new_memory
 

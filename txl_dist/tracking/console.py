@@ -65,8 +65,13 @@ class ConsoleReporter:
         self.progress.update(self.task, completed=step)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Show the metrics of a step: in the progress line of a terminal, in a line of their own if evaluated."""
+        """Show the metrics of a step: in the progress line of a terminal, in a line of their own if evaluated.
+
+        Metrics for charts alone are not shown.
+        """
         text = format_metrics(metrics)
+        if not text:
+            return
         if self.console.is_terminal and "valid/loss" not in metrics and "test/loss" not in metrics:
             self.progress.update(self.task, metrics=text)
         else:

@@ -130,6 +130,7 @@ class Training:
             if engine.guard.bad_step:
                 self.report(engine.guard.bad_step)
             metrics = self.measure() if self.is_due(self.job.tracking.log_every, self.stop) else {}
+            metrics |= engine.watch.metrics
             if self.memory_is_due:
                 metrics |= engine.memory_drift()
             self.evaluate_log_and_save(metrics)
