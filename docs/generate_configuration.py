@@ -32,6 +32,7 @@ COMMANDS = {
     "look": schema.LookJob,
     "recl": schema.ReclJob,
     "inspect": schema.InspectJob,
+    "dashboard": schema.DashboardJob,
     "convert": schema.ConvertJob,
 }
 

@@ -19,6 +19,7 @@ from txl_dist.config.parse import parse_config
 from txl_dist.config.schema import (
     CausalLMConfig,
     ConvertJob,
+    DashboardJob,
     EvaluateJob,
     GenerateJob,
     InspectJob,
@@ -393,7 +394,8 @@ def test_a_checkpoint_is_a_step_or_the_best_or_the_latest():
         )
 
 
-SCHEMAS = JOBS | {"score": ScoreJob, "look": LookJob, "inspect": InspectJob, "recl": ReclJob, "convert": ConvertJob}
+SCHEMAS = JOBS | {"score": ScoreJob, "look": LookJob, "inspect": InspectJob, "recl": ReclJob}
+SCHEMAS |= {"dashboard": DashboardJob, "convert": ConvertJob}
 # A number can be a name; and whether a step exists is checked with the run.
 TRACKING = [f"tracking.{key}" for key in ("project", "name", "entity", "group", "job_type", "tags", "notes", "prompts")]
 NAMES = ("prompt", "text", *TRACKING, "tokenizer.model", "checkpoint")
@@ -439,6 +441,7 @@ def test_every_number_is_limited(name):
         ("prepare", {"data.dir"}),
         ("evaluate", {"run", "data_dir"}),
         ("recl", {"run", "data_dir"}),
+        ("dashboard", {"run", "to"}),
         ("generate", {"run"}),
         ("convert", {"run", "from", "to", "tokenizer_from"}),
     ],
@@ -450,7 +453,7 @@ def test_an_empty_path_is_refused_with_its_key(name, keys):
 
 
 def test_a_list_of_paths_or_prompts_is_not_empty():
-    for name, key in (("evaluate", "run"), ("recl", "run"), ("generate", "prompt")):
+    for name, key in (("evaluate", "run"), ("recl", "run"), ("dashboard", "run"), ("generate", "prompt")):
         reported = {changed: refused for changed, _, refused in changes(name, [[]])}
         assert f"{key}=[]: should have 1 or more items" in reported[key]
 

@@ -1,28 +1,14 @@
 """The page of txl_dist.look in a real browser: colours, keys, heads, and nothing but the page."""
 
 import re
-import shutil
-from urllib.parse import urlsplit
 
 import pytest
 
 from txl_dist.pages.page import render
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
-
 TEXT = "the and of the\n\tabcd <b>&amp;</b>  \u00e9\x01 the and of the abcd" + 10 * "\nof the abcd"
 PIECES = len(TEXT.encode())
 LENGTH = 8  # of a segment
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +18,6 @@ def address(run, small, tmp_path_factory):
     options = [f"model.tgt_len={LENGTH}", "model.mem_len=12"]
     run("txl_dist.look", f"run={folder}/run", *options, f"to={folder}/look.html", stdin=TEXT)
     return (folder / "look.html").as_uri()
-
-
-@pytest.fixture
-def open_page(browser, address):
-    """Open the page; at the end nothing may have been reported or asked for, but the page itself."""
-    contexts = []
-    requests = []
-    reports = []
-
-    def open_page(width=1280, height=800, scheme="light", address=address, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: reports.append(message.text))
-        page.on("pageerror", lambda error: reports.append(str(error)))
-        page.goto(address)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not reports
-    assert {urlsplit(url).scheme for url in requests} == {"file"} and len(requests) == len(contexts)
 
 
 def colours(page):
@@ -77,8 +39,8 @@ def keys(page, kind):
     )
 
 
-def test_every_token_has_a_colour_and_the_switch_changes_it(open_page):
-    page = open_page()
+def test_every_token_has_a_colour_and_the_switch_changes_it(open_page, address):
+    page = open_page(address)
     gain = colours(page)
     assert len(gain) == PIECES and len(set(gain)) > 10
     assert len(set(gain[:LENGTH])) == 1  # in the first segment there is nothing to remember
@@ -91,8 +53,8 @@ def test_every_token_has_a_colour_and_the_switch_changes_it(open_page):
     assert loss[:LENGTH] == alone[:LENGTH] and len({*map(tuple, (gain, loss, alone))}) == 3
 
 
-def test_arrow_keys_move_and_show_the_keys_in_the_memory(open_page):
-    page = open_page()
+def test_arrow_keys_move_and_show_the_keys_in_the_memory(open_page, address):
+    page = open_page(address)
     page.locator("[role=option]").first.focus()
     for _ in range(LENGTH + 2):
         page.keyboard.press("ArrowRight")
@@ -121,8 +83,8 @@ def test_arrow_keys_move_and_show_the_keys_in_the_memory(open_page):
     assert chosen(page) == [] and not keys(page, ".key, .unseen")
 
 
-def test_the_panel_says_what_is_known_of_a_token(open_page):
-    page = open_page()
+def test_the_panel_says_what_is_known_of_a_token(open_page, address):
+    page = open_page(address)
     panel = page.get_by_role("complementary")
     assert "The memory helps most at" in panel.inner_text()
     page.locator("[role=option]").nth(20).hover()
@@ -137,9 +99,9 @@ def test_the_panel_says_what_is_known_of_a_token(open_page):
     assert len(chosen(page)) == 1 and "Looks most at" in panel.inner_text()
 
 
-def test_the_keyboard_goes_on_where_the_mouse_rests(open_page):
+def test_the_keyboard_goes_on_where_the_mouse_rests(open_page, address):
     """Also where the text scrolls below it."""
-    page = open_page(height=300)
+    page = open_page(address, height=300)
     page.locator("[role=option]").nth(5).click()
     page.keyboard.press("ArrowRight")
     assert chosen(page) == [6]
@@ -151,8 +113,8 @@ def test_the_keyboard_goes_on_where_the_mouse_rests(open_page):
     assert chosen(page) == [PIECES - 3]
 
 
-def test_a_head_can_be_chosen_with_the_keyboard(open_page):
-    page = open_page()
+def test_a_head_can_be_chosen_with_the_keyboard(open_page, address):
+    page = open_page(address)
     page.locator("[role=option]").nth(20).click()
     by_all = page.locator(".keys").inner_text()
     page.get_by_role("radio", name="Mean of all heads").focus()
@@ -168,8 +130,8 @@ def test_a_head_can_be_chosen_with_the_keyboard(open_page):
     assert page.locator(".shares").inner_text().startswith(share.removesuffix(" on the memory"))
 
 
-def test_white_space_controls_and_parts_of_characters_can_be_seen(open_page):
-    page = open_page()
+def test_white_space_controls_and_parts_of_characters_can_be_seen(open_page, address):
+    page = open_page(address)
     texts = page.locator("[role=option]").all_inner_texts()
     shown = "".join(texts)
     for mark in ("\u23ce", "\u2192", "\u25cc", "\u2401", "<b>&amp;</b>", "\u00e9"):
@@ -178,8 +140,8 @@ def test_white_space_controls_and_parts_of_characters_can_be_seen(open_page):
     assert page.locator(".border").count() == PIECES // LENGTH
 
 
-def test_it_fits_a_telephone_and_a_tap_shows_a_token(open_page):
-    page = open_page(width=390, height=450, has_touch=True, is_mobile=True)
+def test_it_fits_a_telephone_and_a_tap_shows_a_token(open_page, address):
+    page = open_page(address, width=390, height=450, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     panel = page.get_by_role("complementary")
     text = page.get_by_role("listbox").bounding_box()
@@ -193,10 +155,10 @@ def test_it_fits_a_telephone_and_a_tap_shows_a_token(open_page):
     assert last["y"] + last["height"] <= panel.bounding_box()["y"] <= 450 - 46
 
 
-def test_dark_and_light_differ_and_both_are_legible(open_page):
+def test_dark_and_light_differ_and_both_are_legible(open_page, address):
     backgrounds = []
     for scheme in ("light", "dark"):
-        page = open_page(scheme=scheme)
+        page = open_page(address, color_scheme=scheme)
         for name in ("Gain", "Loss with memory"):
             page.get_by_role("radio", name=name, exact=True).click()
             assert min(page.evaluate(CONTRASTS)) > 4.5
@@ -210,7 +172,7 @@ def test_a_model_without_attention_has_colours_and_words(open_page, tmp_path, pi
     data = {"run": "x", "step": 1, "text_tokens": len(pieces), "tgt_len": 2, "mem_len": 1, "tokens": pieces}
     data |= {"loss": losses, "alone": losses, "attention": None}
     (tmp_path / "look.html").write_text(render("x", data, ["look.css"], ["look.js"]))
-    page = open_page(address=(tmp_path / "look.html").as_uri())
+    page = open_page((tmp_path / "look.html").as_uri())
     assert len(set(colours(page))) == len(pieces)
     page.locator("[role=option]").last.click()
     words = page.get_by_role("complementary").inner_text()

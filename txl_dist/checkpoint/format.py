@@ -10,7 +10,6 @@ A checkpoint is written under a temporary name and renamed last, so a directory 
 was written. Later damage is found by sizes and SHA-256, reported, and the latest valid checkpoint before it is used.
 """
 
-import glob
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from txl_dist.checkpoint.manifest import ImportedManifest, Manifest
 from txl_dist.config.types import CheckpointChoice
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import remove, rename, sha256_of_file, sha256_of_json, sync
+from txl_dist.files.globs import expand_globs
 from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
 
 log = logging.getLogger(__name__)
@@ -340,12 +340,7 @@ def best(run_dir: str | Path, contents: bool = False, report: Report = ignore) -
 
 def run_dirs(patterns: Iterable[str]) -> list[str]:
     """Expand paths and globs to run directories, without repetitions; a glob matches those with checkpoints only."""
-    expanded: list[str] = []
-    for pattern in patterns:
-        literal = not glob.has_magic(pattern) or Path(pattern).is_dir()  # a folder's name may hold [brackets]
-        matches = [pattern] if literal else [path for path in sorted(glob.glob(pattern)) if steps(path)]
-        expanded += [path for path in matches if path not in expanded]
-    return expanded
+    return expand_globs(patterns, accepts=steps)
 
 
 def find_checkpoint(run_dir: str, which: CheckpointChoice, contents: bool = False) -> Checkpoint:

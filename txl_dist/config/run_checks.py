@@ -1,4 +1,4 @@
-"""The checks of the jobs that read the checkpoints of runs: evaluate, generate, score, look, recl, inspect, convert.
+"""The checks of the jobs that read runs: evaluate, generate, score, look, recl, inspect, dashboard, convert.
 
 checkpoint.format is imported by the functions that need it: with it comes torch.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from txl_dist.config.schema import (
     ConvertJob,
+    DashboardJob,
     EvaluateJob,
     GenerateJob,
     InspectJob,
@@ -20,6 +21,7 @@ from txl_dist.config.schema import (
 from txl_dist.config.sections import changed_model, parse_model
 from txl_dist.config.types import CheckpointChoice
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.tracking.dashboard import recorded_runs
 
 
 def run_is_there(run: str, checkpoint: CheckpointChoice) -> Iterator[str]:
@@ -100,6 +102,22 @@ def change_problems(run: str, checkpoint: CheckpointChoice, model: ModelChanges)
             yield from error.problems
 
 
+def recorded_runs_are_there(run: list[str]) -> Iterator[str]:
+    """Check that each path is a directory, and each glob matches some run that has recorded something."""
+    for pattern in run:
+        matches = recorded_runs([pattern])
+        if not matches:
+            yield f"run={pattern}: matches no run directory with metrics.jsonl or events.jsonl"
+        elif matches == [pattern] and not Path(pattern).is_dir():
+            yield f"run={pattern}: there is no such run directory"
+
+
+def page_is_written_or_served(to: str | None, serve: bool) -> Iterator[str]:
+    """Check that a page is either written, to a file, or served."""
+    if to is not None and serve:
+        yield f"to={to}: with serve=true no file is written; leave one of them out"
+
+
 def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
     """Check that there is a longer context to compare the shortest one with."""
     if max_context < 2 * step:
@@ -114,8 +132,10 @@ def window_has_no_memory(sliding_window: bool, model: ModelChanges) -> Iterator[
         )
 
 
-def page_has_a_place(to: str) -> Iterator[str]:
+def page_has_a_place(to: str | None) -> Iterator[str]:
     """Check that the page is a file in a folder, and takes the place of nothing but a page."""
+    if to is None:
+        return
     path = Path(to)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         yield f"to={to}: is not the name of a page; give one that ends with .html"
@@ -156,5 +176,6 @@ CHECKS: dict[type, list[Check]] = {
     ScoreJob: [run_is_there, change_problems],
     LookJob: [run_is_there, change_problems, page_has_a_place],
     ReclJob: [all_runs_are_there, there_are_two_contexts],
+    DashboardJob: [recorded_runs_are_there, page_is_written_or_served, page_has_a_place],
     ConvertJob: [conversion_has_one_direction, exported_run_is_there],
 }

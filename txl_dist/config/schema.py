@@ -22,6 +22,7 @@ from txl_dist.config.types import (
     NonNegativeInt,
     PathList,
     PathStr,
+    Port,
     Positive,
     PositiveInt,
     RunDir,
@@ -382,7 +383,7 @@ class TrainJob:
         return self.model.tgt_len // 2 if self.train.loss == "second_half" else 0
 
 
-# -------------------------------------------------------------------------- evaluate, generate, inspect, convert
+# ------------------------------------------------------------------- evaluate, generate, inspect, dashboard, convert
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -462,6 +463,16 @@ class LookJob:
     checkpoint: CheckpointChoice
     average: StrictBool
     model: ModelChanges
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class DashboardJob:
+    """Write the dashboard of runs to the file `to` (null: its default place), or serve it at a port."""
+
+    run: RunDirs
+    to: PathStr | None
+    serve: StrictBool
+    port: Port
 
 
 @dataclass(config=SCHEMA, frozen=True)

@@ -47,6 +47,7 @@ NonNegativeInt = Annotated[int, Strict(), Field(ge=0, le=INT64_MAX)]
 Size = Annotated[int, Strict(), Field(ge=1, le=INT32_MAX)]  # of a dimension of tensors
 SizeOrZero = Annotated[int, Strict(), Field(ge=0, le=INT32_MAX)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch takes
+Port = Annotated[int, Strict(), Field(ge=0, le=65535)]  # 0: one that is free
 Workers = Annotated[int, Strict(), Field(ge=1, le=1024)]
 Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]

@@ -19,13 +19,14 @@ def render(title: str, data: Any, styles: list[str], scripts: list[str]) -> str:
         styles, scripts: names of files in this folder, which are put in as they stand, in this order.
     """
     style = "\n".join(read(name) for name in ["style.css", *styles])
-    script = "".join(f"<script>\n{read(name)}\n</script>\n" for name in scripts)
+    script = "".join(f"{licence(name)}<script>\n{read(name)}\n</script>\n" for name in scripts)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>
 {style}
@@ -37,6 +38,14 @@ def render(title: str, data: Any, styles: list[str], scripts: list[str]) -> str:
 {script}</body>
 </html>
 """
+
+
+def licence(name: str) -> str:
+    """Return the licence of a script that others have written, as a comment: it goes where the script goes."""
+    if not name.startswith("vendor/"):
+        return ""
+    library = name.partition(".")[0]
+    return f"<!--\n{read(f'{library}-LICENSE')}-->\n"
 
 
 def embedded(data: Any) -> str:

@@ -61,17 +61,21 @@ def read_line(line: bytes) -> Event | None:
     return event if numbers[:2] == [int, int] and numbers[2] in (int, float) else None
 
 
-def read_events(run_dir: str) -> list[Event]:
+def read_events(run_dir: str, warns: bool = True) -> list[Event]:
     """Return the events of a run in their order: all starts, and of the others those that were not done again.
 
-    A start that resumes from a step does those after it again. A warning names each line that cannot be read.
+    A start that resumes from a step does those after it again. A line that cannot be read is left out.
+
+    Args:
+        warns: whether a warning names each of these.
     """
     path = Path(run_dir) / FILE
     lines = [line for _, line in lines_backwards(path, read_line)][::-1]
     events: list[Event] = []
     for number, event in enumerate(lines, 1):
         if event is None:
-            log.warning("%s: line %d cannot be read, and is left out", path, number)
+            if warns:
+                log.warning("%s: line %d cannot be read, and is left out", path, number)
             continue
         if event["event"] == "start":
             events = [past for past in events if past["event"] == "start" or past["step"] <= event["step"]]

@@ -66,11 +66,15 @@ def last_line(run_dir: str) -> dict[str, Any] | None:
     return next((line for _, line in lines_backwards(Path(run_dir) / FILE, read_line)), None)
 
 
-def read_metrics(run_dir: str) -> list[dict[str, Any]]:
-    """Return all logged metrics of a run; a warning names each line that cannot be read, and it is left out."""
+def read_metrics(run_dir: str, warns: bool = True) -> list[dict[str, Any]]:
+    """Return all logged metrics of a run, without lines that cannot be read.
+
+    Args:
+        warns: whether a warning names each of these.
+    """
     path = Path(run_dir) / FILE
     lines = [line for _, line in lines_backwards(path, read_line)][::-1]
     for number, line in enumerate(lines, 1):
-        if line is None:
+        if line is None and warns:
             log.warning("%s: line %d cannot be read, and is left out", path, number)
     return [line for line in lines if line]

@@ -1,4 +1,4 @@
-"""The end of a start of a run: the learning curve, and a short table of the results and where they are."""
+"""The end of a start of a run: the learning curve, and a short table of the results and where to see them."""
 
 import math
 import os
@@ -16,6 +16,7 @@ from txl_dist.distributed.logs import output_optional
 from txl_dist.errors import describe_os_error, first_line
 from txl_dist.tracking.console import PlainConsole
 from txl_dist.tracking.curve import draw_curve
+from txl_dist.tracking.dashboard import FILE
 from txl_dist.tracking.metrics import read_metrics
 from txl_dist.tracking.wandb_id import last_id
 
@@ -39,6 +40,9 @@ def show_result(job: TrainJob, splits: Collection[str]) -> None:
         rows.append(("steps", f"unknown: {run_dir}/metrics.jsonl holds none"))
     rows.append(("run directory", run_dir))
     rows.append(("learning curve", curve_or_reason(run_dir, lines)))
+    dashboard = Path(run_dir) / FILE
+    if dashboard.is_file():
+        rows.append(("dashboard", str(dashboard)))
     wandb_runs = sorted((Path(run_dir) / "wandb").glob("*run-*"), key=os.path.getmtime)
     if wandb_runs:
         rows.append(("W&B run", str(wandb_runs[-1])))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.preemption import Preempted
 from txl_dist.tracking.console import ConsoleReporter
+from txl_dist.tracking.dashboard import DashboardFile
 from txl_dist.tracking.events import Event, EventsFile, make_event
 from txl_dist.tracking.metrics import MetricsFile
 from txl_dist.tracking.weights_and_biases import WandbRun
@@ -43,6 +44,7 @@ class Tracker:
         self.reporter = ConsoleReporter(start, stop, records)
         self.metrics: MetricsFile | None = None
         self.events: EventsFile | None = None
+        self.dashboard = DashboardFile(job.run.dir) if records else None
         if records:
             with self.failure_noted(job.run.dir):
                 self.metrics = MetricsFile(job.run.dir, start)
@@ -60,6 +62,8 @@ class Tracker:
         for service in self.services:
             service.log(metrics)
         self.reporter.log(metrics)
+        if self.dashboard and ("valid/loss" in metrics or "test/loss" in metrics):
+            self.dashboard.update()
 
     def record(self, kind: str, step: int, tokens: int, **facts: Any) -> None:
         """Record an event (tracking/events.py)."""
@@ -85,6 +89,8 @@ class Tracker:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         reason = "ended" if kind is None else "preempted" if kind is Preempted else "failed"
         self.record("end", self.last["step"], self.last["tokens"], reason=reason, detail=str(error or ""))
+        if self.dashboard:
+            self.dashboard.write()
         self.reporter.close()
         for service in self.services:
             service.finish(self.last, preempted=kind is Preempted)
