@@ -40,7 +40,7 @@ def test_the_page_holds_what_the_model_says(trained_run, run, tmp_path):
     assert float(re.search(r"loss with memory (\S+),", printed)[1]) == pytest.approx(mean, abs=1e-3)
     assert f"{page}: 0." in printed and " MB; " in printed
     loads = re.findall(r"src=|href=\S+|@import|url\(", page.read_text("utf-8"))
-    assert loads == ["href=\"data:,\">"]  # an icon that is none: all that the page shows is in it
+    assert loads == ['href="data:,">']  # an icon that is none: all that the page shows is in it
 
 
 def test_a_long_text_is_cut_and_lengths_can_be_others(trained_run, run, tmp_path):

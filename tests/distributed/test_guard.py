@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from tests.conftest import without_torchrun
+from tests.tracking.wandb_files import read_starts
 from txl_dist.checkpoint.format import directory, latest, open_checkpoint, steps
+from txl_dist.tracking.events import read_events
 
 FAULTY = Path(__file__).parent / "faulty_runs.py"
 FAULTS = {5: "loss", 8: "gradient"}
@@ -254,7 +256,8 @@ def start(train, small):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_stands_still_ends_the_run_with_all_stacks(start, rank):
-    torchrun, processes, output = start(f"stopped-{rank}", "guard.stall_timeout=10", "checkpoint.every=1000000")
+    keys = ["guard.stall_timeout=10", "checkpoint.every=1000000", "tracking.mode=offline"]
+    torchrun, processes, output = start(f"stopped-{rank}", *keys)
     stopped = next(process for process in processes if process.environ()["RANK"] == str(rank))
     began = time.monotonic()
     stopped.suspend()
@@ -267,6 +270,14 @@ def test_a_process_that_stands_still_ends_the_run_with_all_stacks(start, rank):
     assert [heads[1], heads[4]] == ["0", "1"] and {heads[2], heads[5]} == {str(process.pid) for process in processes}
     for stacks in (heads[3], heads[6]):
         assert re.search(r'txl_dist/training/loop.py", line \d+ in loop', stacks), stacks
+    if rank != 0:  # rank zero, which could do so, has told the trackers
+        run_dir = output.with_suffix("")
+        end = read_events(str(run_dir))[-1]
+        assert (end["event"], end["reason"]) == ("end", "failed")
+        assert end["detail"] in heads[0].splitlines() and end["detail"].startswith("Nothing was done for")
+        (part,) = read_starts(run_dir)
+        assert [(alert.title, alert.level) for alert in part["alert"]] == [("Training has failed", "ERROR")]
+        assert end["detail"] in part["alert"][0].text and part["exit"] == 1
 
 
 def test_a_process_that_is_killed_ends_the_others(start):

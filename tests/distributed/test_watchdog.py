@@ -18,6 +18,23 @@ with RunLog(sys.argv[1]), watchdog.Watchdog(0.2) as dog:
     speaking.wait()
 print("left")
 """
+# What is to tell others of it never returns.
+NEVER_TOLD = """
+import sys, threading
+from txl_dist.distributed import watchdog
+from txl_dist.distributed.logs import RunLog
+from txl_dist.distributed.process_group import process_group
+
+def tell(line):
+    print("told", line, flush=True)
+    threading.Event().wait()
+
+watchdog.REPORTING = 0.2
+with RunLog(sys.argv[1]), watchdog.Watchdog(0.2) as dog:
+    dog.on_stall = tell
+    dog.start(process_group())
+    threading.Event().wait()
+"""
 # Outside of a run nothing is written to a file.
 OUTSIDE = "from txl_dist.distributed.logs import log_exit; log_exit('the reason')"
 
@@ -28,6 +45,13 @@ def test_a_run_that_the_watchdog_ends_is_not_left_before(tmp_path):
     message = "Nothing was done for 0 seconds after the start (guard.stall_timeout): the run ends."
     assert done.stderr.count(message) == 1
     assert message in (tmp_path / "logs/rank-0.log").read_text()
+
+
+def test_telling_others_does_not_hold_up_the_end(tmp_path):
+    done = subprocess.run([sys.executable, "-c", NEVER_TOLD, str(tmp_path)], capture_output=True, text=True)
+    message = "Nothing was done for 0 seconds after the start (guard.stall_timeout): the run ends."
+    assert done.returncode == 1 and done.stdout == f"told {message}\n"
+    assert done.stderr.count(message) == 1 and "stands here" in done.stderr
 
 
 def test_a_reason_to_end_is_shown_by_the_caller_alone():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from txl_dist.tracking import result
 from txl_dist.tracking.curve import draw_curve
 from txl_dist.tracking.metrics import MetricsFile, last_line, read_metrics
 from txl_dist.tracking.result import show_result
@@ -153,3 +154,22 @@ def test_all_offline_parts_of_a_run_are_in_the_command_that_sends_them(tmp_path,
     assert sent() == list(map(str, parts[1:]))
     show(run_dir)
     assert f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version, is_shown", [("0.31.0", True), ("0.32.1rc1", True), ("1.0", True), ("0.30.1", False)])
+def test_wandbs_viewer_is_named_where_it_is_there(tmp_path, capsys, monkeypatch, version, is_shown):
+    run_dir = tmp_path / "it's a run"
+    write(run_dir)
+    part = run_dir / "wandb/offline-run-2026_0-abcd"
+    part.mkdir(parents=True)
+    (part / "run-abcd.wandb").touch()
+    monkeypatch.setattr(result, "version", lambda package: version)
+    show(run_dir)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert (f"wandb leet {shlex.quote(str(run_dir / 'wandb'))}" in lines) == is_shown
+
+
+def test_wandb_has_the_viewer_that_is_named(tmp_path):
+    assert result.has_viewer()
+    done = subprocess.run([Path(sys.executable).with_name("wandb"), "leet", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "wandb leet ./wandb" in done.stdout

@@ -10,42 +10,16 @@ import wandb
 
 from tests.tracking.wandb_files import read_starts
 from txl_dist.config.schema import TrackingConfig
-from txl_dist.tracking.weights_and_biases import WandbRun, default_mode, refused_settings
+from txl_dist.tracking.wandb_settings import default_mode, refused_settings
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def bare(monkeypatch, tmp_path):
-    """An environment without W&B's variables, its files or a key."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
-def tracking(mode="offline", project=None, name=None):
-    return TrackingConfig(mode, log_every=1, project=project, name=name)
-
-
-@pytest.fixture
-def start(caplog):
-    """Start a run that logs some steps; return its warnings and the settings of W&B's run."""
-
-    def start(run_dir, steps=(1,), preempted=False, **options):
-        run_dir.mkdir(exist_ok=True)
-        caplog.clear()
-        run = WandbRun(str(run_dir), {}, tracking(**options))
-        facts = None if run.broken else run.run.settings.model_copy()
-        for step in steps:
-            run.log({"step": step, "tokens": 128 * step, "train/loss": 1 / step})
-        run.finish({}, preempted=preempted)
-        said = [record.getMessage() for record in caplog.records if record.name.startswith("txl_dist.")]
-        return said, facts
-
-    return start
+def tracking(mode="offline", project=None, name=None, **keys):
+    return TrackingConfig(mode, log_every=1, project=project, name=name, **keys)
 
 
 def wandb_id(run_dir):
@@ -88,18 +62,23 @@ def test_every_variable_that_wandb_refuses_is_named(monkeypatch):
         ("project", "a/b", "cannot contain"),
         ("project", "p" * 200, "128 characters"),
         ("name", "n" * 129, "129 characters, and W&B accepts 128"),
+        ("entity", "us/them", "is not the name of a W&B user or team"),
+        ("group", "g" * 129, "129 characters, and W&B accepts 128"),
+        ("job_type", "j" * 65, "65 characters, and W&B accepts 64"),
+        ("tags", ["good", "t" * 65], "Tags must be between 1 and 64 characters"),
     ],
 )
-def test_a_project_or_a_name_that_wandb_refuses_is_named(key, value, words):
+def test_a_key_that_wandb_refuses_is_named(key, value, words):
     (line,) = refused_settings(tracking(**{key: value}))
-    assert line.startswith(f"tracking.{key}: ") and words in line
+    assert line.startswith(f"tracking.{key}") and words in line
 
 
 def test_variables_are_checked_with_the_config(run, small, tmp_path):
-    command = [*small, f"run.dir={tmp_path}/run", "tracking.mode=auto", "tracking.project=a?b"]
+    keys = ["tracking.mode=auto", "tracking.project=a?b", f"tracking.tags=[{'x' * 65}]"]
+    command = [*small, f"run.dir={tmp_path}/run", *keys]
     done = run("txl_dist.train", *command, expect=2, WANDB_MODE="foo", WANDB_TAGS="x" * 70)
-    assert "The config has 3 problems" in done.stderr and "Traceback" not in done.stderr
-    for name in ("WANDB_MODE", "WANDB_TAGS", "tracking.project"):
+    assert "The config has 4 problems" in done.stderr and "Traceback" not in done.stderr
+    for name in ("WANDB_MODE", "WANDB_TAGS", "tracking.project", "tracking.tags"):
         assert f"  {name}: W&B refuses it (" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -114,6 +93,17 @@ def test_variables_are_taken_where_the_config_has_its_default(start, monkeypatch
     assert (facts.project, facts.run_name, facts.run_id, facts.entity) == ("mine", "called", "this-one", "us")
     assert (facts.run_group, facts.run_notes, facts.run_tags) == ("group", "some words", ("one", "two"))
     assert wandb_id(tmp_path / "run") == "this-one"
+
+
+def test_keys_of_the_config_go_before_variables(start, monkeypatch, tmp_path):
+    keys = {"entity": "us", "group": "seeds", "job_type": "train", "tags": ["one", "two"], "notes": "some words"}
+    monkeypatch.setenv("WANDB_ENTITY", "them")
+    monkeypatch.setenv("WANDB_TAGS", "one,two")
+    said, _ = start(tmp_path / "run", **keys)
+    assert said == ["W&B: not taken from the environment: WANDB_ENTITY (tracking.entity has us)"]
+    (part,) = read_starts(tmp_path / "run")
+    run = part["run"]
+    assert (run.entity, run.run_group, run.job_type, list(run.tags), run.notes) == tuple(keys.values())
 
 
 @pytest.mark.parametrize("mode, parts", [("disabled", 0), ("dryrun", 1), ("offline", 1)])
@@ -226,7 +216,8 @@ def test_one_directory_at_two_places_is_one_run(start, tmp_path):
         assert start(tmp_path / "mount")[1].run_id == first.run_id
     finally:
         subprocess.run(["umount", tmp_path / "mount"], check=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["wandb", "wandb_id", "wandb_path"]
+    names = ["events.jsonl", "metrics.jsonl", "wandb", "wandb_id", "wandb_path"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
 
 
 def test_a_run_directory_of_an_earlier_version_keeps_its_id(start, tmp_path):
@@ -264,7 +255,7 @@ def test_something_else_in_a_files_place_leaves_wandb_out(start, tmp_path, name)
     path = tmp_path / "run" / name
     path.parent.mkdir()
     path.write_text("") if name == "wandb" else path.mkdir()
-    said, facts = start(tmp_path / "run", preempted=True)
+    said, facts = start(tmp_path / "run", end="preempted")
     assert facts is None and len(said) == 1
     assert said[0].startswith("W&B is left out (") and str(path) in said[0] and "training continues" in said[0]
 
@@ -321,22 +312,3 @@ def test_a_broken_package_is_left_out_and_not_imported_where_it_is_disabled(run,
         assert done.stdout.count(left_out) == (mode == "offline")
         assert ("imported" in done.stdout) == (mode == "offline") and "Traceback" not in done.stderr
         assert len(metrics(tmp_path / mode)) == 2
-
-
-# ------------------------------------------------------------------------------------------------------- offline
-
-
-def test_parts_of_an_offline_run_do_not_overlap_and_lose_nothing(start, tmp_path):
-    """The second part resumes from a step before the first one's last, as after a kill; step 7 is logged twice, as the
-    last step of training and for its test."""
-    start(tmp_path / "run", steps=(1, 2, 3, 4, 5))
-    start(tmp_path / "run", steps=(4, 5, 6, 7, 7))
-    first, second = read_starts(tmp_path / "run")
-    assert [[int(row["_step"]) for row in part["history"]] for part in (first, second)] == [
-        [1, 2, 3, 4, 5],
-        [4, 5, 6, 7],
-    ]
-    for part in (first, second):
-        assert [float(row["train/loss"]) for row in part["history"]] == [
-            1 / int(row["step"]) for row in part["history"]
-        ]

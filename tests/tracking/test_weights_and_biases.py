@@ -1,5 +1,6 @@
 """W&B's own offline files of real runs, read back."""
 
+import json
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from tests.tracking.wandb_files import read_starts, records
+from txl_dist.checkpoint.format import latest
 from txl_dist.distributed.preemption import REQUEUE
 
 REPO = Path(__file__).resolve().parents[2]
@@ -34,7 +36,41 @@ def test_offline_runs_hold_what_metrics_jsonl_holds(run, small, metrics, tmp_pat
             assert key == "time" or float(shown[line["step"]][key]) == value, key
     assert [int(row["_step"]) for row in history] == list(shown)  # parts that are synced in turn do not overlap
     assert "train/mfu" in history[0]
-    assert float(second["summary"]["test/loss"]) == lines[-1]["test/loss"]
+    loss = lines[-1]["test/loss"]
+    assert json.loads(second["summary"]["test/loss"]) == {"min": loss, "last": loss}
+    best = min(line["valid/loss"] for line in lines if "valid/loss" in line)
+    assert json.loads(second["summary"]["valid/loss"])["min"] == best
+    checkpoints = [[artifact for artifact in part["artifact"] if artifact.type == "model"] for part in (first, second)]
+    assert [sorted(artifact.aliases) for artifact in checkpoints[0]] == [["best", "latest", "step-10"]]
+    assert [sorted(artifact.aliases) for artifact in checkpoints[1]] == [["best", "latest", "step-20"]]
+    fingerprint = json.loads(second["config"]["dataset"])["fingerprint"]
+    assert fingerprint == latest(tmp_path).data["fingerprint"]
+    assert [alert.title for part in (first, second) for alert in part["alert"]] == ["Training has ended"] * 2
+
+
+def test_all_parts_together_have_every_step(run, small, metrics, tmp_path):
+    """Of three offline starts, of which the second was killed: what it did after its last checkpoint was done again."""
+    keys = ["train.max_steps=600", "train.eval_every=1000", "checkpoint.every=50", "tracking.mode=offline"]
+    command = [*small, f"run.dir={tmp_path}", *keys]
+    run("txl_dist.train", *command, "train.stop_at=30")
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen([sys.executable, "-m", "txl_dist.train", *command], cwd=REPO, env=environment)
+    while metrics(tmp_path)[-1]["step"] < 120:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    run("txl_dist.train", *command, "train.stop_at=600")
+    parts = [[int(row["_step"]) for row in part["history"]] for part in read_starts(tmp_path)]
+    resumed = parts[2][0]
+    last = parts[1][-1]
+    assert resumed % 50 == 1 and resumed > 50
+    assert parts[0] == list(range(1, 31)) and parts[2] == list(range(resumed, 601))
+    assert parts[1] == list(range(31, last + 1)) and last + 1 >= resumed
+    shown = {int(row["step"]): row for part in read_starts(tmp_path) for row in part["history"]}
+    for line in metrics(tmp_path):  # a later part replaces what an earlier one has of the same step
+        if "train/loss" in line:
+            assert float(shown[line["step"]]["train/loss"]) == line["train/loss"]
 
 
 def test_a_wandb_that_cannot_be_reached_does_not_stop_training(run, small, metrics, tmp_path):

@@ -1,5 +1,6 @@
 """W&B's own offline files, read back."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -26,18 +27,38 @@ def values(items):
 
 
 def read_starts(run_dir):
-    """Return the ID, config, history and summary of each start of a run as W&B has them."""
+    """Return what W&B has of each start of a run: its ID, config, history, summary, and records of other kinds.
+
+    Of metrics what is defined of each, by key or glob.
+    """
     starts = []
     for path in sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb")):
-        start = {"id": None, "config": {}, "history": [], "summary": {}}
+        start = {"id": None, "config": {}, "history": [], "summary": {}, "metric": {}, "alert": [], "artifact": []}
+        start["exit"] = start["run"] = None
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 start["id"] = record.run.run_id
-                start["config"] |= {item.key: item.value_json for item in record.run.config.update}
+                start["run"] = record.run
+            if kind in ("run", "config"):
+                updates = record.run.config.update if kind == "run" else record.config.update
+                start["config"] |= {item.key: item.value_json for item in updates}
             elif kind == "history":
                 start["history"].append(values(record.history.item))
             elif kind == "summary":
                 start["summary"] |= values(record.summary.update)
+            elif kind == "metric":
+                start["metric"][record.metric.name or record.metric.glob_name] = record.metric
+            elif kind in ("alert", "artifact"):
+                start[kind].append(getattr(record, kind))
+            elif kind == "exit":
+                start["exit"] = record.exit.exit_code
         starts.append(start)
     return starts
+
+
+def read_samples(start):
+    """Return the rows that W&B shows of the table of samples of one start: of all increments."""
+    artifacts = [artifact for artifact in start["artifact"] if artifact.type == "wandb-run-incremental-table"]
+    paths = [content.local_path for artifact in artifacts for content in artifact.manifest.contents]
+    return [row for path in paths for row in json.loads(Path(path).read_text())["data"]]

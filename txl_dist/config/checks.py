@@ -36,7 +36,7 @@ from txl_dist.distributed.launcher import launcher_env
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.models.config import ModelConfig
-from txl_dist.tracking.weights_and_biases import refused_settings
+from txl_dist.tracking.wandb_settings import refused_settings
 
 
 def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
@@ -214,9 +214,11 @@ def run_dir_can_be_printed(run: RunConfig) -> Iterator[str]:
 
 
 def tracking_is_accepted(tracking: TrackingConfig) -> Iterator[str]:
-    """Check the settings against W&B's own rules."""
-    if tracking.mode != "disabled":
+    """Check the settings against W&B's own rules, and that Trackio is installed where it is asked for."""
+    if "wandb" in tracking.to and tracking.mode != "disabled":
         yield from refused_settings(tracking)
+    if "trackio" in tracking.to and not find_spec("trackio"):
+        yield (f"tracking.to={tracking.to}: trackio is not installed; pip install 'txl_dist[trackio]', or leave it out")
 
 
 def data_are_there(data: DataConfig, model: ModelConfig, checkpoint: CheckpointConfig) -> Iterator[str]:

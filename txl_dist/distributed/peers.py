@@ -25,6 +25,7 @@ from txl_dist.files.owner import kernel, process_namespace
 
 PROBING = 5.0  # seconds in which a process must answer: two packets may be lost
 PRINTING = 0.5  # seconds in which a process prints the stacks of its threads
+REPORTING = 5.0  # seconds in which rank zero's trackers may send that a run stalls
 ENDING = 2.0  # seconds in which the ranks of this host may end by themselves
 BACKLOG = 4096  # connections that may wait at the port, because nothing ever accepts them
 CONTINUES = "The same command continues from the last checkpoint."
@@ -73,7 +74,7 @@ class Peers:
     def turn(self) -> float:
         """Return the seconds to wait before this process speaks for its host: those of lower rank come first."""
         local_ranks = list(self.local_pids)
-        seconds_per_turn = PROBING + PRINTING * (len(local_ranks) + 2) + ENDING
+        seconds_per_turn = PROBING + PRINTING * (len(local_ranks) + 2) + REPORTING + ENDING
         return local_ranks.index(self.rank) * seconds_per_turn
 
     def unreachable(self, peers: Iterable[Peer] | None = None) -> list[str]:

@@ -13,10 +13,11 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from txl_dist.distributed.logs import log_exit
-from txl_dist.distributed.peers import CONTINUES, PRINTING
+from txl_dist.distributed.peers import CONTINUES, PRINTING, REPORTING
 from txl_dist.distributed.preemption import is_ended, pending
 from txl_dist.distributed.process_group import ProcessGroup
 
@@ -29,10 +30,15 @@ class Watchdog:
     Args:
         timeout: seconds without a `beat` after which the run ends; None: never. Seconds in which the process itself is
             stopped do not count: a job may be suspended as a whole and continued later.
+
+    Attributes:
+        on_stall: is called with the first line of the message where this process is the one that ends the run on its
+            host, and has REPORTING seconds; set it to what tells others, or to None.
     """
 
     def __init__(self, timeout: float | None):
         self.timeout = timeout
+        self.on_stall: Callable[[str], None] | None = None
         self.idle = 0.0  # seconds since the last beat
         self.last = "the start"  # what was done then
         self.ended = threading.Event()
@@ -84,12 +90,20 @@ class Watchdog:
             unreachable = self.peers.unreachable()
             lines += self._describe(unreachable)
             say("\n" + "\n".join(lines))
+            report = self._report(lines[0])
             if not unreachable:
                 self._print_stacks()
+            report.join(REPORTING)
         finally:
             self.peers.end_local()
             log_exit("\n".join(lines))  # last, because writing to a disk that does not answer never returns
             os._exit(1)
+
+    def _report(self, line: str) -> threading.Thread:
+        """Call `on_stall` in a thread, because what it does may hang as well."""
+        thread = threading.Thread(target=self.on_stall, args=(line,), name="stall", daemon=True)
+        thread.start()
+        return thread
 
     def _describe(self, unreachable: list[str]) -> list[str]:
         """Describe, in lines, why the run ends."""

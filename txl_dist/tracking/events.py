@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from txl_dist.tracking.json_lines import append_line, cut, lines_backwards
 
@@ -25,6 +25,7 @@ FILE = "events.jsonl"
 KINDS = ("start", "checkpoint", "bad_step", "samples", "end")
 
 Event = dict[str, Any]
+EndReason = Literal["ended", "preempted", "failed"]
 
 
 class EventsFile:

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 from collections.abc import Collection, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,8 @@ from txl_dist.tracking.metrics import read_metrics
 from txl_dist.tracking.wandb_id import last_id
 
 Row = tuple[str, str | Text]
+
+LEET = (0, 31)  # the first release of W&B with its viewer for a terminal
 
 
 def show_result(job: TrainJob, splits: Collection[str]) -> None:
@@ -51,7 +54,7 @@ def show_result(job: TrainJob, splits: Collection[str]) -> None:
     split = next(name for name in ("valid", "test", "train") if name in splits)
     rows.append(("look further", command_to_paste("python -m txl_dist.evaluate", run=run_dir, split=split)))
     rows.append(("", command_to_paste("python -m txl_dist.generate", run=run_dir) + ' prompt="..."'))
-    rows += [("", command) for command in sync_commands(run_dir)]
+    rows += [("", command) for command in wandb_commands(run_dir)]
     # Lines, not a rich table: that would cut or pad commands and paths that are longer than the screen is wide.
     texts = [Text(f"{label:<22}").append(value) for label, value in rows]
     with output_optional():
@@ -86,13 +89,31 @@ def curve_or_reason(run_dir: str, lines: list[dict[str, Any]]) -> str:
         return f"could not be drawn: {first_line(error)}"
 
 
-def sync_commands(run_dir: str) -> Iterator[str]:
-    """Yield the command, if any, that sends the offline parts of a run, one for each start, to W&B in their order."""
+def wandb_commands(run_dir: str) -> Iterator[str]:
+    """Yield the commands, if any, for what W&B has in a run directory.
+
+    One shows it in a terminal, without a network (W&B's LEET). The other sends the offline parts of the run, one for
+    each start, to W&B in their order.
+    """
     folder = Path(run_dir) / "wandb"
     run_id = last_id(Path(run_dir))
+    if run_id is not None and has_viewer():
+        yield f"wandb leet {shlex.quote(str(folder))}"
     parts = list(folder.glob("offline-run-*"))
     own = [part for part in parts if (part / f"run-{run_id}.wandb").exists()]
     if own:
         # A copy of a run directory contains the parts of the original, too.
         ending = "" if len(own) == len(parts) else f"-{shlex.quote(str(run_id))}*"
         yield f"wandb sync {shlex.quote(str(folder))}/offline-run-*{ending}"
+
+
+def has_viewer() -> bool:
+    """Return whether the installed W&B has the command `leet`; releases before 0.31 have it as a trial, or not at all.
+
+    The package is not imported for that, because it is large and may be broken.
+    """
+    try:
+        major, minor = version("wandb").split(".")[:2]
+        return (int(major), int(minor)) >= LEET
+    except (PackageNotFoundError, ValueError):
+        return False

@@ -1,6 +1,7 @@
 """What records a run: its metrics and events, in files of the run directory, on the console and in trackers."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,8 +12,9 @@ from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.preemption import Preempted
 from txl_dist.tracking.console import ConsoleReporter
 from txl_dist.tracking.dashboard import DashboardFile
-from txl_dist.tracking.events import Event, EventsFile, make_event
+from txl_dist.tracking.events import EndReason, Event, EventsFile, make_event
 from txl_dist.tracking.metrics import MetricsFile
+from txl_dist.tracking.trackio_run import TrackioRun
 from txl_dist.tracking.weights_and_biases import WandbRun
 
 
@@ -25,8 +27,8 @@ class Service(Protocol):
     def record(self, event: Event) -> None:
         """Show an event (tracking/events.py), in a way of its own or not at all."""
 
-    def finish(self, summary: dict[str, Any], preempted: bool) -> None:
-        """End this start of the run, with the last value of each metric."""
+    def finish(self, end: EndReason) -> None:
+        """End this start of the run."""
 
 
 class Tracker:
@@ -51,6 +53,7 @@ class Tracker:
                 self.events = EventsFile(job.run.dir)
         self.services = list(services(job)) if records else []
         self.last: dict[str, Any] = {"step": start, "tokens": 0}
+        self.ending = threading.Lock()  # taken by the first that ends it
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Record the metrics of a step: `step`, `tokens`, and what tracking/schema.py declares."""
@@ -87,16 +90,26 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        reason = "ended" if kind is None else "preempted" if kind is Preempted else "failed"
-        self.record("end", self.last["step"], self.last["tokens"], reason=reason, detail=str(error or ""))
+        if kind is None:
+            self.end("ended")
+        else:
+            self.end("preempted" if kind is Preempted else "failed", str(error))
+
+    def end(self, reason: EndReason, detail: str = "") -> None:
+        """Record the end of this start, once: where a run stalls, the watchdog does so in a thread of its own."""
+        if not self.ending.acquire(blocking=False):
+            return
+        self.record("end", self.last["step"], self.last["tokens"], reason=reason, detail=detail)
         if self.dashboard:
             self.dashboard.write()
         self.reporter.close()
         for service in self.services:
-            service.finish(self.last, preempted=kind is Preempted)
+            service.finish(reason)
 
 
 def services(job: TrainJob) -> Iterator[Service]:
     """Start the trackers that the config asks for."""
     if "wandb" in job.tracking.to and job.tracking.mode != "disabled":
         yield WandbRun(job.run.dir, asdict(job), job.tracking)
+    if "trackio" in job.tracking.to:
+        yield TrackioRun(job.run.dir, asdict(job), job.tracking)

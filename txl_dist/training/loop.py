@@ -96,6 +96,7 @@ class Training:
             RunError: on every rank, where training cannot continue.
         """
         with self.tracker, self.engine.checkpointer:
+            self.watchdog.on_stall = lambda line: self.tracker.end("failed", line)
             self.record("start", origin=self.origin, split=str(self.engine), **describe_start(self.job))
             lanes = f"{self.job.data.num_lanes} lanes of {self.job.stride} tokens per step"
             self.tracker.reporter.say(f"{self.job.run.dir}: {self.origin}; {self.engine}, {lanes}")
