@@ -16,8 +16,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --d
 
 train: .venv/installed
 	$(BIN)/python -m txl_dist.prepare corpus=stdlib
-	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) -m txl_dist.train +experiment=quickstart
+	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) -m txl_dist.train +experiment=quickstart 'tracking.prompts=["import ", "def main("]'
 	$(BIN)/python -m txl_dist.generate run=runs/quickstart prompt="import " max_tokens=110
+	@echo "Open runs/quickstart/dashboard.html in a browser: all of the run in one page."
 
 test: check
 	$(PYTEST)

@@ -50,7 +50,10 @@ def blocks(language):
 
 
 def commands_in(script, folder):
-    """Return the commands that a script would run, each as the list of its words."""
+    """Return the commands that a script would run in a checkout, each as the list of its words."""
+    program = folder / "txl_dist" / "cli.py"
+    program.parent.mkdir(exist_ok=True)
+    program.touch()
     script = RECORD + script.replace(".venv/bin/", "")
     done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, env={})
     assert not done.returncode and not done.stderr, done.stderr

@@ -53,6 +53,7 @@ def show_result(job: TrainJob, splits: Collection[str]) -> None:
         rows.append(("continue", "start the same command again, without train.stop_at"))
     split = next(name for name in ("valid", "test", "train") if name in splits)
     rows.append(("look further", command_to_paste("python -m txl_dist.evaluate", run=run_dir, split=split)))
+    rows.append(("", command_to_paste("python -m txl_dist.look", run=run_dir) + ' text="..."'))
     rows.append(("", command_to_paste("python -m txl_dist.generate", run=run_dir) + ' prompt="..."'))
     rows += [("", command) for command in wandb_commands(run_dir)]
     # Lines, not a rich table: that would cut or pad commands and paths that are longer than the screen is wide.

@@ -190,7 +190,9 @@ PANELS = (
         None,
         (
             Metric("memory/share", "all heads", "the share of attention that is on the memory, not on the segment"),
-            Metric("memory/share/layer.{layer}.head.{head}", "layer {layer}, head {head}", "that of one head"),
+            Metric(
+                "memory/share/layer.{layer}.head.{head}", "layer {layer}, head {head}", "that of one head's attention"
+            ),
         ),
     ),
     Panel(
