@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from txl_dist.tracking.dashboard import write_dashboard
+from txl_dist.tracking.dashboard.dashboard import write_dashboard
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTH = 1280  # pixels of the page; the picture has SHARPNESS times as many

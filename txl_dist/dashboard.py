@@ -5,7 +5,7 @@ from pathlib import Path
 from txl_dist.cli import command
 from txl_dist.config.schema import DashboardJob
 from txl_dist.pages.serve import PageServer
-from txl_dist.tracking.dashboard import (
+from txl_dist.tracking.dashboard.dashboard import (
     FILE,
     dashboard_data,
     dashboard_page,

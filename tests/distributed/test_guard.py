@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import without_torchrun
-from tests.tracking.wandb_files import read_starts
+from tests.tracking.services.wandb_files import read_starts
 from txl_dist.checkpoint.format import directory, latest, open_checkpoint, steps
 from txl_dist.tracking.events import read_events
 

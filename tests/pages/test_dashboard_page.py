@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.tracking.recorded import CONFIG, lines, serving, write, write_usual
-from txl_dist.tracking.dashboard import write_dashboard, write_page
+from txl_dist.tracking.dashboard.dashboard import write_dashboard, write_page
 
 REPO = Path(__file__).resolve().parents[2]
 

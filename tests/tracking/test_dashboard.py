@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tracking.recorded import CONFIG, TIME, event, heads, lines, serving, start, write, write_usual
-from txl_dist.tracking.dashboard import DashboardFile, dashboard_data, write_dashboard
-from txl_dist.tracking.history import TrainingClock, differences, flatten
-from txl_dist.tracking.panels import MAX_GRIDS, MAX_POINTS, evenly
+from txl_dist.tracking.dashboard.dashboard import DashboardFile, dashboard_data, write_dashboard
+from txl_dist.tracking.dashboard.history import TrainingClock, differences, flatten
+from txl_dist.tracking.dashboard.panels import MAX_GRIDS, MAX_POINTS, evenly
+from txl_dist.tracking.dashboard.thinning import means, smooth, thin
 from txl_dist.tracking.schema import SECTIONS
-from txl_dist.tracking.thinning import means, smooth, thin
 from txl_dist.tracking.tracker import Tracker
 
 REPO = Path(__file__).resolve().parents[2]
@@ -292,7 +292,7 @@ def test_the_page_holds_all_it_needs_and_the_licence_of_uplot(tmp_path):
 
 def test_a_dashboard_that_is_slow_to_write_is_written_rarely(tmp_path, monkeypatch):
     clock = iter([0.0, 0.0, 2.0, 39.0, 40.0, 40.0, 40.5, 41.0, 41.0, 41.5])
-    monkeypatch.setattr("txl_dist.tracking.dashboard.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("txl_dist.tracking.dashboard.dashboard.time", SimpleNamespace(monotonic=lambda: next(clock)))
     file = DashboardFile(str(tmp_path))
     written = []
     for _ in range(4):

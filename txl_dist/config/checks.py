@@ -36,7 +36,7 @@ from txl_dist.distributed.launcher import launcher_env
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.models.config import ModelConfig
-from txl_dist.tracking.wandb_settings import refused_settings
+from txl_dist.tracking.services.wandb_settings import refused_settings
 
 
 def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:

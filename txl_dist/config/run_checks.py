@@ -21,7 +21,7 @@ from txl_dist.config.schema import (
 from txl_dist.config.sections import changed_model, parse_model
 from txl_dist.config.types import CheckpointChoice
 from txl_dist.errors import ConfigError, UserError
-from txl_dist.tracking.dashboard import recorded_runs
+from txl_dist.tracking.dashboard.dashboard import recorded_runs
 
 
 def run_is_there(run: str, checkpoint: CheckpointChoice) -> Iterator[str]:

@@ -59,7 +59,7 @@ const whole = (value) => (value == null ? "–" : value.toLocaleString("en-US"))
 
 // ------------------------------------------------------------------------------------------------------ smoothing
 
-// The mean of each value and those up to `width` before and behind it; tracking/thinning.py does the same.
+// The mean of each value and those up to `width` before and behind it; tracking/dashboard/thinning.py does the same.
 function movingMean(values, width) {
   const sums = [0];
   const counts = [0];

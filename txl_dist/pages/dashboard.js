@@ -1,5 +1,5 @@
 "use strict";
-// The dashboard of runs: what tracking/dashboard.py has put into the page, or serves.
+// The dashboard of runs: what tracking/dashboard/ has put into the page, or serves.
 
 const AXES = { tokens: "training tokens", step: "optimizer steps", seconds: "time of training" };
 const AXIS_NAMES = { tokens: "Tokens", step: "Steps", seconds: "Time" };

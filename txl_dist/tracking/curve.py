@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from txl_dist.files.atomic import atomic_file
-from txl_dist.tracking.thinning import smooth
+from txl_dist.tracking.dashboard.thinning import smooth
 
 
 def draw_curve(run_dir: str, lines: list[dict[str, Any]]) -> Path:

@@ -17,9 +17,9 @@ from txl_dist.distributed.logs import output_optional
 from txl_dist.errors import describe_os_error, first_line
 from txl_dist.tracking.console import PlainConsole
 from txl_dist.tracking.curve import draw_curve
-from txl_dist.tracking.dashboard import FILE
+from txl_dist.tracking.dashboard.dashboard import FILE
 from txl_dist.tracking.metrics import read_metrics
-from txl_dist.tracking.wandb_id import last_id
+from txl_dist.tracking.services.wandb_id import last_id
 
 Row = tuple[str, str | Text]
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from txl_dist.config.schema import TrainJob
 from txl_dist.distributed.preemption import Preempted
 from txl_dist.tracking.console import ConsoleReporter
-from txl_dist.tracking.dashboard import DashboardFile
+from txl_dist.tracking.dashboard.dashboard import DashboardFile
 from txl_dist.tracking.events import EndReason, Event, EventsFile, make_event
 from txl_dist.tracking.metrics import MetricsFile
-from txl_dist.tracking.trackio_run import TrackioRun
-from txl_dist.tracking.weights_and_biases import WandbRun
+from txl_dist.tracking.services.trackio_run import TrackioRun
+from txl_dist.tracking.services.wandb_run import WandbRun
 
 
 class Service(Protocol):

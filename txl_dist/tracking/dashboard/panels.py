@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from math import isfinite, nan
 from typing import Any
 
+from txl_dist.tracking.dashboard.thinning import means, thin
 from txl_dist.tracking.schema import Metric, Panel, find_metric
-from txl_dist.tracking.thinning import means, thin
 
 MAX_POINTS = 1500  # of a curve
 MAX_MEMBER_POINTS = 400  # of a curve that is one of a family

@@ -10,9 +10,9 @@ from typing import Any
 
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.errors import first_line
-from txl_dist.tracking.alerts import alert_of
 from txl_dist.tracking.events import EndReason, Event
-from txl_dist.tracking.time_limit import SERVER, within
+from txl_dist.tracking.services.alerts import alert_of
+from txl_dist.tracking.services.time_limit import SERVER, within
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import wandb
 
-from tests.tracking.wandb_files import read_starts
+from tests.tracking.services.wandb_files import read_starts
 from txl_dist.config.schema import TrackingConfig
-from txl_dist.tracking.wandb_settings import default_mode, refused_settings
+from txl_dist.tracking.services.wandb_settings import default_mode, refused_settings
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 
 pytestmark = pytest.mark.usefixtures("bare")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tracking.wandb_files import read_samples, read_starts
-from tests.tracking.wandb_server import wandb_server
+from tests.tracking.services.wandb_files import read_samples, read_starts
+from tests.tracking.services.wandb_server import wandb_server
 from txl_dist.checkpoint.format import CheckpointWriter, directory
-from txl_dist.tracking import weights_and_biases
 from txl_dist.tracking.result import wandb_commands
 from txl_dist.tracking.schema import METRICS, PANELS
+from txl_dist.tracking.services import wandb_run
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -253,7 +253,7 @@ def test_a_view_that_cannot_be_saved_is_one_line(start, server, tmp_path, monkey
     assert line.startswith("W&B: no view was saved (") and "UpsertView2 is refused" in line
     server.refused.clear()
     server.stuck.add("UpsertView2")
-    monkeypatch.setattr(weights_and_biases, "SERVER", 0.5)
+    monkeypatch.setattr(wandb_run, "SERVER", 0.5)
     said, _ = start(tmp_path / "run", mode="online")
     assert said == ["W&B: no view was saved (no answer within 0 seconds)"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from txl_dist.tracking.trackio_run import TrackioRun
+from txl_dist.tracking.services.trackio_run import TrackioRun
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 ONLY_TRACKIO = ["tracking.to=[trackio]"]
 
 
@@ -66,7 +66,7 @@ SCRIPT = """
 import sys
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.tracking.events import make_event
-from txl_dist.tracking.trackio_run import TrackioRun
+from txl_dist.tracking.services.trackio_run import TrackioRun
 
 tracking = TrackingConfig("disabled", 1, None, None, ["trackio"])
 run = TrackioRun(sys.argv[1], {}, tracking)

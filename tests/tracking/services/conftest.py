@@ -10,7 +10,7 @@ from tests.separate_packages import install
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.tracking.events import EventsFile, make_event
 from txl_dist.tracking.metrics import MetricsFile
-from txl_dist.tracking.weights_and_biases import WandbRun
+from txl_dist.tracking.services.wandb_run import WandbRun
 
 
 @pytest.fixture

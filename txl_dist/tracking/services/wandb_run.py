@@ -11,14 +11,14 @@ from typing import Any
 
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.distributed.preemption import REQUEUE
-from txl_dist.tracking.alerts import alert_of
 from txl_dist.tracking.events import EndReason, Event, read_events
 from txl_dist.tracking.metrics import read_metrics
 from txl_dist.tracking.schema import AXES, PANELS
-from txl_dist.tracking.time_limit import SERVER, within
-from txl_dist.tracking.wandb_artifacts import log_checkpoints, use_dataset
-from txl_dist.tracking.wandb_id import MAX_LENGTH, claim_run_id
-from txl_dist.tracking.wandb_settings import (
+from txl_dist.tracking.services.alerts import alert_of
+from txl_dist.tracking.services.time_limit import SERVER, within
+from txl_dist.tracking.services.wandb_artifacts import log_checkpoints, use_dataset
+from txl_dist.tracking.services.wandb_id import MAX_LENGTH, claim_run_id
+from txl_dist.tracking.services.wandb_settings import (
     KEYS,
     OFFLINE,
     ONLINE,
@@ -27,7 +27,7 @@ from txl_dist.tracking.wandb_settings import (
     ignored_variables,
     reason,
 )
-from txl_dist.tracking.wandb_view import make_view
+from txl_dist.tracking.services.wandb_view import make_view
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tracking.wandb_files import read_starts, records
+from tests.tracking.services.wandb_files import read_starts, records
 from txl_dist.checkpoint.format import latest
 from txl_dist.distributed.preemption import REQUEUE
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.slow
 
 

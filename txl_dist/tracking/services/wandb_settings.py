@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from txl_dist.config.schema import TrackingConfig
 from txl_dist.errors import describe_os_error, first_line
-from txl_dist.tracking.wandb_id import MAX_LENGTH, RESERVED
+from txl_dist.tracking.services.wandb_id import MAX_LENGTH, RESERVED
 
 # Values of WANDB_MODE.
 ONLINE = ("online", "run", "shared")

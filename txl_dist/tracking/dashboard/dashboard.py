@@ -16,8 +16,9 @@ from txl_dist.errors import UserError, describe_os_error
 from txl_dist.files.atomic import atomic_file
 from txl_dist.files.globs import expand_globs
 from txl_dist.pages.page import render
-from txl_dist.tracking import events, history, metrics
-from txl_dist.tracking.panels import MAX_GRIDS, Family, families, panel_curves, panel_grids
+from txl_dist.tracking import events, metrics
+from txl_dist.tracking.dashboard import history
+from txl_dist.tracking.dashboard.panels import MAX_GRIDS, Family, families, panel_curves, panel_grids
 from txl_dist.tracking.schema import PANELS, SECTIONS
 
 log = logging.getLogger(__name__)

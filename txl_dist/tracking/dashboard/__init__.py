@@ -1,0 +1,1 @@
+"""The dashboard of runs: what the files of a run hold, as the data of a page."""
