@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -250,3 +251,19 @@ def test_a_scaled_learning_rate_is_another_learning_rate(run, small, metrics, tm
         [line["train/loss"] for line in metrics(tmp_path / name) if "train/loss" in line] for name in options
     )
     assert scaled == pytest.approx(plain, rel=1e-5) and partly != pytest.approx(plain, rel=1e-3)
+
+
+def test_the_logged_loss_is_the_mean_since_the_line_before(run, small, metrics, tmp_path):
+    """The checkpoint of step 10 lies between two lines, of steps 8 and 12, and holds the losses of steps 9 and 10."""
+    run("txl_dist.train", *small, f"run.dir={tmp_path / 'each'}")
+    run("txl_dist.train", *small, "tracking.log_every=4", f"run.dir={tmp_path / 'fourth'}")
+    each = [line["train/loss"] for line in metrics(tmp_path / "each") if "train/loss" in line]
+    lines = [line for line in metrics(tmp_path / "fourth") if "train/loss" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20]
+    assert [line["train/loss"] for line in lines] == [fmean(each[step - 4 : step]) for step in (4, 8, 12, 16, 20)]
+    assert [line["train/step_loss"] for line in lines] == each[3::4]
+    shutil.rmtree(tmp_path / "fourth" / "checkpoints" / "step-000000020")
+    (tmp_path / "fourth" / "finished.json").unlink()
+    run("txl_dist.train", *small, "tracking.log_every=4", f"run.dir={tmp_path / 'fourth'}")
+    again = [line for line in metrics(tmp_path / "fourth") if "train/loss" in line]
+    assert [line["train/loss"] for line in again] == [line["train/loss"] for line in lines]

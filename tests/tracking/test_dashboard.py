@@ -320,12 +320,12 @@ def test_the_dashboard_is_written_at_an_evaluation(tmp_path, caplog):
     tracking = SimpleNamespace(to=[], mode="disabled")
     job = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), tracking=tracking)
     page = tmp_path / "dashboard.html"
-    with Tracker(job, 0, 10, records=True) as tracker:
+    with Tracker(job, 0, 0, 10, records=True) as tracker:
         tracker.log({"step": 1, "tokens": 5, "train/loss": 2.0})
         assert not page.exists()
         tracker.log({"step": 2, "tokens": 9, "train/loss": 2.0, "valid/loss": 1.0})
         assert data_in(page.read_text())["runs"][0]["last"]["step"] == 2
-    with Tracker(job, 2, 10, records=False) as tracker:
+    with Tracker(job, 2, 256, 10, records=False) as tracker:
         page.unlink()
         tracker.log({"step": 3, "tokens": 12, "valid/loss": 1.0})
     assert not page.exists() and not caplog.records

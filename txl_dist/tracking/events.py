@@ -8,7 +8,7 @@ Kinds, with what each has beside event, time (seconds since 1970), step and toke
     checkpoint  path, valid_loss (null where not evaluated): a checkpoint is being written
     bad_step    why, action: stop, skip or rollback
     samples     samples: a list of {"prompt": ..., "text": ...}, continuations of tracking.prompts
-    end         reason: ended, preempted or failed; detail: of the latter two
+    end         reason: ended, preempted, rolled back or failed; detail: why, or empty
 """
 
 import json
@@ -25,7 +25,7 @@ FILE = "events.jsonl"
 KINDS = ("start", "checkpoint", "bad_step", "samples", "end")
 
 Event = dict[str, Any]
-EndReason = Literal["ended", "preempted", "failed"]
+EndReason = Literal["ended", "preempted", "rolled back", "failed"]
 
 
 class EventsFile:

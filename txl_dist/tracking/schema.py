@@ -82,7 +82,10 @@ PANELS = (
         "lower",
         (
             Metric(
-                "train/loss", "training", "the mean over the steps since the line before", console="train loss {:.4f}"
+                "train/loss",
+                "training",
+                "the mean over the steps since the line before, but for those whose loss is not finite",
+                console="train loss {:.4f}",
             ),
             Metric("valid/loss", "validation", "that of the whole validation split", console="valid loss {:.4f}"),
             Metric("test/loss", "test", "that of the whole test split", console="test loss {:.4f}"),

@@ -32,7 +32,7 @@ class Service(Protocol):
 
 
 class Tracker:
-    """Records one start of a run, from step `start` to `stop`.
+    """Records one start of a run, from step `start`, when `tokens` have been read, to `stop`.
 
     Args:
         records: whether this is the rank that records, rank zero; the tracker of any other rank does nothing.
@@ -41,7 +41,7 @@ class Tracker:
         problems: why files could not be written; the run must end if there are any.
     """
 
-    def __init__(self, job: TrainJob, start: int, stop: int, records: bool):
+    def __init__(self, job: TrainJob, start: int, tokens: int, stop: int, records: bool):
         self.problems: list[str] = []
         self.reporter = ConsoleReporter(start, stop, records)
         self.metrics: MetricsFile | None = None
@@ -52,7 +52,7 @@ class Tracker:
                 self.metrics = MetricsFile(job.run.dir, start)
                 self.events = EventsFile(job.run.dir)
         self.services = list(services(job)) if records else []
-        self.last: dict[str, Any] = {"step": start, "tokens": 0}
+        self.last: dict[str, Any] = {"step": start, "tokens": tokens}
         self.ending = threading.Lock()  # taken by the first that ends it
 
     def log(self, metrics: dict[str, Any]) -> None:

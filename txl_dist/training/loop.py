@@ -1,5 +1,6 @@
 """The training loop, and one start of a run around it: from its checkpoint to the last step that is asked for."""
 
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ class Training:
         self.earlier_losses: list[float] = checkpoint.data.get("unlogged_losses", []) if checkpoint else []
         self.losses: list[Tensor] = []
         preemption.ask("while it was starting")
-        self.tracker = Tracker(job, self.start - (self.unlogged is not None), self.stop, group.is_rank_zero)
+        logged = self.start - (self.unlogged is not None)
+        self.tracker = Tracker(job, logged, self.engine.tokens, self.stop, group.is_rank_zero)
         self.segments = self.engine.objective.segments(
             job, index, self.engine.lanes, self.engine.origin, self.start, self.stop
         )
@@ -108,6 +110,7 @@ class Training:
                     self.record_bad_step(anomaly.bad_step)
                     raise RunError(self.describe(anomaly.bad_step).splitlines()) from anomaly
                 self.report(anomaly.bad_step)
+                self.tracker.end("rolled back")
             else:
                 if self.engine.step == self.job.train.max_steps:
                     self.finish()
@@ -172,8 +175,9 @@ class Training:
         engine = self.engine
         engine.guard.raise_pending()
         losses = self.take_losses()
+        finite = [loss for loss in losses if math.isfinite(loss)]  # one that is not would hide the others
         metrics = {
-            "train/loss": fmean(losses),
+            "train/loss": fmean(finite or losses),
             "train/step_loss": losses[-1],
             "train/lr": engine.learning_rate,
             "train/grad_norm": engine.grad_norm,

@@ -7,6 +7,7 @@ from txl_dist.tracking.events import Event
 ENDS: dict[str, tuple[str, "Level"]] = {
     "ended": ("Training has ended", "INFO"),
     "preempted": ("Training was preempted", "WARN"),
+    "rolled back": ("Training goes back to its last checkpoint", "WARN"),
     "failed": ("Training has failed", "ERROR"),
 }
 

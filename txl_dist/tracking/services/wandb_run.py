@@ -37,7 +37,7 @@ PROJECT = "txl_dist"
 # `wandb sync`; older releases ignore the time limits.
 DEFAULTS = {"WANDB_SILENT": "true", "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300"}
 
-EXIT_CODES = {"ended": 0, "preempted": REQUEUE, "failed": 1}
+EXIT_CODES = {"ended": 0, "preempted": REQUEUE, "rolled back": 0, "failed": 1}
 SUMMARIES = {"lower": "min", "higher": "max"}  # Panel.better -> what W&B's table of runs shows beside the last value
 COLUMNS = ["step", "tokens", "prompt", "text"]  # of the table of samples
 
