@@ -1,12 +1,20 @@
-"""Kernels, training and inference on one GPU: python benchmarks/gpu.py, ten minutes.
+"""Kernels, training and inference on one GPU, a row at a time; benchmarks/gpu-all.sh runs them all.
 
-First each attention backend is held against float64: none may be off by more than twice what the plain formula
-is in bfloat16. Then the paper's and NVIDIA's models train by the engine that `txl_dist.train` uses, with each backend,
-on drawn tokens; then a model reads, beside transformers 4.36.2's of the same shape. Medians of several turns.
+    python benchmarks/gpu.py kernels triton                   a backend of attention held against float64
+    python benchmarks/gpu.py training wt103_large triton      the engine that txl_dist.train uses, on drawn tokens
+    python benchmarks/gpu.py training wt103_large triton compiled
+    python benchmarks/gpu.py inference 32                     reading, beside transformers 4.36.2's of the same shape
+
+A row is printed and added to gpu.json, in $OUT or the working directory, as soon as it is measured: whatever happens to
+the next one, it is kept. Medians of several turns. TXL_DIST_TINY=1 makes everything small, for a CPU.
 """
 
+import gc
 import json
+import os
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,22 +27,24 @@ from cpu import text
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.table import Table
 
 from txl_dist.cli import CONF
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
-from txl_dist.distributed.process_group import process_group
+from txl_dist.distributed.process_group import exit_process, process_group
+from txl_dist.engine.engine import Engine
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, RelativePositions, attend
+from txl_dist.models.layers.dropout import Mask
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.objectives.causal_lm import CausalLM
 from txl_dist.tracking.gpu_peak import total_peak_flops
 
-TURNS = 5
-STEPS = 4
-DEVICE = torch.device("cuda")
+TINY = os.environ.get("TXL_DIST_TINY") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TURNS = 2 if TINY else 5
+STEPS = 1 if TINY else 4
+ROWS = Path(os.environ.get("OUT", "."), "gpu.json")
 
 # Lanes, vocabulary, and tokens per second to be reached: NVIDIA's of eight A100 (both wt103), and what we count on.
 TRAINING = {
@@ -44,90 +54,136 @@ TRAINING = {
 }
 # Lanes and NVIDIA's tokens per second of wt103_base_nvidia on one A100 by TorchScript.
 INFERENCE = {1: 6_936, 32: 107_082}
-# Length, memory, n_head, d_head, and how far back queries look.
-KERNELS = [(384, 384, 16, 64, 10**6), (192, 192, 8, 64, 10**6), (768, 768, 8, 128, 10**6), (64, 640, 8, 64, 639)]
+# Length, memory, n_head, d_head, how far back queries look (None: to the start of a document), dropout.
+KERNELS: list[tuple[int, int, int, int, int | None, float]] = [
+    (384, 384, 16, 64, 10**6, 0.0),
+    (384, 384, 16, 64, 10**6, 0.2),
+    (192, 192, 8, 64, 10**6, 0.0),
+    (150, 150, 10, 41, 10**6, 0.1),
+    (768, 768, 8, 128, 10**6, 0.15),
+    (64, 640, 8, 64, 639, 0.0),
+    (128, 128, 4, 64, None, 0.0),
+]
+SMALLER = ["model.n_layer=1", "model.d_model=32", "model.n_head=2", "model.d_head=16", "model.d_inner=32"]
+SMALLER += ["model.tgt_len=8", "model.mem_len=8"]
+if TINY:
+    TRAINING = {name: (2, vocab_size, goal) for name, (_, vocab_size, goal) in TRAINING.items()}
+    KERNELS = [(8, 8, 2, 16, 10**6, 0.0), (8, 8, 2, 16, None, 0.5)]
+
+Row = dict[str, Any]
 
 
 def job(name: str, lanes: int, *options: str) -> TrainJob:
-    overrides = [f"+experiment={name}", f"data.num_lanes={lanes}", *options]
+    overrides = [f"+experiment={name}", f"data.num_lanes={lanes}", *(SMALLER if TINY else []), *options]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return TypeAdapter(TrainJob).validate_python(OmegaConf.to_container(compose("train", overrides), resolve=True))
 
 
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def seconds(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+    synchronize()
     began = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - began
 
 
 # ------------------------------------------------------------------------------------------------------- kernels
 
+NAMES = ["result", "query", "key", "value", "r", "u", "v"]
 
-def errors(
-    backend: str, dtype: torch.dtype, length: int, mem_len: int, n_head: int, d_head: int, lookback: int
-) -> list[float]:
-    """The largest difference from float64 of the result and of the six gradients, as shares of the largest number."""
-    torch.manual_seed(0)
-    keys = mem_len + length
-    lanes = 2
-    shapes = [(lanes, length), (lanes, keys), (lanes, keys), (keys + 1,)]
-    query, key, value, r = (torch.randn(*shape, n_head, d_head, device=DEVICE) for shape in shapes)
-    u, v = (torch.randn(n_head, d_head, device=DEVICE) for _ in range(2))
-    weight = torch.randn(query.shape, device=DEVICE)
-    sees = torch.full((lanes, length), lookback, device=DEVICE)
+
+def kernels(backend: str) -> dict[str, Row]:
+    """Hold the result and the six gradients against float64, or with dropout against a second time."""
+    return {f"kernels {backend} {shape}": kernel_row(backend, *shape) for shape in KERNELS}
+
+
+def kernel_row(
+    backend: str, length: int, mem_len: int, n_head: int, d_head: int, lookback: int | None, dropout: float
+) -> Row:
+    """The largest differences, as shares of the largest number.
+
+    Raises:
+        AssertionError: where one is more than twice that of the plain formula in bfloat16, or not a number, or where
+            the same is not the same to the bit a second time.
+    """
+    given = attention_inputs(length, mem_len, n_head, d_head)
+    back = torch.arange(length, device=DEVICE) % 50 if lookback is None else torch.full((length,), lookback)
+    window = back.to(DEVICE).expand(2, length).contiguous()
 
     def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        # Rounded first, so that all compute from the same numbers.
-        given = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value, r, u, v)]
-        q, k, val, position_keys, bias_u, bias_v = given
-        positions = RelativePositions(q + bias_v, position_keys, None)
-        out = attend(backend, q + bias_u, k, val, positions, AttentionWindow(sees, mem_len, dtype), None)
-        return [out, *torch.autograd.grad(out, given, weight.bfloat16().to(dtype))]
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in given]  # rounded first: all compute from the same
+        query, key, value, r, u, v = leaves
+        mask = Mask(dropout, torch.tensor([5, 6], device=DEVICE)) if dropout else None
+        positions = RelativePositions(query + v, r, None)
+        out = attend(backend, query + u, key, value, positions, AttentionWindow(window, mem_len, dtype), mask)
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).bfloat16().to(dtype)
+        return [out, *torch.autograd.grad(out, leaves, weight)]
 
-    pairs = zip(results(backend, dtype), results("reference", torch.float64), strict=True)
-    return [float((result.double() - right).abs().max() / right.abs().max()) for result, right in pairs]
+    once, twice = results(backend, torch.bfloat16), results(backend, torch.bfloat16)
+    if backend == "triton" or not dropout:  # torch's own draws another mask each time
+        assert all(map(torch.equal, once, twice)), f"{backend} gives other bits a second time"
+    assert all(x.isfinite().all() for x in once), f"{backend} gives what is not finite"
+    if dropout:
+        return {"same_bits_twice": backend == "triton"}
+    right = results("reference", torch.float64)
+    row = dict(zip(NAMES, map(error, once, right), strict=True))
+    plain = dict(zip(NAMES, map(error, results("reference", torch.bfloat16), right), strict=True))
+    worse = [name for name in NAMES if not row[name] <= 2 * plain[name]]  # not a number is worse, too
+    assert not worse, f"{backend} is off by more than twice the formula in {', '.join(worse)}"
+    return row
 
 
-def kernels() -> Table:
-    names = ["result", "query", "key", "value", "r", "u", "v"]
-    table = Table(
-        "backend", "length + memory, heads", *names, box=None, title="off float64 (bfloat16), parts in a thousand"
-    )
-    for shape in KERNELS:
-        plain = errors("reference", torch.bfloat16, *shape)
-        for backend in BACKENDS:
-            measured = errors(backend, torch.bfloat16, *shape)
-            length, mem_len, n_head, d_head, _ = shape
-            columns = [f"{1000 * error:.2f}" for error in measured]
-            table.add_row(backend, f"{length} + {mem_len}, {n_head} x {d_head}", *columns)
-            worse = [name for name, error, limit in zip(names, measured, plain, strict=True) if error > 2 * limit]
-            assert not worse, f"{backend} is off by more than twice the formula in {', '.join(worse)} at {shape}"
-    return table
+def attention_inputs(length: int, mem_len: int, n_head: int, d_head: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    keys = mem_len + length
+    shapes = [(2, length), (2, keys), (2, keys), (keys + 1,), (), ()]
+    return [torch.randn(*shape, n_head, d_head, device=DEVICE) for shape in shapes]
+
+
+def error(result: torch.Tensor, right: torch.Tensor) -> float:
+    return float((result.double() - right).abs().max() / right.abs().max())
 
 
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def training(name: str, backend: str, compiled: bool) -> dict[str, float]:
+def training(name: str, backend: str, *compiled: str) -> dict[str, Row]:
     """Tokens per second, share of the peak, and peak memory in GiB."""
-    lanes, vocab_size, _ = TRAINING[name]
-    keys = ["optimizer=adam", "engine.zero_stage=1", "engine.precision=bf16"]
-    given = job(name, lanes, *keys, f"engine.attention={backend}", f"engine.compile={str(compiled).lower()}")
-    torch.cuda.reset_peak_memory_stats()
+    lanes, vocab_size, goal = TRAINING[name]
+    keys = ["optimizer=adam", "engine.zero_stage=1", f"engine.precision={'bf16' if DEVICE.type == 'cuda' else 'fp32'}"]
+    given = job(name, lanes, *keys, f"engine.attention={backend}", f"engine.compile={str(bool(compiled)).lower()}")
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     engine = ZeroEngine(given, CausalLM(), vocab_size, process_group(), None)
-    tokens = text(lanes, given.model.tgt_len, vocab_size).numpy()
+    try:
+        row = training_row(engine, vocab_size) | {"goal": goal}
+    finally:
+        engine.close()
+        gc.collect()
+    return {" ".join(["training", name, backend, *compiled]): row}
+
+
+def training_row(engine: Engine, vocab_size: int) -> Row:
+    tokens = text(len(engine.lanes), engine.job.model.tgt_len, vocab_size).numpy()
     lookback = np.full_like(tokens, 10**6)
+    losses = []
 
     def steps() -> None:
         for _ in range(STEPS):
-            engine.train_step(Segment(engine.step, tokens, tokens, lookback))
+            losses.append(engine.train_step(Segment(engine.step, tokens, tokens, lookback)))
 
     steps()
     rate = STEPS * tokens.size / median(seconds(steps) for _ in range(TURNS))
-    row = {"tokens_per_second": rate, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    peak = total_peak_flops(given.engine, engine.precision, engine.group)
+    assert all(loss.isfinite() for loss in losses), "the loss is not finite"
+    row: Row = {"tokens_per_second": rate}
+    if DEVICE.type == "cuda":
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    peak = total_peak_flops(engine.job.engine, engine.precision, engine.group)
     if peak:
         row["mfu"] = rate / tokens.size * engine.training_flops / peak
     return row
@@ -137,66 +193,86 @@ def training(name: str, backend: str, compiled: bool) -> dict[str, float]:
 
 
 @torch.no_grad()
-def inference(lanes: int) -> dict[str, float]:
-    """Tokens per second of wt103_base_nvidia, by segments as it is evaluated, beside the peer."""
+def inference(given_lanes: str) -> dict[str, Row]:
+    """Tokens per second of wt103_base_nvidia, by segments as it is evaluated, beside the peer; and ms a segment."""
     from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
-    experiment = job("wt103_base_nvidia", lanes)
-    config = experiment.evaluation.of(experiment.model)
-    ours = TransformerXL(config, 267735).to(DEVICE, torch.bfloat16).eval()
+    lanes = int(given_lanes)
+    config = job("wt103_base_nvidia", lanes).evaluated_model
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    ours = TransformerXL(config, 267735).to(DEVICE, dtype).eval()
     shape: dict[str, Any] = {key: getattr(config, key) for key in ("d_model", "n_head", "d_head", "d_inner", "n_layer")}
     shape |= {key: getattr(config, key) for key in ("cutoffs", "div_val", "mem_len", "clamp_len", "same_length")}
     theirs = TransfoXLLMHeadModel(TransfoXLConfig(vocab_size=267735, d_embed=config.d_model, **shape))
-    theirs = theirs.to(DEVICE, torch.bfloat16).eval()
+    theirs = theirs.to(DEVICE, dtype).eval()
     tokens = text(lanes, config.tgt_len, 267735)  # as evaluation does, ours sends them itself
-    given = tokens.to(DEVICE)
-    lookback = torch.full_like(tokens, 10**6, device=DEVICE)
+    sent = tokens.to(DEVICE)
+    lookback = torch.full_like(sent, 10**6)
     memory = ours.empty_cache(lanes)
     mems = None
 
-    def our_turn() -> None:
+    def our_segment() -> None:
         nonlocal memory
-        for _ in range(STEPS):
-            _, memory = ours({"inputs": tokens, "targets": tokens, "lookback": lookback}, memory)
+        _, memory = ours({"inputs": tokens, "targets": tokens, "lookback": lookback}, memory)
 
-    def their_turn() -> None:
+    def their_segment() -> None:
         nonlocal mems
-        for _ in range(STEPS):
-            mems = theirs(given, labels=given, mems=mems).mems
+        mems = theirs(sent, labels=sent, mems=mems).mems
 
-    for _ in range(config.mem_len // config.tgt_len):  # until its memory is full
-        their_turn()
-    our_turn()
-    turns = [(seconds(our_turn), seconds(their_turn)) for _ in range(TURNS)]
-    count = STEPS * tokens.numel()
-    rate, peer = (count / median(column) for column in zip(*turns, strict=True))
-    return {"tokens_per_second": rate, "peer": peer, "ratio": rate / peer}
+    def several(segment: Callable[[], None]) -> Callable[[], None]:
+        return lambda: [segment() for _ in range(STEPS)] and None
+
+    for _ in range(-(-config.mem_len // config.tgt_len)):  # until their memories are full
+        our_segment()
+        their_segment()
+    turns = [(seconds(several(our_segment)), seconds(several(their_segment))) for _ in range(TURNS)]
+    rate, peer = (STEPS * tokens.numel() / median(column) for column in zip(*turns, strict=True))
+    alone = 1000 * median(seconds(our_segment) for _ in range(TURNS * STEPS))
+    row: Row = {"tokens_per_second": rate, "goal": INFERENCE.get(lanes), "peer": peer, "ratio": rate / peer}
+    return {f"inference {lanes}": row | {"ms_per_segment_synchronized": alone}}
 
 
-def main() -> None:
-    console = Console(highlight=False)
-    console.print(kernels())
-    rows: dict[str, dict[str, dict[str, float]]] = {"training": {}, "inference": {}}
-    table = Table("", "attention by", "tokens/s", "goal", "MFU", "GiB", box=None)
-    for name, (_, _, goal) in TRAINING.items():
-        for backend, compiled in [*((backend, False) for backend in BACKENDS), ("triton", True)]:
-            words = f"{backend}, compiled" if compiled else backend
-            row = rows["training"][f"{name}, {words}"] = training(name, backend, compiled)
-            mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-            columns = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", mfu, f"{row['memory_gib']:.1f}"
-            table.add_row(name, words, *columns)
-            torch.cuda.empty_cache()
-    console.print(table)
-    table = Table("inference, wt103_base_nvidia", "tokens/s", "NVIDIA's", "transformers", "ratio", box=None)
-    for lanes, goal in INFERENCE.items():
-        row = rows["inference"][str(lanes)] = inference(lanes)
-        columns = f"{row['tokens_per_second']:,.0f}", f"{goal:,}", f"{row['peer']:,.0f}", f"{row['ratio']:.1f}"
-        table.add_row(f"{lanes} lanes", *columns)
-    console.print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(machine | rows, indent=1) + "\n")
+# ---------------------------------------------------------------------------------------------------------- rows
+
+
+def add_rows(rows: dict[str, Row]) -> None:
+    """Print rows, and add them to gpu.json with what they were measured on."""
+    known = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    for name, row in rows.items():
+        shown = ", ".join(f"{key} {value:,.4g}" for key, value in row.items() if isinstance(value, int | float))
+        print(f"{name}: {shown or row}", flush=True)
+        known[name] = machine() | row
+    temporary = ROWS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known, indent=1) + "\n")
+    temporary.replace(ROWS)
+
+
+def machine() -> Row:
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"machine": name, "torch": torch.__version__, "commit": commit}
+
+
+def main() -> int:
+    kinds: dict[str, Callable[..., dict[str, Row]]] = {"kernels": kernels, "training": training, "inference": inference}
+    if len(sys.argv) < 3 or sys.argv[1] not in kinds:
+        print(__doc__, file=sys.stderr)
+        return 2
+    kind, *given = sys.argv[1:]
+    if kind in ("kernels", "training"):
+        assert given[-1] in (*BACKENDS, "compiled"), f"no such backend: {given[-1]}"
+    try:
+        add_rows(kinds[kind](*given))
+    except torch.OutOfMemoryError as failure:
+        add_rows({" ".join([kind, *given]): {"failed": f"out of memory: {failure}".splitlines()[0]}})
+        return 1
+    except AssertionError as failure:
+        add_rows({" ".join([kind, *given]): {"failed": str(failure)}})
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    exit_process(main())
