@@ -156,7 +156,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor, noise: Noise | None = None) -> Tensor:
         """Transform each position alone: [lanes, length, d_model] -> [lanes, length, d_model]."""
-        inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu_()
+        inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu()
         hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner, noise)), noise)
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
 

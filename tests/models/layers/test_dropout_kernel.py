@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.models.layers.triton_process import compiling, interpreting, spilled
+from tests.models.layers.triton_process import compiling, interpreting, resources
 from txl_dist.models.layers.dropout import Noise
 
 torch.set_num_threads(1)
@@ -57,4 +57,4 @@ def compile_kernels() -> None:
 
 def test_no_register_is_spilled_on_sm_90(tmp_path):
     with compiling() as run:
-        assert run(spilled, str(tmp_path), compile_kernels) == {"kernel": 0}
+        assert run(resources, str(tmp_path), compile_kernels)["kernel"].spills == 0

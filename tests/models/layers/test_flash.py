@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.layers.triton_process import compiling, interpreting, spilled
+from tests.models.layers.triton_process import compiling, interpreting, resources
 
 torch.set_num_threads(1)
 
@@ -235,8 +235,17 @@ def compile_kernels(d_head: int, dropout: float) -> None:
     results(lambda x: attend(x, lookbacks(length, mem_len), dropout), arguments, torch.ones(1))
 
 
-@pytest.mark.parametrize("d_head", [64, 128])
+@pytest.mark.parametrize("d_head", [32, 41, 64, 128])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_no_register_is_spilled_on_sm_90(compiled, d_head, dropout, tmp_path):
-    spills = compiled(spilled, str(tmp_path), compile_kernels, d_head, dropout)
-    assert spills == {"forward_kernel": 0, "query_gradient_kernel": 0, "key_gradient_kernel": 0}
+def test_what_the_kernels_take_of_an_h100(compiled, d_head, dropout, tmp_path):
+    """No register is spilled, two programs fit on a multiprocessor, and no row of a tile is computed twice.
+
+    Keys of 128 numbers need the registers of 8 warps, which compute their 64 rows twice, one program at a time.
+    """
+    taken = compiled(resources, str(tmp_path), compile_kernels, d_head, dropout)
+    assert list(taken) == ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+    for name, (spills, programs, rows) in taken.items():
+        is_large = name == "key_gradient_kernel" and d_head > 64
+        assert spills == 0, name
+        assert programs >= (1 if is_large else 2), name
+        assert rows <= (128 if is_large else 64), name

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from typing import NamedTuple
 
 
 @contextmanager
@@ -74,18 +75,39 @@ def compile_only() -> None:
 KERNELS: dict = {}  # of the compiling process, by name
 
 
-def spilled(folder: str, launch: Callable[..., None], *args) -> dict[str, int]:
-    """The bytes that each kernel spills from registers, as ptxas reports them, of those that `launch` launches."""
+class Resources(NamedTuple):
+    """What a compiled kernel takes.
+
+    Attributes:
+        spills: bytes, from registers.
+        programs: that fit on a multiprocessor of an H100, by their registers.
+        rows: that the warps of its products cover; 0 without products.
+    """
+
+    spills: int
+    programs: int
+    rows: int
+
+
+REGISTERS = 65536  # of a multiprocessor
+WARP = 32  # threads
+
+
+def resources(folder: str, launch: Callable[..., None], *args) -> dict[str, Resources]:
+    """What each of the kernels takes that `launch` launches, as ptxas and Triton's layouts tell."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     os.environ["TRITON_CACHE_DIR"] = folder
     KERNELS.clear()
     launch(*args)
-    spills = {}
+    taken = {}
     for name, kernel in KERNELS.items():
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
         command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
         report = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
-        spills[name] = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-        assert "registers" in report
-    return spills
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        layouts = re.findall(r"nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+),", kernel.asm["ttgir"])
+        rows = 16 * max(map(int, layouts), default=0)  # a warp has 16
+        taken[name] = Resources(spills, REGISTERS // (registers * kernel.metadata.num_warps * WARP), rows)
+    return taken

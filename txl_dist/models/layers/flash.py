@@ -152,13 +152,18 @@ def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def options(content: Tensor, dropout: float, **blocks: int) -> dict[str, Any]:
     """Return the constants that a kernel is compiled for."""
     d_head = content.size(-1)
+    block_d = max(16, triton.next_power_of_2(d_head))
     single = content.dtype == torch.float32
+    # A warp takes 16 rows of a product. Of 8 warps on BLOCK = 64 rows each second one would compute the same again. But
+    # the registers of 4 are too few for keys and values of 128 numbers, with their gradients, and for float32.
+    is_for_keys = blocks["BLOCK_N"] == BLOCK
+    needs_registers = single or (is_for_keys and block_d > 64)
     return {
         "D_HEAD": d_head,
-        "BLOCK_D": max(16, triton.next_power_of_2(d_head)),
+        "BLOCK_D": block_d,
         "DROPOUT": dropout,
         "PRECISION": "tf32x3" if single else None,
-        "num_warps": 8,
+        "num_warps": 8 if needs_registers else 4,
         "num_stages": 1 if single else 2,
         **blocks,
     }
