@@ -221,6 +221,8 @@ class Engine(ABC):
 
     def global_losses(self, losses: Sequence[Tensor]) -> list[float]:
         """Return the losses of the global batches: the means over all ranks of what `train_step` returned."""
+        if not losses:
+            return []
         return [total / self.group.size for total in self.group.sum(*losses)]
 
     @property
