@@ -30,11 +30,12 @@ def start(module, *arguments, **options):
 
 
 @pytest.mark.slow
-def test_the_commands_that_training_prints_can_be_pasted(trained_run):
+def test_the_commands_that_training_prints_can_be_pasted(trained_run, tmp_path):
+    more = {"evaluate": "", "look": f"to={tmp_path}/look.html", "generate": "max_tokens=1"}
     commands = [line[line.index("python -m") :] for line in trained_run[1].splitlines() if "python -m" in line]
-    assert len(commands) == 2
-    for command in commands:
-        line = f"{sys.executable} {command.removeprefix('python ')} {'max_tokens=1' if 'generate' in command else ''}"
+    assert len(commands) == len(more)
+    for command, options in zip(commands, more.values(), strict=True):
+        line = f"{sys.executable} {command.removeprefix('python ')} {options}"
         done = subprocess.run(["bash", "-c", line], cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, done.stderr
 

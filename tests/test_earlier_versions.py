@@ -71,7 +71,12 @@ def processor():
 
 def logged(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in OTHERS} for line in lines]
+    return [{key: value for key, value in line.items() if is_of_old(key)} for line in lines]
+
+
+def is_of_old(key):
+    """Whether version 0.1 logged a metric, and the same at every start."""
+    return key not in OTHERS and not key.startswith("memory/")
 
 
 def tensors(run_dir):

@@ -81,9 +81,18 @@ def serving(pattern):
     """Serve the dashboard of the runs that a pattern matches, and yield its address; Ctrl-C ends it in order."""
     command = [sys.executable, "-m", "txl_dist.dashboard", f"run={pattern}", "serve=true", "port=0"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
-    with subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True) as server:
+    options = {"cwd": REPO, "env": environment, "stdout": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+    with subprocess.Popen(command, **options) as server:
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=60) == 0
+            try:
+                assert server.wait(timeout=60) == 0
+            finally:
+                server.kill()
+
+
+def heed_ctrl_c():
+    """Have a process end at Ctrl-C, which a shell has those that it starts in the background ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
