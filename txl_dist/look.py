@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from txl_dist.cli import command, read_standard_input
 from txl_dist.config.schema import LookJob
 from txl_dist.errors import UserError
@@ -40,7 +42,7 @@ def look(job: LookJob) -> None:
         print(f"The text has {len(tokens):,} tokens: it is cut after max_tokens={job.max_tokens}.")
     loss, alone = (-log_probs.mean().item() for log_probs in (observed.log_probs, observed.alone))
     print(f"loss with memory {loss:.4f}, without {alone:.4f} nats per token")
-    print(f"{job.to}: {len(page) / 1e6:.1f} MB; open it in a browser")
+    print(f"{job.to}: {decimal(len(page))}; open it in a browser")
 
 
 def page_data(scorer: "Scorer", tokens: list[int], observed: "ObservedText") -> dict[str, Any]:
