@@ -453,7 +453,7 @@ class ScoreJob:
 class LookJob:
     """Write a page that shows what memory and attention do in a text (null: standard input).
 
-    max_tokens: a longer text is cut. A page tells distances in 16 bits.
+    max_tokens: a longer text is cut. A page stores distances in 16 bits.
     """
 
     run: RunDir

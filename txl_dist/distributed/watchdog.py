@@ -33,7 +33,7 @@ class Watchdog:
 
     Attributes:
         on_stall: is called with the first line of the message where this process is the one that ends the run on its
-            host, and has REPORTING seconds; set it to what tells others, or to None.
+            host, and has REPORTING seconds; set it to what informs others, or to None.
     """
 
     def __init__(self, timeout: float | None):

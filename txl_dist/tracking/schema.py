@@ -19,7 +19,7 @@ class Metric:
     """A number that is logged, or a family of numbers.
 
     Attributes:
-        key: in metrics.jsonl. A word in braces stands for what tells the members of a family apart.
+        key: in metrics.jsonl. A word in braces stands for what distinguishes the members of a family.
         label: of its line in a chart; words in braces as in the key.
         meaning: for the documentation.
         is_exact: whether the same run logs the same value at every start; speeds are others each time.

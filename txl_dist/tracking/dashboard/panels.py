@@ -33,7 +33,7 @@ class Family:
     curves: list[Curve] = field(default_factory=list)
 
     def words(self, curve: Curve) -> dict[str, str]:
-        """Return what tells a curve apart from the others."""
+        """Return what distinguishes a curve from the others."""
         return self.metric.match(curve.key) or {}
 
     @property
@@ -46,9 +46,9 @@ class Family:
         return self.metric.label.format(**self.words(curve))
 
     def averages(self) -> Iterator[tuple[str, Curve]]:
-        """Yield labelled means over the heads: of each layer or, where distances are told apart, of each distance."""
-        told_apart = [word for word in self.words(self.curves[0]) if word != "head"]
-        word = told_apart[-1]
+        """Yield labelled means over the heads: of each layer or, where there are distances, of each distance."""
+        words_of_group = [word for word in self.words(self.curves[0]) if word != "head"]
+        word = words_of_group[-1]
         groups: dict[str, list[Curve]] = {}
         for curve in self.curves:
             groups.setdefault(self.words(curve)[word], []).append(curve)
@@ -163,7 +163,7 @@ def panel_grids(
 def heat_map(family: Family, run: int, lines: list[Line], limit: int) -> dict[str, Any]:
     """Return blocks of cells, and the values of each block, row by row, at each step.
 
-    Heads of layers are one block, layers x heads; where distances are told apart, too, each layer is a block, heads x
+    Heads of layers are one block, layers x heads; where there are distances, too, each layer is a block, heads x
     distances.
     """
     logged = sorted({row for curve in family.curves for row in curve.rows})

@@ -1,4 +1,4 @@
-"""The alerts of a run: the events that somebody who does not look at it wants to be told of."""
+"""The alerts of a run: the events that somebody who does not look at it wants to hear of."""
 
 from typing import Literal, NamedTuple
 
