@@ -23,7 +23,7 @@ What the memory does is measured on the first segments of the validation split: 
 
 MEMORY = (
     "as many as fill the memory, and four more in each lane, which are read with memory and each alone, by the same "
-    "weights. `memory/seconds` tells what that costs."
+    "weights. `memory/seconds` is what that costs."
 )
 
 

@@ -93,19 +93,19 @@ class MemoryUse:
         """Add where the rows of a segment look in one layer."""
         if not self.is_measuring:
             return
-        weights = seen.weights.detach().double()
-        by_head = weights.sum((0, 2, 3))
+        weights = seen.weights.detach()  # of a large model too many for a copy in float64
         on_memory = weights[..., : seen.mem_len]
-        for head, (share, total) in enumerate(zip(on_memory.sum((0, 2, 3)).tolist(), by_head.tolist(), strict=True)):
+        totals = sum_by_head(weights)
+        for head, (share, total) in enumerate(zip(sum_by_head(on_memory), totals, strict=True)):
             self.add("share", share, total)
             self.add(f"share/layer.{layer}.head.{head}", share, total)
         for start, is_inside in stretches(seen.distance):
-            shares = (weights * is_inside[:, None]).sum((0, 2, 3))
-            if start == AHEAD and not shares.any():  # of a model that reads from left to right
+            shares = sum_by_head(weights * is_inside[:, None])
+            if start == AHEAD and not any(shares):  # of a model that reads from left to right
                 continue
-            for head, (share, total) in enumerate(zip(shares.tolist(), by_head.tolist(), strict=True)):
+            for head, (share, total) in enumerate(zip(shares, totals, strict=True)):
                 self.add(f"distance/layer.{layer}.head.{head}.from.{start}", share, total)
-        by_key = on_memory.sum(1)  # [lanes, rows, mem_len]
+        by_key = on_memory.sum(1, dtype=torch.float64)  # [lanes, rows, mem_len]
         self.add(f"age/layer.{layer}", (by_key * seen.distance[..., : seen.mem_len]).sum(), by_key.sum())
         if seen.memory is not None:
             norms = seen.memory.double().norm(dim=-1)
@@ -130,6 +130,12 @@ class MemoryUse:
             elif how != "with":
                 metrics[f"memory/{key}"] = mean
         return metrics
+
+
+def sum_by_head(weights: Tensor) -> list[float]:
+    """Add up [lanes, n_head, rows, keys] in float64, for each head."""
+    sums: list[float] = weights.sum((0, 2, 3), dtype=torch.float64).tolist()
+    return sums
 
 
 def stretches(numbers: Tensor) -> Iterator[tuple[int | str, Tensor]]:
