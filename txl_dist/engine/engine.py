@@ -260,20 +260,26 @@ class Engine(ABC):
     def _prepare_update(self) -> bool:
         """Clip the gradient, and return whether the optimizer is to make its update."""
         if self.job.engine.zero_stage == 0:
-            self._clip_gradient()
+            self._own_grad_norm = self._measure_grad_norm()
+        self._clip_gradient()
         self.watch.read_gradients(self.optimizer, self._last_grad_norm, self.job.optimizer.clip)
         return not self.guard.vetoes_update(self._last_grad_norm)
 
-    def _clip_gradient(self) -> None:
-        """Clip the gradient to optimizer.clip at ZeRO 0; at the other stages DeepSpeed does so.
-
-        There it reports no norm, and that of a pipeline is wrong.
-        """
+    def _measure_grad_norm(self) -> Tensor:
+        """Return the norm of the whole gradient at ZeRO 0: there DeepSpeed has none, and that of a pipeline is wrong."""
         gradients = [parameter.grad for parameter in self.state.own.values() if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-        self._own_grad_norm = self.global_grad_norm(torch.stack(norms).norm())
-        if self.job.optimizer.clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.job.optimizer.clip, self._own_grad_norm)
+        return self.global_grad_norm(torch.stack(norms).norm())
+
+    def _clip_gradient(self) -> None:
+        """Clip to optimizer.clip the gradient of what the optimizer updates now: under ZeRO one group of parameters.
+
+        DeepSpeed's own clipping would wait for the device to see whether the norm is finite.
+        """
+        if self.job.optimizer.clip and not self.deepspeed.gradient_clipping():
+            updated = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+            grad_norm = torch.as_tensor(self._last_grad_norm)
+            nn.utils.clip_grads_with_norm_(updated, self.job.optimizer.clip, grad_norm)
 
     def global_grad_norm(self, local_norm: Tensor) -> Tensor:
         """Return the norm of the whole model's gradient from that of this rank's part; all ranks must call it."""
@@ -407,15 +413,19 @@ def deepspeed_config(job: TrainJob, micro_batch: int, precision: str) -> dict[st
         zero["offload_optimizer"] = {"device": "cpu"}
     if job.engine.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
+    # fp16's loss scale may change between the norm and the clipping: only ZeRO knows what the gradient is scaled by.
+    zero_clips = precision == "fp16" and job.engine.zero_stage > 0
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": job.engine.gradient_accumulation,
-        "gradient_clipping": job.optimizer.clip if job.engine.zero_stage else 0.0,  # DeepSpeed clips by default
+        "gradient_clipping": job.optimizer.clip if zero_clips else 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam needs a compiler
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16"},
+        # The guard judges the gradient. DeepSpeed would read each parameter's for numbers that are not finite, and wait.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": precision == "fp16"},
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
         "steps_per_print": 2**62,
     }
 
