@@ -47,7 +47,7 @@ from txl_dist.models.layers.attention import (
 )
 from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, default_backend
 from txl_dist.models.layers.cost import Product
-from txl_dist.models.layers.dropout import Dropout, Noise
+from txl_dist.models.layers.dropout import Dropout, Noise, ReluDropout
 from txl_dist.models.layers.state import State
 from txl_dist.models.layers.transfer import to_device
 
@@ -150,14 +150,14 @@ class FeedForward(nn.Module):
         self.outer = nn.Linear(config.d_inner, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model)
         inner = config.dropout if config.dropout_ff is None else config.dropout_ff
-        self.inner_dropout = Dropout(inner, config.variational)
+        self.inner_dropout = ReluDropout(inner, config.variational)
         self.dropout = Dropout(config.dropout, config.variational)
         self.pre_lnorm = config.pre_lnorm
 
     def forward(self, hidden: Tensor, noise: Noise | None = None) -> Tensor:
         """Transform each position alone: [lanes, length, d_model] -> [lanes, length, d_model]."""
-        inner = self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden).relu()
-        hidden = hidden + self.dropout(self.outer(self.inner_dropout(inner, noise)), noise)
+        inner = self.inner_dropout(self.inner(self.layer_norm(hidden) if self.pre_lnorm else hidden), noise)
+        hidden = hidden + self.dropout(self.outer(inner), noise)
         return hidden if self.pre_lnorm else self.layer_norm(hidden)
 
     def products(self, positions: int) -> list[Product]:

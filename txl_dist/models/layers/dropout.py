@@ -99,6 +99,20 @@ class Dropout(LaneDropout):
         return x if mask is None else drop(x, mask, self.variational)
 
 
+class ReluDropout(Dropout):
+    """Dropout of the rectified [lanes, ..., positions, width]."""
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """Compute max(x, 0); in training drop numbers of it, and scale the others by 1 / (1 - p)."""
+        mask = self.mask(noise)
+        if mask is not None and is_fused(x):
+            dropped: Tensor = drop_relu_fused(x, mask.seeds, mask.p, self.variational)
+            return dropped
+        # Not in place: `x` may be a view, of which autograd would have to copy the whole.
+        rectified = x.relu()
+        return rectified if mask is None else drop(rectified, mask, self.variational)
+
+
 class WordDropout(LaneDropout):
     """Dropout of words of the vocabulary: one is there or not, wherever it stands in a lane's segment.
 
@@ -133,9 +147,14 @@ def mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
+def is_fused(x: Tensor) -> bool:
+    """Return whether a kernel drops the numbers of a tensor: it keeps no mask in memory."""
+    return x.device.type != "cpu" and HAS_TRITON
+
+
 def drop(x: Tensor, mask: Mask, variational: bool = False) -> Tensor:
     """Apply a mask to [lanes, ..., positions, width], with one row for all positions if it is variational."""
-    if x.device.type != "cpu" and HAS_TRITON:
+    if is_fused(x):
         dropped: Tensor = drop_fused(x, mask.seeds, mask.p, variational)
         return dropped
     *outer, positions, width = x.shape[1:]
@@ -164,16 +183,11 @@ def _(seeds: Tensor, shape: list[int], p: float, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("txl_dist::dropout", mutates_args=())
 def drop_fused(x: Tensor, seeds: Tensor, p: float, variational: bool) -> Tensor:
-    """Compute `drop` by one kernel, which keeps no mask in memory."""
+    """Compute `drop` by one kernel."""
     from txl_dist.models.layers import dropout_kernel  # imports triton, which is not installed everywhere
 
     dropped: Tensor = dropout_kernel.drop(x.contiguous(), seeds, p, variational)
     return dropped
-
-
-@drop_fused.register_fake
-def _(x: Tensor, seeds: Tensor, p: float, variational: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def keep_mask(ctx: Any, inputs: tuple[Tensor, Tensor, float, bool], output: Tensor) -> None:
@@ -187,4 +201,41 @@ def drop_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]
     return drop_fused(gradient, *ctx.saved_tensors, ctx.p, ctx.variational), None, None, None
 
 
+@torch.library.custom_op("txl_dist::dropout_of_relu", mutates_args=())
+def drop_relu_fused(x: Tensor, seeds: Tensor, p: float, variational: bool) -> Tensor:
+    """Compute `drop` of max(x, 0) by one kernel."""
+    from txl_dist.models.layers import dropout_kernel
+
+    dropped: Tensor = dropout_kernel.drop(x.contiguous(), seeds, p, variational, relu=True)
+    return dropped
+
+
+def keep_result(ctx: Any, inputs: tuple[Tensor, Tensor, float, bool], output: Tensor) -> None:
+    """Keep the result, which whatever comes next keeps as well: it is above 0 where the gradient passes."""
+    _, _, ctx.p, _ = inputs
+    ctx.save_for_backward(output)
+
+
+def drop_relu_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    """Pass the gradient where the result is above 0."""
+    return pass_where_positive(gradient, *ctx.saved_tensors, ctx.p), None, None, None
+
+
+@torch.library.custom_op("txl_dist::dropout_of_relu_gradient", mutates_args=())
+def pass_where_positive(gradient: Tensor, dropped: Tensor, p: float) -> Tensor:
+    """Compute the gradient of `drop_relu_fused` from its result, by one kernel."""
+    from txl_dist.models.layers import dropout_kernel
+
+    passed: Tensor = dropout_kernel.pass_where_positive(gradient.contiguous(), dropped, p)
+    return passed
+
+
+def like_the_first(x: Tensor, *_: Any) -> Tensor:
+    """Return a result without numbers: contiguous, of the first argument's shape."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+for operator in (drop_fused, drop_relu_fused, pass_where_positive):
+    operator.register_fake(like_the_first)
 drop_fused.register_autograd(drop_gradient, setup_context=keep_mask)
+drop_relu_fused.register_autograd(drop_relu_gradient, setup_context=keep_result)
