@@ -266,7 +266,7 @@ class Engine(ABC):
         return not self.guard.vetoes_update(self._last_grad_norm)
 
     def _measure_grad_norm(self) -> Tensor:
-        """Return the norm of the whole gradient at ZeRO 0: there DeepSpeed has none, and that of a pipeline is wrong."""
+        """Return the norm of the whole gradient at ZeRO 0: DeepSpeed has none there, or in a pipeline a wrong one."""
         gradients = [parameter.grad for parameter in self.state.own.values() if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         return self.global_grad_norm(torch.stack(norms).norm())
@@ -422,7 +422,7 @@ def deepspeed_config(job: TrainJob, micro_batch: int, precision: str) -> dict[st
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam needs a compiler
         "zero_allow_untested_optimizer": True,
-        # The guard judges the gradient. DeepSpeed would read each parameter's for numbers that are not finite, and wait.
+        # The guard judges the gradient. DeepSpeed would look for numbers that are not finite parameter by parameter.
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": precision == "fp16"},
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step

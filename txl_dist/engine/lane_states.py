@@ -41,12 +41,18 @@ class LaneStates:
         return [{name: states[rows] for name, states in of_layer.items()} for of_layer in self.current]
 
     def write(self, rows: Rows, memory: list[State]) -> None:
-        """Store the next step's states of some rows, for each layer by name [rows, *shape]."""
+        """Store the next step's states of some rows, for each layer by name [rows, *shape].
+
+        A slice of all lanes is not copied: its states must stay as they are from now on.
+        """
         for of_layer, new in zip(self.next, memory, strict=True):
             for name, states in of_layer.items():
                 value = new[name]
                 assert isinstance(value, Tensor)  # a cache is for evaluation
-                states[rows] = value
+                if isinstance(rows, slice) and value.shape == states.shape and owns_storage(value):
+                    of_layer[name] = value
+                else:
+                    states[rows] = value
 
     def commit(self) -> None:
         """Make what has been written current."""
@@ -86,3 +92,9 @@ class LaneStates:
                 end = "" if name == "memory" else f".{name}"
                 named |= {f"layer.{layer}.lane.{lane}{end}": states[row] for row, lane in enumerate(self.lanes)}
         return named
+
+
+def owns_storage(tensor: Tensor) -> bool:
+    """Return whether a tensor is contiguous, and all of its storage: to keep it keeps nothing else in memory."""
+    num_bytes = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == num_bytes
