@@ -26,6 +26,7 @@ from txl_dist.config.types import ALWAYS, EVALUATION, INT32_MAX, LANES, SCHEMA, 
 from txl_dist.models.base import DEFAULT_RUNTIME, Batch, Carry, LanguageModel, Runtime, Shapes
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.layers.cost import Product
+from txl_dist.models.layers.cross_entropy import cross_entropy, log_softmax
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.state import State
 from txl_dist.models.layers.transfer import to_device
@@ -155,11 +156,10 @@ class Head(nn.Module):
             targets: int64 [lanes, queries], on any device; -100: not scored.
         """
         logits = F.linear(queries, self.table, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets is None:
-            return logits.log_softmax(-1)
+            return log_softmax(logits)
         flat = to_device(targets, logits.device).flatten()
-        return F.cross_entropy(logits.flatten(0, 1), flat, reduction="none").view_as(targets)
+        return cross_entropy(logits.flatten(0, 1), flat).view_as(targets)
 
 
 class XLNet(LanguageModel):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from txl_dist.models.layers.cost import Product, zipf_share
+from txl_dist.models.layers.cross_entropy import cross_entropy, log_softmax
 from txl_dist.models.layers.dropout import Noise, WordDropout
 from txl_dist.models.layers.transfer import to_device
 
@@ -171,20 +172,19 @@ class AdaptiveSoftmax(VocabularyClusters):
         in_head = targets
         for i, at in enumerate(positions):
             in_head = in_head.index_fill(0, at, self.sizes[0] + i)
-        nll = F.cross_entropy(self.head_logits(hidden, *head), to_device(in_head, hidden.device), reduction="none")
+        nll = cross_entropy(self.head_logits(hidden, *head), to_device(in_head, hidden.device))
         for at, start, tail in zip(positions, self.starts[1:], tails, strict=True):
             rows = to_device(at, hidden.device)
             within = to_device(targets[at] - start, hidden.device)
-            scores = logits(hidden.index_select(0, rows), *tail)
-            nll = nll.index_add(0, rows, F.cross_entropy(scores, within, reduction="none"))
+            nll = nll.index_add(0, rows, cross_entropy(logits(hidden.index_select(0, rows), *tail), within))
         return nll
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Compute all log-probabilities: [..., d_model] -> [..., vocab_size]."""
         head, *tails = self.outputs()
-        of_head = self.head_logits(hidden, *head).log_softmax(-1)
+        of_head = log_softmax(self.head_logits(hidden, *head))
         first, *clusters = of_head.split([self.sizes[0], *[1] * len(tails)], dim=-1)
-        within = [logits(hidden, *tail).log_softmax(-1) for tail in tails]
+        within = [log_softmax(logits(hidden, *tail)) for tail in tails]
         return torch.cat([first, *map(torch.add, clusters, within)], dim=-1)
 
     def head_logits(self, hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
@@ -213,8 +213,7 @@ class AdaptiveSoftmax(VocabularyClusters):
 
 
 def logits(hidden: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None = None) -> Tensor:
-    """Compute logits, [..., d_model] -> [..., size], in float32 at least: logarithms of them follow."""
+    """Compute logits, [..., d_model] -> [..., size]."""
     if projection is not None:
         hidden = hidden @ projection
-    scores = F.linear(hidden, table, bias)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return F.linear(hidden, table, bias)
