@@ -25,7 +25,7 @@ def build(
     torch.manual_seed(0)
     embedding = AdaptiveEmbedding(VOCAB, D_MODEL, list(cutoffs), div_val)
     softmax = AdaptiveSoftmax(embedding, tie_weights, tie_projections)
-    for parameter in {*embedding.parameters(), *softmax.parameters()}:
+    for parameter in dict.fromkeys([*embedding.parameters(), *softmax.parameters()]):
         nn.init.normal_(parameter)
     return embedding.double(), softmax.double()
 

@@ -1,6 +1,8 @@
 """The kernels of the cross-entropy against the plain formula, under Triton's interpreter; and as compiled for sm_90."""
 
 import re
+from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
 from math import inf, nan
 
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.models.layers.test_adaptive import CASES, build, hidden_and_all_tokens
 from tests.models.layers.triton_process import compiling, interpreting, resources
-from txl_dist.models.layers import cross_entropy
+from txl_dist.models.layers import adaptive, cross_entropy
+from txl_dist.models.layers.adaptive import AdaptiveSoftmax, padding
 
 torch.set_num_threads(1)
 
@@ -127,6 +131,87 @@ def check_memory() -> None:
 
 def test_backward_overwrites_the_logits_once(interpreted):
     interpreted(check_memory)
+
+
+def softmax_results(
+    softmax: AdaptiveSoftmax, dtype: torch.dtype, hidden: Tensor, targets: Tensor, frozen: str = "none"
+) -> dict[str, Tensor]:
+    """The losses of an adaptive softmax, and the gradients of their weighted sum."""
+    softmax = deepcopy(softmax).to(dtype)
+    hidden = torch.stack([hidden, hidden], -1).to(dtype)[..., 0].requires_grad_()  # its numbers lie apart
+    leaves = {"hidden": hidden, **dict(softmax.named_parameters())}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(re.fullmatch(frozen, name) is None)
+    nll = softmax(hidden, targets)
+    (nll * random(*nll.shape, seed=3).to(nll.dtype)).sum().backward()
+    return {"nll": nll.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}}
+
+
+def check_softmax(case: str, dtype: torch.dtype) -> None:
+    _, softmax = build(**CASES[case])
+    hidden, targets = hidden_and_all_tokens()
+    softmax.to(dtype).double()  # rounded, so that no error comes from that
+    hidden = hidden.to(dtype).double()
+    some = targets.clone()
+    some[:, ::2] = -100
+    of_first_cluster = targets % 10
+    batches = {"all": targets, "some": some, "none": torch.full_like(targets, -100), "first": of_first_cluster}
+    few = {"few rows": (hidden[:1, :5], targets[:1, :5]), "one row": (hidden[:1, :1], targets[:1, :1])}
+    for name, (rows, tokens) in {**{name: (hidden, tokens) for name, tokens in batches.items()}, **few}.items():
+        expected = softmax_results(softmax, torch.float64, rows, tokens)
+        with on_a_gpu():
+            got = softmax_results(softmax, dtype, rows, tokens)
+        assert got.keys() == expected.keys()
+        for leaf, x in got.items():
+            assert x.shape == expected[leaf].shape and x.dtype == (torch.float32 if leaf == "nll" else dtype)
+            error = (x - expected[leaf]).abs().max() / expected[leaf].abs().max().clamp(min=1)
+            assert error < 40 * torch.finfo(dtype).eps, f"{leaf} of {name}: {error}"
+
+
+@contextmanager
+def on_a_gpu():
+    """Compute cross-entropies by the kernels, of logits that are padded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "cross_entropy", lambda logits, targets: cross_entropy.fused(logits, targets)[0])
+        patch.setattr(adaptive, "padding", lambda size, _: padding(size, torch.device("cuda")))
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_softmax_by_kernels(interpreted, case, dtype):
+    interpreted(check_softmax, case, dtype)
+
+
+def check_frozen() -> None:
+    hidden, targets = hidden_and_all_tokens()
+    _, softmax = build(**CASES["narrowing clusters"])
+    with on_a_gpu():
+        expected = softmax_results(softmax, torch.float32, hidden, targets)
+        for frozen in "hidden", "bias", "table_.*", "hidden|projection_.*|cluster_.*", "(?!bias).*":
+            got = softmax_results(softmax, torch.float32, hidden, targets, frozen)
+            assert len(got) < len(expected)
+            assert all(torch.equal(x, expected[name]) for name, x in got.items())
+
+
+def test_frozen_parameters_change_no_other_gradient(interpreted):
+    interpreted(check_frozen)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_changes_no_probability(case, monkeypatch):
+    _, softmax = build(**CASES[case])
+    hidden, _ = hidden_and_all_tokens()
+    expected = softmax(hidden, None)
+    monkeypatch.setattr(adaptive, "padding", lambda size, _: padding(size, torch.device("cuda")))
+    torch.testing.assert_close(softmax(hidden, None), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_logits_are_aligned_on_a_gpu():
+    gpu = torch.device("cuda")
+    sizes = [20_003, 20_000, 160_000, 67_735, 205, 1]
+    assert [size + padding(size, gpu) for size in sizes] == [20_032, 20_000, 160_000, 67_776, 256, 64]
+    assert not any(padding(size, torch.device("cpu")) for size in sizes)
 
 
 def compile_kernels(size: int, dtype: torch.dtype) -> None:
