@@ -135,12 +135,12 @@ def device_has_what_is_needed(engine: EngineConfig) -> Iterator[str]:
         yield "engine.precision=bf16: this GPU has no bf16; use fp16 or fp32"
     if engine.attention == "triton" and not (gpu and find_spec("triton")):
         yield "engine.attention=triton: needs a GPU and the package triton; use engine.attention=auto"
-    if engine.compile and stage == 3:
+    if engine.compile is True and stage == 3:
         yield (
             "engine.compile=true: ZeRO 3 removes the weights between uses, and each return would be compiled anew; "
             "use engine.zero_stage of 0, 1 or 2, or engine.compile=false"
         )
-    elif engine.compile and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
+    elif engine.compile is True and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
         yield "engine.compile=true: needs a C++ compiler, and there is no g++; install one, or give false"
     if stage == 0 and (engine.precision in ("bf16", "fp16") or (engine.precision == "auto" and gpu)):
         yield (

@@ -16,6 +16,7 @@ from txl_dist.config.types import (
     LANES,
     NEVER,
     SCHEMA,
+    BoolOrAuto,
     CheckpointChoice,
     Fraction,
     NonNegative,
@@ -283,7 +284,7 @@ class EngineConfig:
 
     stage_layers: layers per pipeline stage; the first stage also has the embedding, the last one the softmax; null:
     balanced by counted floating-point operations. attention: the backend (models/layers/backends.py).
-    compile: torch.compile the layers for training.
+    compile: torch.compile the layers for training; auto: on GPUs, where that is possible.
     peak_tflops: peak TFLOP/s of one device in this precision, for train/mfu; null: from the data sheet where the device
     is a known one (tracking/gpu_peak.py), else there is no train/mfu.
     """
@@ -294,7 +295,7 @@ class EngineConfig:
     gradient_accumulation: PositiveInt
     activation_checkpointing: StrictBool
     attention: Literal["auto", "reference", "sdpa", "triton"]
-    compile: StrictBool
+    compile: BoolOrAuto
     offload: Literal["none", "optimizer", "parameters"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     peak_tflops: Positive | None

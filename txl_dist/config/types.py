@@ -70,6 +70,16 @@ def step_or_best(value: object) -> object:
 CheckpointChoice = Annotated[int | Literal["best"] | None, PlainValidator(step_or_best)]  # of a run's checkpoints
 
 
+def true_false_or_auto(value: object) -> object:
+    """Accept a boolean or "auto"."""
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise PydanticCustomError("switch", "should be true, false or auto")
+
+
+BoolOrAuto = Annotated[bool | Literal["auto"], PlainValidator(true_false_or_auto)]
+
+
 # ----------------------------------------------------------------------------------------- what may change a value
 
 

@@ -34,7 +34,7 @@ from txl_dist.engine.watch import LayerWatch
 from txl_dist.evaluation.memory_use import ShowAttention, ShowLosses
 from txl_dist.models import registry
 from txl_dist.models.base import Batch, LanguageModel, Runtime
-from txl_dist.models.layers.dropout import Noise
+from txl_dist.models.layers.dropout import HAS_TRITON, Noise
 from txl_dist.objectives.base import Objective, Score
 
 Start = Checkpoint | InitialWeights | None  # what a run resumes from or begins with; None: with random weights
@@ -173,6 +173,8 @@ class Engine(ABC):
     def __str__(self) -> str:
         """Return the model's size and the split, for people to read."""
         runtime = self.model.describe_runtime(self.group.device, DTYPES[self.precision])
+        if self.model.runtime.compile:
+            runtime += "compiled layers, "
         return (
             f"{self.num_parameters:,} parameters, {self.group.size} x {self.group.device.type}, {self.precision}, "
             f"{runtime}ZeRO {self.job.engine.zero_stage}"
@@ -387,7 +389,7 @@ def lane_split(job: TrainJob, group: ProcessGroup) -> LaneSplit:
 def build_model(job: TrainJob, vocab_size: int, start: Start) -> LanguageModel:
     """Build the whole model on the CPU, with given weights or those that run.seed draws."""
     torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
-    runtime = Runtime(job.engine.attention, job.engine.activation_checkpointing, job.engine.compile)
+    runtime = Runtime(job.engine.attention, job.engine.activation_checkpointing, resolve_compile(job.engine))
     model = registry.build(job.model, vocab_size, runtime)
     if start:
         start.load_weights(model)
@@ -404,6 +406,13 @@ def resolve_precision(engine: EngineConfig) -> str:
     if engine.precision != "auto":
         return engine.precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def resolve_compile(engine: EngineConfig) -> bool:
+    """Return engine.compile; `auto` is true on GPUs with triton, but at ZeRO 3: there weights come and go."""
+    if engine.compile != "auto":
+        return engine.compile
+    return torch.cuda.is_available() and HAS_TRITON and engine.zero_stage < 3
 
 
 def deepspeed_config(job: TrainJob, micro_batch: int, precision: str) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class LanguageModel(nn.Module, ABC):
             yield
         finally:
             for sublayer in sublayers:
-                sublayer.observer = None
+                del sublayer.observer  # not set to None: a compiled layer would be compiled anew for an attribute more
 
     # -------------------------------------------------------------------------------------------------- the states
 
