@@ -181,6 +181,20 @@ def test_every_architecture_keeps_the_contract(ask, path):
     ask(find(path), make_config(path))
 
 
+@pytest.mark.parametrize("name", ["transformer_xl", "xlnet"])
+def test_what_a_cache_keeps_of_the_distances_is_computed_once(name):
+    path = TESTS.parent / f"conf/model/{name}.yaml"
+    model = build(find(path), make_config(path)).eval()
+    memory = model.empty_cache(LANES)
+    flops = []
+    for position in range(3):
+        part = slice(None), slice(position, position + 1)
+        with FlopCounterMode(display=False) as counter:
+            _, memory = model(batch(TOKENS[part], None, LOOKBACK[part]), memory)
+        flops.append(counter.get_total_flops())
+    assert flops[0] > flops[1] == flops[2]
+
+
 class StateOfAnotherLane(TransformerXL):
     """Writes each state under the lane after its own."""
 

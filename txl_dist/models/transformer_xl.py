@@ -255,7 +255,8 @@ class TransformerXL(LanguageModel):
             encoding = clip_distances(keys, config.clamp_len, config.max_distance, hidden.device)
         else:
             encoding = encode_distances(keys, config.clamp_len, config.d_model, hidden.dtype, hidden.device)
-            encoding = self.dropout(encoding[None], noise and noise.of_all_lanes())[0]
+            if self.training:  # else it is the very same tensor each time: a cache keeps what is computed of it
+                encoding = self.dropout(encoding[None], noise and noise.of_all_lanes())[0]
         if config.same_length:  # mem_len keys at most, itself included
             lookback = lookback.clamp(max=config.mem_len - 1)
         return encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype)

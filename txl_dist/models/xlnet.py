@@ -224,7 +224,8 @@ class XLNet(LanguageModel):
         encoding = encode_both_ways(
             keys, length, self.config.clamp_len, self.config.d_model, streams.dtype, streams.device
         )
-        encoding = self.distance_dropout(encoding[None], noise and noise.of_all_lanes())[0]
+        if self.training:  # else it is the very same tensor each time: a cache keeps what is computed of it
+            encoding = self.distance_dropout(encoding[None], noise and noise.of_all_lanes())[0]
         key = torch.arange(-mem_len, length, device=streams.device)
         key_rank = F.pad(rank, (mem_len, 0), value=-1)[:, None]
         at = torch.arange(length, device=streams.device)[:, None]
