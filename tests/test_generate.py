@@ -48,26 +48,52 @@ def test_the_seed_decides(trained_run):
     assert first == same != other
 
 
+def drawn(log_probs, count, **options):
+    """Draws of one lane."""
+    generator = torch.Generator().manual_seed(0)
+    return [Sampler(**options).draw(log_probs[None], [generator]).item() for _ in range(count)]
+
+
 @pytest.mark.parametrize(
     "options, allowed", [({"top_k": 2}, {0, 1}), ({"top_p": 0.45}, {0, 1}), ({"top_p": 0.3}, {0}), ({}, {0, 1, 2, 3})]
 )
 def test_top_k_and_top_p_keep_the_likeliest(options, allowed):
     log_probs = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    generator = torch.Generator().manual_seed(0)
-    assert {Sampler(**options).draw(log_probs, generator) for _ in range(300)} == allowed
+    assert set(drawn(log_probs, 300, **options)) == allowed
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.5}, {"top_p": 1e-9}])
+def test_draws_follow_the_distribution(options):
+    """That of the sorted probabilities, cut off; lanes side by side, of which one cannot have most of the tokens."""
+    lanes = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)) * 2
+    lanes[1, 5:] = -torch.inf
+    ordered, tokens = lanes.softmax(-1).sort(descending=True)
+    kept = ordered.cumsum(-1) - ordered < options.get("top_p", 1.0)
+    kept[:, options.get("top_k", 40) :] = False
+    expected = torch.zeros_like(ordered).scatter(1, tokens, ordered * kept)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    draws = torch.stack([Sampler(**options).draw(lanes.log_softmax(-1), generators) for _ in range(5000)])
+    for lane, probabilities in zip(draws.T, expected, strict=True):
+        shares = lane.bincount(minlength=40) / len(draws)
+        torch.testing.assert_close(shares, probabilities / probabilities.sum(), rtol=0, atol=0.025)
+        assert not shares[probabilities == 0].any()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])
+def test_all_of_the_same_probability_are_kept(options):
+    assert set(drawn(torch.zeros(7).log_softmax(-1), 300, **options)) == set(range(7))
 
 
 def test_temperature_sharpens():
     log_probs = torch.tensor([0.6, 0.4]).log()
-    generator = torch.Generator().manual_seed(0)
-    draws = [Sampler(temperature=0.25).draw(log_probs, generator) for _ in range(2000)]
-    assert sum(draws) / 2000 == pytest.approx(0.4**4 / (0.4**4 + 0.6**4), abs=0.03)
+    share = sum(drawn(log_probs, 2000, temperature=0.25)) / 2000
+    assert share == pytest.approx(0.4**4 / (0.4**4 + 0.6**4), abs=0.03)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40, 1e-9])
 def test_a_temperature_next_to_zero_is_zero(temperature):
     log_probs = torch.tensor([-1e-3, -7.0, -float("inf")]).repeat(3)
-    assert Sampler(temperature).draw(log_probs, torch.Generator().manual_seed(0)) == 0
+    assert drawn(log_probs, 1, temperature=temperature) == [0]
 
 
 def test_a_prompt_is_bytes_to_the_tokenizer_of_bytes():

@@ -12,6 +12,7 @@ from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
 from txl_dist.models.base import LanguageModel
+from txl_dist.models.layers.transfer import to_device
 
 # Below it, log-probabilities divided by the temperature leave float32; it counts as 0: the likeliest token.
 MIN_TEMPERATURE = 1e-6
@@ -19,22 +20,58 @@ MIN_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens at a temperature, among the `top_k` likeliest (0: all) and those that make up `top_p`."""
+    """Draws tokens at a temperature, among the `top_k` likeliest (0: all) and those that make up `top_p`.
+
+    Tokens as likely as the last one that belongs to them belong to them, too.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
-    def draw(self, log_probs: Tensor, generator: torch.Generator) -> int:
-        """Draw a token from log-probabilities [vocab_size]; at temperature 0 return the likeliest one."""
+    def draw(self, log_probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Draw a token for each lane, at temperature 0 the likeliest one.
+
+        Args:
+            log_probs: [lanes, vocab_size], on any device.
+            generators: one for each lane, on the CPU.
+
+        Returns:
+            int64 [lanes], on the device of log_probs.
+        """
         if self.temperature < MIN_TEMPERATURE:
-            return int(log_probs.argmax())
-        ordered, tokens = (log_probs / self.temperature).log_softmax(-1).sort(descending=True)
-        probabilities = ordered.exp()
-        kept = probabilities.cumsum(-1) - probabilities < self.top_p  # the likeliest token is always kept
-        if self.top_k:
-            kept[self.top_k :] = False
-        return int(tokens[torch.multinomial(probabilities * kept, 1, generator=generator)])
+            return log_probs.argmax(-1)
+        probabilities = (log_probs / self.temperature).softmax(-1)
+        if self.top_k or self.top_p < 1:
+            probabilities = probabilities * (probabilities >= self.least_likely(probabilities))
+        return draw_index(probabilities, generators)
+
+    def least_likely(self, probabilities: Tensor) -> Tensor:
+        """Return the probability of the least likely token that may be drawn: [lanes, vocab_size] -> [lanes, 1]."""
+        likeliest = probabilities.topk(self.count_candidates(probabilities)).values
+        kept = likeliest.cumsum(-1) - likeliest < self.top_p  # the likeliest token is always kept
+        return likeliest.gather(1, kept.sum(-1, keepdim=True) - 1)
+
+    def count_candidates(self, probabilities: Tensor) -> int:
+        """Return how many of the likeliest tokens are enough in every lane: to sort a whole vocabulary takes long."""
+        vocab_size = probabilities.size(-1)
+        count = min(self.top_k or vocab_size, vocab_size)
+        if self.top_p < 1:
+            # All tokens less likely than this have less than 1 - top_p together: the others make up top_p.
+            likely = probabilities >= (1 - self.top_p) / vocab_size
+            count = max(1, min(count, int(likely.sum(-1).max())))
+        return count
+
+
+def draw_index(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw an index for each row in proportion to its weights, [rows, n] -> int64 [rows].
+
+    It is the first one whose cumulative weight exceeds a uniform share of the sum: one random number is enough.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    shares = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=generator) for generator in generators])
+    thresholds = to_device(shares, weights.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -51,9 +88,9 @@ def continuations(
     memory = Memory.join(prompt_memory for _, prompt_memory in prefilled)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     while True:
-        tokens = [sampler.draw(row, generator) for row, generator in zip(log_probs.cpu(), generators, strict=True)]
-        yield tokens
-        [(log_probs, memory)] = read(model, torch.tensor(tokens)[:, None], memory)
+        tokens = sampler.draw(log_probs, generators).cpu()
+        yield tokens.tolist()
+        [(log_probs, memory)] = read(model, tokens[:, None], memory)
         log_probs = log_probs[:, -1]
 
 
