@@ -128,6 +128,21 @@ def test_variants_of_the_score(interpreted, without):
     interpreted(check_formula, (39, 70, 2, 16), without)
 
 
+def check_several_scans(shape) -> None:
+    from txl_dist.models.layers import flash
+
+    scan = flash.SCAN
+    flash.SCAN = 16
+    try:
+        check_formula(shape, ["bias"])
+    finally:
+        flash.SCAN = scan
+
+
+def test_keys_find_their_last_query_in_several_scans(interpreted):
+    interpreted(check_several_scans, (70, 33, 1, 8))
+
+
 def check_strides() -> None:
     """Queries and their gradient by head, keys and values time-major in one projection, the rest with gaps."""
     length, mem_len, n_head, d_head = shape = 37, 30, 2, 16

@@ -33,6 +33,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # Scores are in units of log 2: the h
 # A program keeps BLOCK queries and takes STEP keys at a time, or the reverse. Larger blocks run out of registers.
 BLOCK = 64
 STEP = 32
+SCAN = tl.constexpr(1024)  # queries whose lookback a block of keys loads at once: all, as a rule
 
 
 @torch.compiler.disable  # its kernels are compiled already
@@ -373,9 +374,10 @@ def key_gradient_kernel(
     # From the first query at one of these keys or beyond to the last that looks back to them.
     begin = tl.maximum(column - mem_len, 0) // BLOCK_M * BLOCK_M
     end = begin
-    for row in range(begin, length, BLOCK_M):
-        sees = (first_visible(lookback, row + i, length, mem_len) < column + BLOCK_N) & (row + i < length)
-        end = tl.maximum(end, tl.max(tl.where(sees, row + i + 1, 0)))
+    for start in range(begin, length, SCAN):
+        rows = start + tl.arange(0, SCAN)
+        sees = (first_visible(lookback, rows, length, mem_len) < column + BLOCK_N) & (rows < length)
+        end = tl.maximum(end, tl.max(tl.where(sees, rows + 1, 0)))
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for row in tl.range(begin, end, BLOCK_M, disable_licm=True):
