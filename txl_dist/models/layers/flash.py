@@ -7,7 +7,8 @@ The score of query i for the key at distance d is (Dai et al. 2019, section 3.3,
 Apart from the position term this is FlashAttention-2 (Dao 2023, section 3.1). Forward takes a block of queries past the
 keys that they see and carries along the maximum and the sum of their softmax. Backward recomputes the probabilities
 from the logarithm of that sum: one kernel takes a block of queries past the keys, another a block of keys past the
-queries, so that each sums its gradients alone. Nothing is added atomically; every run gives the same bits.
+queries, so that each sums its gradients alone. Nothing is added atomically; every run gives the same bits. Only what
+dropout drops is kept, a bit for a probability: drawing it anew would be a third of the work of each kernel.
 
 The position term is a plain matrix product, position r^T: scores by distance, of the inputs' dtype (the unfused
 computation rounds them alike), recomputed for backward. Query i has its score for key j in column length - 1 - i + j of
@@ -33,6 +34,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # Scores are in units of log 2: the h
 # A program keeps BLOCK queries and takes STEP keys at a time, or the reverse. Larger blocks run out of registers.
 BLOCK = 64
 STEP = 32
+WORD = tl.constexpr(32)  # keys whose dropout a number holds
 SCAN = tl.constexpr(1024)  # queries whose lookback a block of keys loads at once: all, as a rule
 
 
@@ -80,13 +82,14 @@ class Attend(torch.autograd.Function):
         out = torch.empty_like(content, memory_format=torch.contiguous_format)
         log_sum = content.new_empty(lanes, n_head, length, dtype=torch.float32)
         lookback = lookback.contiguous()
+        dropped = draw(seeds, lookback, key.size(1), n_head, dropout)
         forward_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
             *map(with_strides, (content, key, value, out)),
             *(scores_by_distance(position, r, bias), lookback, log_sum),
-            *(seeds, length, key.size(1) - length),
+            *(dropped, length, key.size(1) - length),
             **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
-        ctx.save_for_backward(content, position, key, value, r, bias, lookback, out, log_sum, seeds)
+        ctx.save_for_backward(content, position, key, value, r, bias, lookback, out, log_sum, dropped)
         ctx.dropout = dropout
         return out
 
@@ -94,7 +97,7 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out):
         """Compute the gradients of content, position, key, value, r and bias."""
-        content, position, key, value, r, bias, lookback, out, log_sum, seeds = ctx.saved_tensors
+        content, position, key, value, r, bias, lookback, out, log_sum, dropped = ctx.saved_tensors
         lanes, length, n_head, _ = content.shape
         keys = key.size(1)
         by_distance = scores_by_distance(position, r, bias)
@@ -104,7 +107,7 @@ class Attend(torch.autograd.Function):
         )
         delta = torch.empty_like(log_sum)
         inputs = [*map(with_strides, (content, key, value, d_out.contiguous())), by_distance, lookback, log_sum, delta]
-        numbers = seeds, length, keys - length
+        numbers = dropped, length, keys - length
         # The queries first: their kernel computes the `delta` that the keys' kernel reads.
         query_gradient_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
             *(*inputs, *map(with_strides, (out, d_content)), d_by_distance, *numbers),
@@ -123,6 +126,24 @@ class Attend(torch.autograd.Function):
                 d_bias = torch.zeros_like(bias)
                 d_bias[:-1] = d_by_distance.sum(1).T
         return d_content, d_position, d_key, d_value, d_r, d_bias, None, None, None
+
+
+def draw(seeds: Tensor | None, lookback: Tensor, keys: int, n_head: int, dropout: float) -> Tensor | None:
+    """Draw which probabilities are dropped; None where none are.
+
+    Returns:
+        int32 [lanes, n_head, words, length]: the bits of a word are those of WORD neighbouring keys. Where no key is
+        visible nothing is drawn. Words of neighbouring queries lie together, as they are read and written.
+    """
+    if seeds is None:
+        return None
+    lanes, length = lookback.shape
+    words = triton.cdiv(keys, WORD.value)
+    dropped = lookback.new_empty(lanes, n_head, words, length, dtype=torch.int32)
+    dropout_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
+        *(dropped, seeds, lookback, length, keys - length), DROPOUT=dropout, BLOCK_M=BLOCK, num_warps=2
+    )
+    return dropped
 
 
 def scores_by_distance(position: Tensor | None, r: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -250,26 +271,55 @@ def scores_of(left, right, by_distance, first, tile, D_HEAD: tl.constexpr, PRECI
 
 
 @triton.jit
-def dropout_factor(seeds, row, column, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the factors by which dropout multiplies a tile: 0 or 1 / (1 - DROPOUT).
+def word_of(dropped, column, rows, length, mem_len):
+    """Return the addresses of the bits of keys column, ..., column + WORD - 1 for each query of this head and lane."""
+    head_and_lane = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    return dropped + (head_and_lane * tl.cdiv(mem_len + length, WORD) + column // WORD) * length + rows
 
-    Philox, seeded by the lane, makes the numbers of four neighbouring columns at once.
-    """
-    factor = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
+
+@triton.jit
+def dropout_factor(dropped, tile, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the factors by which dropout multiplies a tile of BLOCK_N keys: 0 or 1 / (1 - DROPOUT)."""
+    factor = 1.0
     if DROPOUT > 0:
-        rows = row + tl.arange(0, BLOCK_M)
-        fours = column // 4 + tl.arange(0, BLOCK_N // 4)
-        seed = tl.load(seeds + tl.program_id(2))
-        a, b, c, d = tl.philox(seed, fours[None, :], rows[:, None], tl.program_id(1), 0)
-        random = tl.uint_to_uniform_float(tl.join(tl.join(a, b), tl.join(c, d)).reshape(BLOCK_M, BLOCK_N))
-        factor = tl.where(random < DROPOUT, 0.0, factor / (1 - DROPOUT))
+        row, column, i, j, length, mem_len = tile
+        bits = tl.zeros(i.shape, tl.int32)
+        for start in tl.static_range(0, BLOCK_N, WORD):
+            exists = (row + i < length) & (column + start < mem_len + length)
+            word = tl.load(word_of(dropped, column + start, row + i, length, mem_len), mask=exists, other=0)
+            bits = tl.where(j >= start, word, bits)
+        factor = tl.where(bits >> (j % WORD) & 1 != 0, 0.0, 1 / (1 - DROPOUT))
     return factor
+
+
+@triton.jit
+def is_dropped(random, DROPOUT: tl.constexpr):
+    """Return 1 for each random number of 32 bits that stands for a dropped probability, else 0."""
+    return (tl.uint_to_uniform_float(random) < DROPOUT).to(tl.int32)
+
+
+@triton.jit
+def dropout_kernel(dropped, seeds, lookback, length, mem_len, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Draw what is dropped of BLOCK_M queries. Philox, seeded by the lane, makes the numbers of four keys at once."""
+    row = tl.program_id(0) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    seed = tl.load(seeds + tl.program_id(2))
+    begin = tl.min(first_visible(lookback, rows, length, mem_len)) // WORD * WORD
+    end = mem_len + tl.minimum(row + BLOCK_M, length)
+    for column in range(begin, end, WORD):
+        bits = tl.zeros([BLOCK_M], tl.int32)
+        for start in tl.static_range(0, WORD, 4):
+            a, c, b, d = tl.philox(seed, (column + start) // 4, rows, tl.program_id(1), 0)
+            two = is_dropped(a, DROPOUT) | is_dropped(b, DROPOUT) << 1
+            four = two | is_dropped(c, DROPOUT) << 2 | is_dropped(d, DROPOUT) << 3
+            bits |= four << start
+        tl.store(word_of(dropped, column, rows, length, mem_len), bits, mask=rows < length)
 
 
 @triton.jit
 def forward_kernel(
     content, key, value, out, by_distance, lookback, log_sum,
-    seeds, length, mem_len,
+    dropped, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -296,7 +346,7 @@ def forward_kernel(
         shrink = tl.exp2(maximum - higher)
         probability = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(probability, 1)
-        probability *= dropout_factor(seeds, row, column, DROPOUT, BLOCK_M, BLOCK_N)
+        probability *= dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
         attended = tl.dot(probability.to(v.dtype), v, attended * shrink[:, None], input_precision=PRECISION)
         maximum = higher
     store(of_head(out), attended / total[:, None], row, length, BLOCK_M, D_HEAD, BLOCK_D)
@@ -318,7 +368,7 @@ def gradient_of(
 @triton.jit
 def query_gradient_kernel(
     content, key, value, d_out, by_distance, lookback, log_sum, delta, out, d_content, d_by_distance,
-    seeds, length, mem_len,
+    dropped, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -342,8 +392,8 @@ def query_gradient_kernel(
     for column in tl.range(begin, end, BLOCK_N, disable_licm=True):
         k = load(key, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         v = load(value, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-        factor = dropout_factor(seeds, row, column, DROPOUT, BLOCK_M, BLOCK_N)
         tile = row, column, i[:, None], j[None, :], length, mem_len
+        factor = dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
         _, d_scores, visible = gradient_of(
             query, k, d_query_out, v, by_distance, first[:, None], query_log_sum[:, None], query_delta[:, None],
             factor, tile, D_HEAD, PRECISION,
@@ -358,7 +408,7 @@ def query_gradient_kernel(
 @triton.jit
 def key_gradient_kernel(
     content, key, value, d_out, by_distance, lookback, log_sum, delta, d_key, d_value,
-    seeds, length, mem_len,
+    dropped, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -386,8 +436,8 @@ def key_gradient_kernel(
         first = first_visible(lookback, row + i, length, mem_len)
         query_log_sum = tl.load(statistic(log_sum, row + i, length), mask=row + i < length, other=0.0)
         query_delta = tl.load(statistic(delta, row + i, length), mask=row + i < length, other=0.0)
-        factor = tl.trans(dropout_factor(seeds, row, column, DROPOUT, BLOCK_M, BLOCK_N))
         tile = row, column, i[None, :], j[:, None], length, mem_len
+        factor = dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
         probability, d_scores, _ = gradient_of(
             k, query, v, d_query_out, by_distance, first[None, :], query_log_sum[None, :], query_delta[None, :],
             factor, tile, D_HEAD, PRECISION,
