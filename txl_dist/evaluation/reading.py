@@ -45,6 +45,11 @@ class Memory:
         self._states = None
         return states
 
+    @property
+    def is_cached(self) -> bool:
+        """Return whether all that is remembered are keys and values."""
+        return all(isinstance(value, KVCache) for state in self._states or [] for value in state.values())
+
     def copy(self) -> "Memory":
         """Return a memory of the same content, to read on from it as well."""
         states = self.take()

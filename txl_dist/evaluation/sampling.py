@@ -11,6 +11,7 @@ from torch import Tensor
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.evaluation.reading import Memory, read
+from txl_dist.evaluation.token_graph import token_reader
 from txl_dist.models.base import LanguageModel
 from txl_dist.models.layers.transfer import to_device
 
@@ -87,11 +88,11 @@ def continuations(
     log_probs = torch.cat([prompt_log_probs for prompt_log_probs, _ in prefilled])
     memory = Memory.join(prompt_memory for _, prompt_memory in prefilled)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    read_token = token_reader(model, memory)
     while True:
-        tokens = sampler.draw(log_probs, generators).cpu()
+        tokens = sampler.draw(log_probs, generators)
         yield tokens.tolist()
-        [(log_probs, memory)] = read(model, tokens[:, None], memory)
-        log_probs = log_probs[:, -1]
+        log_probs = read_token(tokens)
 
 
 def prefill(model: LanguageModel, prompt: list[int]) -> tuple[Tensor, Memory]:

@@ -203,8 +203,8 @@ class XLNet(LanguageModel):
         if "positions" in batch:
             return super().inputs_of(batch)
         tokens = batch["inputs"]
-        rank = torch.arange(tokens.size(1)).expand(tokens.shape)
-        forward = torch.ones(len(tokens), 1, dtype=torch.int64)
+        rank = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
+        forward = torch.ones_like(tokens[:, :1])
         return tokens, rank, batch["lookback"], torch.zeros_like(rank), forward, rank + 1
 
     def embed(self, inputs: Carry, noise: Noise | None = None) -> Carry:

@@ -94,7 +94,8 @@ class AdaptiveEmbedding(VocabularyClusters):
         if self.div_val == 1:
             embedded = F.embedding(to_device(tokens, table.device), table)
         else:
-            embedded = self.embed_by_cluster(tokens.flatten()).view(*tokens.shape, self.d_model)
+            embed = self.embed_by_cluster if tokens.device.type == "cpu" else self.embed_by_all
+            embedded = embed(tokens.flatten()).view(*tokens.shape, self.d_model)
         scaled: Tensor = self.word_dropout(embedded * self.d_model**0.5, to_device(tokens, table.device), noise)
         return scaled
 
@@ -114,6 +115,19 @@ class AdaptiveEmbedding(VocabularyClusters):
         by_cluster = torch.cat(rows)
         order = to_device(torch.cat(positions), by_cluster.device)
         return torch.empty_like(by_cluster).index_copy(0, order, by_cluster)
+
+    def embed_by_all(self, tokens: Tensor) -> Tensor:
+        """Embed int64 [n] as [n, d_model], each token by all clusters, of which its own is kept.
+
+        Nothing is counted: what a GPU does is the same for all tokens, and the CPU does not wait for it.
+        """
+        embedded = self.get_parameter("table_0").new_zeros(())
+        for start, size, table, projection in zip(
+            self.starts, self.sizes, self.tables(), self.projections(), strict=True
+        ):
+            rows = F.linear(F.embedding((tokens - start).clamp(0, size - 1), table), projection)
+            embedded = torch.where(tokens[:, None] >= start, rows, embedded)
+        return embedded
 
 
 class AdaptiveSoftmax(VocabularyClusters):

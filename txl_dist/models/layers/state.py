@@ -65,6 +65,21 @@ class KVCache:
         return self._terms[1]
 
 
+class FixedKVCache(KVCache):
+    """A KVCache that stays where it is, and of which nothing changes in Python: a CUDA graph can append to it.
+
+    Every segment costs a copy of what is remembered, on a GPU less than to launch each kernel of the layer.
+    """
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a segment; arguments and result are those of `KVCache.append`."""
+        segment = torch.stack([key, value]).movedim(-2, 1)
+        both = torch.cat([self.states, segment], dim=-2)
+        self.states.copy_(both.narrow(-2, key.size(1), self.mem_len))
+        keys, values = both.movedim(1, -2)
+        return keys, values
+
+
 StateValue = Tensor | KVCache  # a Tensor: [lanes, ...]
 State = dict[str, StateValue]  # what a layer remembers of some lanes, by name
 
