@@ -2,8 +2,10 @@
 
     python benchmarks/gpu.py kernels triton                   a backend of attention held against float64
     python benchmarks/gpu.py training wt103_large triton      the engine that txl_dist.train uses, on drawn tokens
-    python benchmarks/gpu.py training wt103_large triton compiled
+    python benchmarks/gpu.py turns wt103_large softmax        with a new way of ours and without, in turn: see SWITCHES
+    python benchmarks/gpu.py profile wt103_large triton       three steps, by kernel: profile-wt103_large-triton.*
     python benchmarks/gpu.py inference 32                     reading, beside transformers 4.36.2's of the same shape
+    python benchmarks/gpu.py generation 32                    drawing and reading one token of each lane at a time
 
 A row is printed and added to gpu.json, in $OUT or the working directory, as soon as it is measured: whatever happens to
 the next one, it is kept. Medians of several turns. TXL_DIST_TINY=1 makes everything small, for a CPU.
@@ -16,10 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,10 +37,15 @@ from txl_dist.cli import CONF
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import exit_process, process_group
-from txl_dist.engine.engine import Engine
+from txl_dist.engine import engine
+from txl_dist.engine.engine import Engine, deepspeed_config
 from txl_dist.engine.zero import ZeroEngine
+from txl_dist.evaluation.reading import Memory
+from txl_dist.evaluation.sampling import Sampler
+from txl_dist.evaluation.token_graph import eager_reader, token_reader
+from txl_dist.models.layers import cross_entropy
 from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, RelativePositions, attend
-from txl_dist.models.layers.dropout import Mask
+from txl_dist.models.layers.dropout import Dropout, Mask, Noise, ReluDropout
 from txl_dist.models.transformer_xl import TransformerXL
 from txl_dist.objectives.causal_lm import CausalLM
 from txl_dist.tracking.gpu_peak import total_peak_flops
@@ -152,44 +162,130 @@ def error(result: torch.Tensor, right: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def training(name: str, backend: str, *compiled: str) -> dict[str, Row]:
-    """Tokens per second, share of the peak, and peak memory in GiB."""
-    lanes, vocab_size, goal = TRAINING[name]
-    keys = ["optimizer=adam", "engine.zero_stage=1", f"engine.precision={'bf16' if DEVICE.type == 'cuda' else 'fp32'}"]
-    given = job(name, lanes, *keys, f"engine.attention={backend}", f"engine.compile={str(bool(compiled)).lower()}")
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    engine = ZeroEngine(given, CausalLM(), vocab_size, process_group(), None)
+class Switch(NamedTuple):
+    """Two ways to do the same.
+
+    Attributes:
+        keys: that choose the new way, or the old one where `old` has none.
+        old: while it is entered, the old way is taken.
+    """
+
+    keys: dict[bool, list[str]]
+    old: Callable[[], AbstractContextManager]
+
+
+def relu_then_dropout(self: ReluDropout, x: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
+    return Dropout.forward(self, x.relu(), noise)
+
+
+def checking_config(job: TrainJob, micro_batch: int, precision: str) -> dict[str, Any]:
+    config = deepspeed_config(job, micro_batch, precision)
+    return config | {"bf16": {"enabled": precision == "bf16"}, "timers": {}, "gradient_clipping": job.optimizer.clip}
+
+
+COMPILED = {is_new: [f"engine.compile={str(is_new).lower()}"] for is_new in (True, False)}
+SAME: dict[bool, list[str]] = {True: [], False: []}
+SWITCHES = {
+    "compile": Switch(COMPILED, nullcontext),
+    "softmax": Switch(SAME, partial(patch.object, cross_entropy, "HAS_TRITON", False)),
+    "relu": Switch(SAME, partial(patch.object, ReluDropout, "forward", relu_then_dropout)),
+    "checks": Switch(SAME, partial(patch.object, engine, "deepspeed_config", checking_config)),
+}
+
+
+@contextmanager
+def training_engine(name: str, *options: str) -> Iterator[Engine]:
+    """An engine that is closed in the end: else its memory would not come back."""
+    lanes, vocab_size, _ = TRAINING[name]
+    precision = "bf16" if DEVICE.type == "cuda" else "fp32"
+    keys = ["optimizer=adam", "engine.zero_stage=1", f"engine.precision={precision}", *options]
+    built = ZeroEngine(job(name, lanes, *keys), CausalLM(), vocab_size, process_group(), None)
     try:
-        row = training_row(engine, vocab_size) | {"goal": goal}
+        yield built
     finally:
-        engine.close()
+        built.close()
         gc.collect()
-    return {" ".join(["training", name, backend, *compiled]): row}
 
 
-def training_row(engine: Engine, vocab_size: int) -> Row:
-    tokens = text(len(engine.lanes), engine.job.model.tgt_len, vocab_size).numpy()
+def steps_of(built: Engine, losses: list[torch.Tensor]) -> Callable[[], None]:
+    """Some training steps on drawn tokens."""
+    tokens = text(len(built.lanes), built.job.model.tgt_len, built.model.vocab_size).numpy()
     lookback = np.full_like(tokens, 10**6)
-    losses = []
 
     def steps() -> None:
         for _ in range(STEPS):
-            losses.append(engine.train_step(Segment(engine.step, tokens, tokens, lookback)))
+            losses.append(built.train_step(Segment(built.step, tokens, tokens, lookback)))
 
+    return steps
+
+
+def training(name: str, backend: str) -> dict[str, Row]:
+    """Tokens per second, share of the peak, and peak memory in GiB."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with training_engine(name, f"engine.attention={backend}") as built:
+        return {f"training {name} {backend}": training_row(built) | {"goal": TRAINING[name][2]}}
+
+
+def training_row(built: Engine) -> Row:
+    losses: list[torch.Tensor] = []
+    steps = steps_of(built, losses)
     steps()
-    rate = STEPS * tokens.size / median(seconds(steps) for _ in range(TURNS))
+    rate = STEPS * built.job.tokens_per_step / median(seconds(steps) for _ in range(TURNS))
     assert all(loss.isfinite() for loss in losses), "the loss is not finite"
     row: Row = {"tokens_per_second": rate}
     if DEVICE.type == "cuda":
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    peak = total_peak_flops(engine.job.engine, engine.precision, engine.group)
+    peak = total_peak_flops(built.job.engine, built.precision, built.group)
     if peak:
-        row["mfu"] = rate / tokens.size * engine.training_flops / peak
+        row["mfu"] = rate / built.job.tokens_per_step * built.training_flops / peak
     return row
 
 
+def turns(name: str, switch: str) -> dict[str, Row]:
+    """Tokens per second of a new way of ours and of the old one, in turn, and by how much the new one is faster."""
+    given = SWITCHES[switch]
+    times: dict[bool, list[float]] = {True: [], False: []}
+    with ExitStack() as stack:
+        steps = {}
+        for is_new in times:
+            with nullcontext() if is_new else given.old():
+                built = stack.enter_context(training_engine(name, *given.keys[is_new]))
+                steps[is_new] = steps_of(built, [])
+                steps[is_new]()
+        for _ in range(TURNS):
+            for is_new, taken in times.items():
+                with nullcontext() if is_new else given.old():
+                    taken.append(seconds(steps[is_new]))
+        tokens = STEPS * built.job.tokens_per_step
+    new, old = (tokens / median(times[is_new]) for is_new in (True, False))
+    return {f"turns {name} {switch}": {"new": new, "old": old, "ratio": new / old}}
+
+
+def profile(name: str, backend: str) -> dict[str, Row]:
+    """The kernels of three steps in a table, and a trace of them."""
+    stem = ROWS.with_name(f"profile-{name}-{backend}")
+    with training_engine(name, f"engine.attention={backend}") as built:
+        steps = steps_of(built, [])
+        steps()
+        synchronize()
+        with torch.profiler.profile() as profiler:
+            for _ in range(-(-3 // STEPS)):
+                steps()
+            synchronize()
+    profiler.export_chrome_trace(f"{stem}.json.gz")
+    column = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    kernels = profiler.key_averages()
+    stem.with_suffix(".txt").write_text(kernels.table(sort_by=column, row_limit=60, max_name_column_width=80))
+    return {f"profile {name} {backend}": {"kinds_of_kernels": len(kernels)}}
+
+
 # ----------------------------------------------------------------------------------------------------- inference
+
+
+def evaluated_model(lanes: int) -> TransformerXL:
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    return TransformerXL(job("wt103_base_nvidia", lanes).evaluated_model, 267735).to(DEVICE, dtype).eval()
 
 
 @torch.no_grad()
@@ -198,13 +294,12 @@ def inference(given_lanes: str) -> dict[str, Row]:
     from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
     lanes = int(given_lanes)
-    config = job("wt103_base_nvidia", lanes).evaluated_model
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    ours = TransformerXL(config, 267735).to(DEVICE, dtype).eval()
+    ours = evaluated_model(lanes)
+    config = ours.config
     shape: dict[str, Any] = {key: getattr(config, key) for key in ("d_model", "n_head", "d_head", "d_inner", "n_layer")}
     shape |= {key: getattr(config, key) for key in ("cutoffs", "div_val", "mem_len", "clamp_len", "same_length")}
     theirs = TransfoXLLMHeadModel(TransfoXLConfig(vocab_size=267735, d_embed=config.d_model, **shape))
-    theirs = theirs.to(DEVICE, dtype).eval()
+    theirs = theirs.to(DEVICE, next(ours.parameters()).dtype).eval()
     tokens = text(lanes, config.tgt_len, 267735)  # as evaluation does, ours sends them itself
     sent = tokens.to(DEVICE)
     lookback = torch.full_like(sent, 10**6)
@@ -232,6 +327,31 @@ def inference(given_lanes: str) -> dict[str, Row]:
     return {f"inference {lanes}": row | {"ms_per_segment_synchronized": alone}}
 
 
+@torch.no_grad()
+def generation(given_lanes: str) -> dict[str, Row]:
+    """Tokens per second of wt103_base_nvidia, a token of each lane at a time, by a CUDA graph and without, in turn."""
+    lanes = int(given_lanes)
+    model = evaluated_model(lanes)
+    sampler = Sampler(top_k=40)
+    generators = [torch.Generator().manual_seed(lane) for lane in range(lanes)]
+    log_probs = torch.zeros(lanes, model.vocab_size, device=DEVICE)
+
+    def tokens_by(read_token: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        def draw_and_read() -> None:
+            following = log_probs
+            for _ in range(8 * STEPS):
+                following = read_token(sampler.draw(following, generators))
+
+        return draw_and_read
+
+    readers = token_reader(model, Memory.empty(model, lanes)), eager_reader(model, Memory.empty(model, lanes))
+    by_graph, eager = map(tokens_by, readers)
+    by_graph(), eager()
+    turns = [(seconds(by_graph), seconds(eager)) for _ in range(TURNS)]
+    rate, other = (8 * STEPS * lanes / median(column) for column in zip(*turns, strict=True))
+    return {f"generation {lanes}": {"tokens_per_second": rate, "without_a_graph": other, "ratio": rate / other}}
+
+
 # ---------------------------------------------------------------------------------------------------------- rows
 
 
@@ -256,13 +376,15 @@ def machine() -> Row:
 
 
 def main() -> int:
-    kinds: dict[str, Callable[..., dict[str, Row]]] = {"kernels": kernels, "training": training, "inference": inference}
+    kinds: dict[str, Callable[..., dict[str, Row]]] = {
+        function.__name__: function for function in (kernels, training, turns, profile, inference, generation)
+    }
     if len(sys.argv) < 3 or sys.argv[1] not in kinds:
         print(__doc__, file=sys.stderr)
         return 2
     kind, *given = sys.argv[1:]
-    if kind in ("kernels", "training"):
-        assert given[-1] in (*BACKENDS, "compiled"), f"no such backend: {given[-1]}"
+    if kind in ("kernels", "training", "profile"):
+        assert given[-1] in BACKENDS, f"no such backend: {given[-1]}"
     try:
         add_rows(kinds[kind](*given))
     except torch.OutOfMemoryError as failure:

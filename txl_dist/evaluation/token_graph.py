@@ -23,6 +23,11 @@ def token_reader(model: LanguageModel, memory: Memory) -> Callable[[Tensor], Ten
     """
     if memory.is_cached and next(model.parameters()).is_cuda:
         return TokenGraph(model, memory)
+    return eager_reader(model, memory)
+
+
+def eager_reader(model: LanguageModel, memory: Memory) -> Callable[[Tensor], Tensor]:
+    """Return such a function without a graph."""
 
     def read_token(tokens: Tensor) -> Tensor:
         nonlocal memory
