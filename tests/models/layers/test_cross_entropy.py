@@ -209,8 +209,8 @@ def test_padding_changes_no_probability(case, monkeypatch):
 
 def test_rows_of_logits_are_aligned_on_a_gpu():
     gpu = torch.device("cuda")
-    sizes = [20_003, 20_000, 160_000, 67_735, 205, 1]
-    assert [size + padding(size, gpu) for size in sizes] == [20_032, 20_000, 160_000, 67_776, 256, 64]
+    sizes = [20_003, 20_000, 20_008, 160_000, 67_735, 205, 1]
+    assert [size + padding(size, gpu) for size in sizes] == [20_032, 20_000, 20_032, 160_000, 67_776, 256, 64]
     assert not any(padding(size, torch.device("cpu")) for size in sizes)
 
 
