@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from txl_dist.engine.engine import resolve_compile
 
 COMPILED_RUNS = Path(__file__).parent / "compiled_runs.py"
 DROPOUT = ["model.dropout=0.1", "model.dropatt=0.1"]
@@ -29,8 +33,19 @@ def compiled(run, small, tmp_path_factory):
     options = [*DROPOUT, *short, "engine.compile=true", "tracking.prompts=[the]", "tracking.sample_tokens=5"]
     jobs = [[*small, *own, *options, f"run.dir={folder / name}"] for name, (_, own) in RUNS.items()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run(COMPILED_RUNS, folder / "jobs.json")
+    done = run(COMPILED_RUNS, folder / "jobs.json")
+    assert done.stdout.count("compiled layers") == len(RUNS)
     return {name: json.loads((folder / name / "graphs.json").read_text()) for name in RUNS}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    "given, stage, on_gpu", [(True, 1, True), (False, 1, False), ("auto", 2, True), ("auto", 3, False)]
+)
+def test_auto_compiles_on_gpus_where_weights_stay(monkeypatch, given, stage, on_gpu, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    engine = SimpleNamespace(compile=given, zero_stage=stage)
+    assert resolve_compile(engine) is (on_gpu and (gpu or given is True))
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
-"""A token is read in place: recorded once, and replayed by its addresses alone, as a CUDA graph is, it is what Python
-computes; and on a GPU the graph itself.
+"""Reading a token in place, recorded once and replayed at the same addresses, as a CUDA graph is, gives what Python
+computes. On a GPU so does the graph itself.
 """
 
 import gc
 import weakref
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,28 +64,37 @@ def after_prompts(model):
     return Memory.join(prefill(model, prompt)[1] for prompt in PROMPTS)
 
 
-def record(step):
-    """Read a token by a step that has read one before; return what was done, and the result."""
-    with Recorder() as recorder:
-        log_probs = step.read()
-    return recorder, log_probs
+@pytest.fixture
+def recorded_graphs(monkeypatch):
+    """Recorders in place of CUDA's graphs, and nothing in place of its streams."""
+
+    @contextmanager
+    def record_graph(graph, capture_error_mode):
+        with graph:
+            yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    standing_in = {"CUDAGraph": Recorder, "graph": record_graph, "stream": lambda stream: nullcontext()}
+    standing_in |= dict.fromkeys(("Stream", "current_stream"), lambda: stream)
+    for name, stand_in in standing_in.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def stream_of_tokens():
+    """More tokens than are remembered, for each lane."""
+    return torch.randint(40, (3 * MEM_LEN, len(PROMPTS)), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_what_is_recorded_once_reads_every_token(case):
-    model, read_in_place = make(case), make(case)
-    if case == "clusters":  # as on a GPU, where tokens are not counted
-        read_in_place.embedding.embed_by_cluster = read_in_place.embedding.embed_by_all
+def test_what_is_recorded_once_reads_every_token(case, recorded_graphs):
+    model, on_gpu = make(case), make(case)
+    if case == "clusters":  # a GPU does not count tokens
+        on_gpu.embedding.embed_by_cluster = on_gpu.embedding.embed_by_all
     read_token = token_reader(model, after_prompts(model))
-    step = TokenStep(read_in_place, len(PROMPTS))
-    step.read()
-    recorder, log_probs = record(step)
-    step.load(after_prompts(model))
-    for tokens in torch.randint(40, (3 * MEM_LEN, len(PROMPTS)), generator=torch.Generator().manual_seed(0)):
-        step.tokens.copy_(tokens[:, None])
-        recorder.replay()
-        torch.testing.assert_close(log_probs, read_token(tokens), rtol=1e-10, atol=1e-10)
+    replay_token = TokenGraph(on_gpu, after_prompts(model))
+    for tokens in stream_of_tokens():
+        torch.testing.assert_close(replay_token(tokens), read_token(tokens), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,7 +107,8 @@ def test_every_token_is_the_same_to_the_device(case):
     static = {id(tensor) for tensor in [step.lookback, *(cache.states for cache in caches(step.states))]}
     operators = []
     for _ in range(3):
-        recorder, log_probs = record(step)
+        with Recorder() as recorder:
+            log_probs = step.read()
         operators.append([str(operator) for operator, *_ in recorder.calls])
         assert {tensor.device.type for tensor in tensors(recorder.calls)} == {"meta"}
         results = [weakref.ref(tensor) for *_, result in recorder.calls for tensor in tensors(result)]
@@ -115,6 +127,6 @@ def test_a_graph_reads_what_python_reads(case):
     read_token = token_reader(model, after_prompts(model))
     assert isinstance(read_token, TokenGraph)
     memory = after_prompts(model)
-    for tokens in torch.randint(40, (3 * MEM_LEN, len(PROMPTS)), generator=torch.Generator().manual_seed(0)):
+    for tokens in stream_of_tokens():
         [(log_probs, memory)] = read(model, tokens[:, None], memory)
         torch.testing.assert_close(read_token(tokens.cuda()), log_probs[:, -1], rtol=1e-10, atol=1e-10)
