@@ -130,7 +130,8 @@ def kernel_row(
         query, key, value, r, u, v = leaves
         mask = Mask(dropout, torch.tensor([5, 6], device=DEVICE)) if dropout else None
         positions = RelativePositions(query + v, r, None)
-        out = attend(backend, query + u, key, value, positions, AttentionWindow(window, mem_len, dtype), mask)
+        past, present = torch.stack([key, value]).split([mem_len, length], dim=2)
+        out = attend(backend, query + u, past, present, positions, AttentionWindow(window, mem_len, dtype), mask)
         weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).bfloat16().to(dtype)
         return [out, *torch.autograd.grad(out, leaves, weight)]
 

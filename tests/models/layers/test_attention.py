@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from txl_dist.models.layers.attention import clip_distances, encode_distances, sinusoids
+from txl_dist.models.layers.attention import clip_distances, encode_distances, remember, sinusoids
 from txl_dist.models.layers.backends import AttentionWindow, skew
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import build_attention
@@ -225,3 +225,12 @@ def test_learned_distances_are_rows_of_their_table():
     """Farther ones share the last row; the column of the future has any."""
     rows = [clip_distances(6, -1, max_distance, torch.device("cpu"))[:-1].tolist() for max_distance in (9, 3)]
     assert rows == [[5, 4, 3, 2, 1, 0], [3, 3, 3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("length, mem_len", [(4, 4), (4, 3), (4, 0), (3, 7)])
+def test_the_last_positions_are_remembered_without_a_copy_where_the_segment_has_them(length, mem_len):
+    memory, hidden = states(2, mem_len, 5), states(2, length, 5, seed=1).requires_grad_()
+    remembered = remember(memory, hidden)
+    assert torch.equal(remembered, torch.cat([memory, hidden], dim=1)[:, length:]) and not remembered.requires_grad
+    storages = [x.untyped_storage().data_ptr() for x in (remembered, hidden)]
+    assert (storages[0] == storages[1]) == (mem_len <= length)

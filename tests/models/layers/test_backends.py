@@ -32,7 +32,9 @@ def arguments(length: int, mem_len: int, kind: str) -> list[Tensor]:
 def by_backend(backend: str, lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
     relative = RelativePositions(terms[0], terms[1], terms[2] if terms[2:] else None) if terms else None
     window = AttentionWindow(lookback, key.size(1) - content.size(1), content.dtype)
-    return attend(backend, content, key, value, relative, window, None)
+    memory = key.size(1) // 2  # may also be cut elsewhere
+    past, present = (torch.stack([key[:, rows], value[:, rows]]) for rows in (slice(memory), slice(memory, None)))
+    return attend(backend, content, past, present, relative, window, None)
 
 
 def by_the_formula(lookback: Tensor, content: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
@@ -73,7 +75,8 @@ def test_dropout_drops_probabilities_and_keeps_their_mean(backend):
     content, key, value = (torch.randn(1, 50, 1, 4) for _ in range(3))
     value = torch.ones_like(value)  # the result is then what is left of the probabilities' sum
     mask = Mask(0.5, torch.tensor([3]))
-    left = attend(backend, content, key, value, None, AttentionWindow(torch.full((1, 50), 99), 0), mask)
+    key_value = torch.stack([key, value])
+    left = attend(backend, content, None, key_value, None, AttentionWindow(torch.full((1, 50), 99), 0), mask)
     assert left.std() > 0.1 and abs(left.mean() - 1) < 4 * left.std() / left[..., 0].numel() ** 0.5
 
 

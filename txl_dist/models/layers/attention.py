@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from txl_dist.models.layers.attention_weights import AttentionWeights, ObservableAttention
-from txl_dist.models.layers.backends import AttentionWindow, RelativePositions, attend, attention_weights
+from txl_dist.models.layers.backends import (
+    AttentionWindow,
+    RelativePositions,
+    attend,
+    attention_weights,
+    keys_and_values,
+)
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Noise
 from txl_dist.models.layers.state import KVCache, RelativeTerms, StateValue
@@ -135,27 +141,30 @@ class Attention(ObservableAttention, ABC):
             [lanes, length, d_model], and the memory for the next segment, detached.
         """
         new_memory: StateValue
+        past: Tensor | None
         if isinstance(memory, KVCache):
             segment = self.normed(hidden)
-            key, value = memory.append(*self.heads(self.kv_net(segment)).chunk(2, dim=-2))
+            past = None
+            present = memory.append(*self.keys_and_values(segment))
             terms = memory.memoise(self.relative_terms, encoding)
             new_memory = memory
         else:
             new_memory = remember(memory, hidden)
             terms = self.relative_terms(encoding)
-            hidden, past = self.add_positions(hidden, memory, encoding)
+            hidden, remembered = self.add_positions(hidden, memory, encoding)
             segment = self.normed(hidden)
             # The memory apart from the segment, so that no gradient is computed for it.
-            key_value = torch.cat([self.kv_net(self.normed(past)), self.kv_net(segment)], dim=1)
-            key, value = self.heads(key_value).chunk(2, dim=-2)
+            past = self.keys_and_values(self.normed(remembered))
+            present = self.keys_and_values(segment)
         content, position = self.queries(self.heads(self.q_net(segment)))
         relative = RelativePositions(position, *terms) if position is not None and terms else None
         if self.observer is not None:
+            key, _ = keys_and_values(past, present)
             by_head = attention_weights(content, key, relative, window).unflatten(0, (self.n_head, -1))
             states = memory if isinstance(memory, Tensor) else None
             shown = AttentionWeights(by_head.transpose(0, 1), window.distance[None], window.mem_len, states)
             self.observer(shown)
-        attended = attend(self.backend, content, key, value, relative, window, self.dropatt.mask(noise))
+        attended = attend(self.backend, content, past, present, relative, window, self.dropatt.mask(noise))
         hidden = hidden + self.dropout(self.o_net(attended.flatten(-2)), noise)
         return (hidden if self.pre_lnorm else self.layer_norm(hidden)), new_memory
 
@@ -192,8 +201,13 @@ class Attention(ObservableAttention, ABC):
         """Return the projections' input: [lanes, length, d_model], normalised here with pre_lnorm."""
         return self.layer_norm(states) if self.pre_lnorm else states
 
+    def keys_and_values(self, states: Tensor) -> Tensor:
+        """Project states [lanes, rows, d_model] to [2 (keys, values), lanes, rows, n_head, d_head]."""
+        key_value: Tensor = self.kv_net(states).unflatten(-1, (2, self.n_head, self.d_head)).movedim(-3, 0)
+        return key_value
+
     def heads(self, x: Tensor) -> Tensor:
-        """Split [..., n * d_head] into heads, [..., n, d_head]; n is n_head, or twice that: keys, then values."""
+        """Split [..., n * d_head] into heads, [..., n, d_head]."""
         split: Tensor = x.unflatten(-1, (-1, self.d_head))
         return split
 
@@ -208,6 +222,8 @@ class Attention(ObservableAttention, ABC):
 def remember(memory: Tensor, hidden: Tensor) -> Tensor:
     """Return the last mem_len positions of memory and segment together, detached (Dai et al. 2019, section 3.2).
 
+    A view, where the segment alone has as many.
+
     Args:
         memory: [lanes, mem_len, d_model].
         hidden: [lanes, length, d_model].
@@ -217,7 +233,8 @@ def remember(memory: Tensor, hidden: Tensor) -> Tensor:
     """
     mem_len = memory.size(1)
     length = hidden.size(1)
-    return torch.cat([memory[:, length:], hidden[:, max(0, length - mem_len) :].detach()], dim=1)
+    present = hidden[:, max(0, length - mem_len) :].detach()
+    return present if mem_len <= length else torch.cat([memory[:, length:], present], dim=1)
 
 
 def seen_keys(length: int, mem_len: int, same_length: bool) -> float:

@@ -6,7 +6,8 @@
 distance between query and key. The backends (`BACKENDS`) take the same arguments and differ by rounding:
 
     content       [lanes, length, n_head, d_head]
-    key, value    [lanes, keys, n_head, d_head]
+    past          [2 (keys, values), lanes, rows, n_head, d_head] of the first keys, or None
+    present       [2 (keys, values), lanes, rows, n_head, d_head] of the last keys
     relative      RelativePositions; None: scores have no positions
     window        AttentionWindow
     mask          the Mask by which attention probabilities are dropped, or None
@@ -107,6 +108,13 @@ def position_scores(relative: RelativePositions) -> Tensor:
     return skew(by_distance.view(n_head, lanes, length, -1))
 
 
+def keys_and_values(past: Tensor | None, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Join past and present: keys, and values, [lanes, keys, n_head, d_head] each."""
+    parts = [x.movedim(0, -3) for x in (past, present) if x is not None]
+    key, value = (parts[0] if past is None else torch.cat(parts, dim=1)).unbind(-3)
+    return key, value
+
+
 def attention_weights(
     content: Tensor, key: Tensor, relative: RelativePositions | None, window: AttentionWindow
 ) -> Tensor:
@@ -125,14 +133,15 @@ def attention_weights(
 
 def reference(
     content: Tensor,
-    key: Tensor,
-    value: Tensor,
+    past: Tensor | None,
+    present: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
     mask: Mask | None,
 ) -> Tensor:
     """Compute the formula as it is written, with scores and probabilities in memory."""
     lanes, length, n_head, d_head = content.shape
+    key, value = keys_and_values(past, present)
     values = value.movedim(-2, 0).flatten(0, 1)
     probabilities = attention_weights(content, key, relative, window)
     if mask is not None:
@@ -144,8 +153,8 @@ def reference(
 
 def sdpa(
     content: Tensor,
-    key: Tensor,
-    value: Tensor,
+    past: Tensor | None,
+    present: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
     mask: Mask | None,
@@ -158,14 +167,15 @@ def sdpa(
     if relative is not None:
         added = added + position_scores(relative).movedim(0, 1)
     dropout = mask.p if mask else 0.0
+    key, value = keys_and_values(past, present)
     queries, keys, values = (x.movedim(-2, 1) for x in (content, key, value))
     return F.scaled_dot_product_attention(queries, keys, values, added, dropout).movedim(1, -2)
 
 
 def triton(
     content: Tensor,
-    key: Tensor,
-    value: Tensor,
+    past: Tensor | None,
+    present: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
     mask: Mask | None,
@@ -174,7 +184,7 @@ def triton(
     from txl_dist.models.layers import flash  # imports triton, which is not installed everywhere
 
     position, r, bias = relative or (None, None, None)
-    attended: Tensor = flash.attend(content, position, key, value, r, bias, window.lookback, mask)
+    attended: Tensor = flash.attend(content, position, past, present, r, bias, window.lookback, mask)
     return attended
 
 
@@ -197,8 +207,8 @@ def default_backend(device: torch.device, dtype: torch.dtype, dropout: float = 0
 def attend(
     backend: str,
     content: Tensor,
-    key: Tensor,
-    value: Tensor,
+    past: Tensor | None,
+    present: Tensor,
     relative: RelativePositions | None,
     window: AttentionWindow,
     mask: Mask | None,
@@ -209,4 +219,4 @@ def attend(
     """
     if backend == "auto":
         backend = default_backend(content.device, content.dtype, mask.p if mask else 0.0)
-    return BACKENDS[backend](content, key, value, relative, window, mask)
+    return BACKENDS[backend](content, past, present, relative, window, mask)

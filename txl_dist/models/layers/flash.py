@@ -42,8 +42,8 @@ SCAN = tl.constexpr(1024)  # queries whose lookback a block of keys loads at onc
 def attend(
     content: Tensor,
     position: Tensor | None,
-    key: Tensor,
-    value: Tensor,
+    past: Tensor | None,
+    present: Tensor,
     r: Tensor | None,
     bias: Tensor | None,
     lookback: Tensor,
@@ -57,7 +57,8 @@ def attend(
     Args:
         content: [lanes, length, n_head, d_head], the queries with u, not scaled.
         position: [lanes, length, n_head, d_head], the queries with v, not scaled; None: scores have no positions.
-        key, value: [lanes, keys, n_head, d_head] of memory and segment; query i stands at key keys - length + i.
+        past, present: [2 (keys, values), lanes, rows, n_head, d_head], of the first and the last of all keys, as they
+            come from memory and segment; past may be None. Query i stands at key keys - length + i.
         r: [keys + 1, n_head, d_head], for distances keys - 1, ..., 0, -1; the last is not used.
         bias: [keys + 1, n_head], for the same distances; or None.
         lookback: int64 [lanes, length]: query i sees the keys at distance 0, 1, ..., lookback[lane, i].
@@ -67,7 +68,10 @@ def attend(
         [lanes, length, n_head, d_head].
     """
     dropout, seeds = mask or (0.0, None)
-    attended: Tensor = Attend.apply(content, position, key, value, r, bias, lookback, dropout, seeds)
+    if past is not None and past.size(2) % BLOCK:  # a block of keys would be partly past, partly present
+        present = torch.cat([past, present], dim=2)
+        past = None
+    attended: Tensor = Attend.apply(content, position, past, present, r, bias, lookback, dropout, seeds)
     return attended
 
 
@@ -75,57 +79,61 @@ class Attend(torch.autograd.Function):
     """The kernels as a differentiable function; arguments and result are those of `attend`."""
 
     @staticmethod
-    def forward(ctx: Any, content, position, key, value, r, bias, lookback, dropout, seeds):
+    def forward(ctx: Any, content, position, past, present, r, bias, lookback, dropout, seeds):
         """Compute the output, and keep the logarithm of the softmax's sum for backward."""
         lanes, length, n_head, _ = content.shape
-        assert all(x.stride(-1) == 1 for x in (content, key, value))
+        keys = present.size(2) + (0 if past is None else past.size(2))
+        assert all(x.stride(-1) == 1 for x in (content, past, present) if x is not None)
         out = torch.empty_like(content, memory_format=torch.contiguous_format)
         log_sum = content.new_empty(lanes, n_head, length, dtype=torch.float32)
         lookback = lookback.contiguous()
-        dropped = draw(seeds, lookback, key.size(1), n_head, dropout)
+        dropped = draw(seeds, lookback, keys, n_head, dropout)
         forward_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
-            *map(with_strides, (content, key, value, out)),
+            *(with_strides(content), *keys_and_values(past, present), with_strides(out)),
             *(scores_by_distance(position, r, bias), lookback, log_sum),
-            *(dropped, length, key.size(1) - length),
+            *(dropped, length, keys - length),
             **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
-        ctx.save_for_backward(content, position, key, value, r, bias, lookback, out, log_sum, dropped)
+        ctx.save_for_backward(content, position, past, present, r, bias, lookback, out, log_sum, dropped)
+        ctx.keys = keys
         ctx.dropout = dropout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out):
-        """Compute the gradients of content, position, key, value, r and bias."""
-        content, position, key, value, r, bias, lookback, out, log_sum, dropped = ctx.saved_tensors
+        """Compute the gradients of content, position, past, present, r and bias."""
+        content, position, past, present, r, bias, lookback, out, log_sum, dropped = ctx.saved_tensors
         lanes, length, n_head, _ = content.shape
-        keys = key.size(1)
         by_distance = scores_by_distance(position, r, bias)
-        d_by_distance = None if by_distance is None else torch.zeros_like(by_distance)
-        d_content, d_key, d_value = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (content, key, value)
-        )
+        d_by_distance = None if by_distance is None else torch.empty_like(by_distance)
+        d_content = torch.empty_like(content, memory_format=torch.contiguous_format)
+        # Keys and values side by side, where they come from one projection, so that its gradient is no copy.
+        d_past = None if past is None else torch.empty_like(past)
+        d_present = torch.empty_like(present)
         delta = torch.empty_like(log_sum)
-        inputs = [*map(with_strides, (content, key, value, d_out.contiguous())), by_distance, lookback, log_sum, delta]
-        numbers = dropped, length, keys - length
+        given = with_strides(content), *keys_and_values(past, present), with_strides(d_out.contiguous())
+        statistics = by_distance, lookback, log_sum, delta
+        numbers = dropped, length, ctx.keys - length
         # The queries first: their kernel computes the `delta` that the keys' kernel reads.
         query_gradient_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
-            *(*inputs, *map(with_strides, (out, d_content)), d_by_distance, *numbers),
+            *(*given, *statistics, with_strides(out), with_strides(d_content), d_by_distance, *numbers),
             **options(content, ctx.dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
-        key_gradient_kernel[triton.cdiv(keys, BLOCK), n_head, lanes](
-            *(*inputs, *map(with_strides, (d_key, d_value)), *numbers),
+        key_gradient_kernel[triton.cdiv(ctx.keys, BLOCK), n_head, lanes](
+            *(*given, *statistics, *keys_and_values(d_past, d_present), *numbers),
             **options(content, ctx.dropout, BLOCK_M=STEP, BLOCK_N=BLOCK),
         )
         d_position = d_r = d_bias = None
         if d_by_distance is not None:
-            d_position = (d_by_distance @ by_head(r[:-1])).unflatten(1, (lanes, length)).permute(1, 2, 0, 3)
+            d_position = torch.empty_like(position, memory_format=torch.contiguous_format)
+            torch.bmm(d_by_distance, by_head(r[:-1]), out=by_head(d_position.flatten(0, 1)))
             d_r = torch.zeros_like(r)
             d_r[:-1] = by_head(d_by_distance.mT @ by_head(position.flatten(0, 1)))
             if bias is not None:
                 d_bias = torch.zeros_like(bias)
                 d_bias[:-1] = d_by_distance.sum(1).T
-        return d_content, d_position, d_key, d_value, d_r, d_bias, None, None, None
+        return d_content, d_position, d_past, d_present, d_r, d_bias, None, None, None
 
 
 def draw(seeds: Tensor | None, lookback: Tensor, keys: int, n_head: int, dropout: float) -> Tensor | None:
@@ -171,6 +179,13 @@ def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, x.stride()
 
 
+def keys_and_values(past: Tensor | None, present: Tensor) -> list[tuple[Any, Any, int]]:
+    """Return keys, and values, as the kernels take them: past, present, and how many rows are past."""
+    if past is None:
+        return [(None, with_strides(x), 0) for x in present]
+    return [(with_strides(x), with_strides(y), past.size(2)) for x, y in zip(past, present, strict=True)]
+
+
 def options(content: Tensor, dropout: float, **blocks: int) -> dict[str, Any]:
     """Return the constants that a kernel is compiled for."""
     d_head = content.size(-1)
@@ -204,29 +219,49 @@ def of_head(tensor):
 
 
 @triton.jit
-def block_of(rows, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the addresses of rows start, ..., start + BLOCK - 1, [BLOCK, BLOCK_D], and which of them exist.
+def keys_of_head(parts):
+    """Return those of the first rows, which are past, or None; those of the present rows; and how many are past."""
+    past, present, past_rows = parts
+    first = None
+    if past is not None:
+        first = of_head(past)
+    return first, of_head(present), past_rows
 
-    There are `count` rows of D_HEAD numbers.
-    """
+
+@triton.jit
+def block_of(rows, start, BLOCK: tl.constexpr):
+    """Return the addresses of rows start, ..., start + BLOCK - 1, [BLOCK, 1]."""
     pointer, stride = rows
-    i = tl.arange(0, BLOCK)[:, None]
+    return pointer + tl.cast(start, tl.int64) * stride + tl.arange(0, BLOCK)[:, None] * stride
+
+
+@triton.jit
+def block_of_keys(rows, start, BLOCK: tl.constexpr):
+    """Return the addresses of keys or values start, ..., start + BLOCK - 1, [BLOCK, 1], all past or all present."""
+    past, present, past_rows = rows
+    pointer, stride = present
+    if past is not None:
+        is_past = start < past_rows
+        pointer = tl.where(is_past, past[0], pointer)
+        stride = tl.where(is_past, past[1], stride)
+        start = tl.where(is_past, start, start - past_rows)
+    return block_of((pointer, stride), start, BLOCK)
+
+
+@triton.jit
+def load(block, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load the D_HEAD numbers of rows start, ..., start + BLOCK - 1, of `count`; [BLOCK, BLOCK_D], zeros elsewhere."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    return pointer + tl.cast(start, tl.int64) * stride + i * stride + d, (i < count - start) & (d < D_HEAD)
+    exists = (tl.arange(0, BLOCK)[:, None] < count - start) & (d < D_HEAD)
+    return tl.load(block + d, mask=exists, other=0.0)
 
 
 @triton.jit
-def load(rows, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows start, ..., start + BLOCK - 1, [BLOCK, BLOCK_D]; zeros where none exist."""
-    where, exists = block_of(rows, start, count, BLOCK, D_HEAD, BLOCK_D)
-    return tl.load(where, mask=exists, other=0.0)
-
-
-@triton.jit
-def store(rows, x, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store x [BLOCK, BLOCK_D] in rows start, ..., start + BLOCK - 1, as far as they exist."""
-    where, exists = block_of(rows, start, count, BLOCK, D_HEAD, BLOCK_D)
-    tl.store(where, x, mask=exists)
+def store(block, x, start, count, BLOCK: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store x, [BLOCK, BLOCK_D], as far as `load` would load it."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    exists = (tl.arange(0, BLOCK)[:, None] < count - start) & (d < D_HEAD)
+    tl.store(block + d, x, mask=exists)
 
 
 @triton.jit
@@ -256,8 +291,15 @@ def skewed(by_distance, tile):
 
 
 @triton.jit
+def in_row(tile):
+    """Return which of a tile's keys, also of those before the first, stand at a distance of their query's row."""
+    row, column, i, j, length, mem_len = tile
+    return (row + i < length) & (row + i - length < column + j) & (column + j <= mem_len + row + i)
+
+
+@triton.jit
 def scores_of(left, right, by_distance, first, tile, D_HEAD: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute a tile's scores in units of log 2, -inf where hidden; and where they are visible.
+    """Compute a tile's scores in units of log 2, -inf where hidden.
 
     `left` are the queries or keys that the tile's rows stand for, `right` those of its columns.
     """
@@ -267,7 +309,7 @@ def scores_of(left, right, by_distance, first, tile, D_HEAD: tl.constexpr, PRECI
     if by_distance is not None:  # Loaded before the product, so that it has arrived after it.
         position = tl.load(skewed(by_distance, tile), mask=visible, other=0.0)
     scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (D_HEAD**-0.5 * LOG2_E) + position
-    return tl.where(visible, scores, float("-inf")), visible
+    return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit
@@ -325,23 +367,23 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute `out` and `log_sum` of BLOCK_M queries."""
     keys = mem_len + length
-    key = of_head(key)
-    value = of_head(value)
+    key = keys_of_head(key)
+    value = keys_of_head(value)
     row = tl.program_id(0) * BLOCK_M
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     first = first_visible(lookback, row + i, length, mem_len)
-    query = load(of_head(content), row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    query = load(block_of(of_head(content), row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
     maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # Finite: a query may see no key of a tile that others see.
     total = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = tl.min(first) // BLOCK_N * BLOCK_N
     end = tl.minimum(mem_len + row + BLOCK_M, keys)
     for column in tl.range(begin, end, BLOCK_N, disable_licm=True):
-        k = load(key, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-        v = load(value, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+        k = load(block_of_keys(key, column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+        v = load(block_of_keys(value, column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         tile = row, column, i[:, None], j[None, :], length, mem_len
-        scores, _ = scores_of(query, k, by_distance, first[:, None], tile, D_HEAD, PRECISION)
+        scores = scores_of(query, k, by_distance, first[:, None], tile, D_HEAD, PRECISION)
         higher = tl.maximum(maximum, tl.max(scores, 1))
         shrink = tl.exp2(maximum - higher)
         probability = tl.exp2(scores - higher[:, None])
@@ -349,7 +391,7 @@ def forward_kernel(
         probability *= dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
         attended = tl.dot(probability.to(v.dtype), v, attended * shrink[:, None], input_precision=PRECISION)
         maximum = higher
-    store(of_head(out), attended / total[:, None], row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    store(block_of(of_head(out), row, BLOCK_M), attended / total[:, None], row, length, BLOCK_M, D_HEAD, BLOCK_D)
     tl.store(statistic(log_sum, row + i, length), maximum + tl.log2(total), mask=row + i < length)
 
 
@@ -358,11 +400,11 @@ def gradient_of(
     left, right, d_left, d_right, by_distance, first, log_sum, delta, factor, tile,
     D_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile's probabilities after dropout, the gradient of its scores, and where they are visible."""
-    scores, visible = scores_of(left, right, by_distance, first, tile, D_HEAD, PRECISION)
+    """Compute a tile's probabilities after dropout, and the gradient of its scores: 0 where they are hidden."""
+    scores = scores_of(left, right, by_distance, first, tile, D_HEAD, PRECISION)
     probability = tl.exp2(scores - log_sum)
     d_probability = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION) * factor
-    return probability * factor, probability * (d_probability - delta) * D_HEAD**-0.5, visible
+    return probability * factor, probability * (d_probability - delta) * D_HEAD**-0.5
 
 
 @triton.jit
@@ -374,15 +416,15 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Compute `delta`, `d_content` and `d_by_distance` of BLOCK_M queries."""
     keys = mem_len + length
-    key = of_head(key)
-    value = of_head(value)
+    key = keys_of_head(key)
+    value = keys_of_head(value)
     row = tl.program_id(0) * BLOCK_M
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     first = first_visible(lookback, row + i, length, mem_len)
-    query = load(of_head(content), row, length, BLOCK_M, D_HEAD, BLOCK_D)
-    d_query_out = load(of_head(d_out), row, length, BLOCK_M, D_HEAD, BLOCK_D)
-    query_out = load(of_head(out), row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    query = load(block_of(of_head(content), row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    d_query_out = load(block_of(of_head(d_out), row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    query_out = load(block_of(of_head(out), row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
     query_delta = tl.sum(query_out.to(tl.float32) * d_query_out.to(tl.float32), 1)
     tl.store(statistic(delta, row + i, length), query_delta, mask=row + i < length)
     query_log_sum = tl.load(statistic(log_sum, row + i, length), mask=row + i < length, other=0.0)
@@ -390,19 +432,24 @@ def query_gradient_kernel(
     begin = tl.min(first) // BLOCK_N * BLOCK_N
     end = tl.minimum(mem_len + row + BLOCK_M, keys)
     for column in tl.range(begin, end, BLOCK_N, disable_licm=True):
-        k = load(key, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-        v = load(value, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+        k = load(block_of_keys(key, column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+        v = load(block_of_keys(value, column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         tile = row, column, i[:, None], j[None, :], length, mem_len
         factor = dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
-        _, d_scores, visible = gradient_of(
+        _, d_scores = gradient_of(
             query, k, d_query_out, v, by_distance, first[:, None], query_log_sum[:, None], query_delta[:, None],
             factor, tile, D_HEAD, PRECISION,
         )  # fmt: skip
         d_scores = d_scores.to(k.dtype)
         if d_by_distance is not None:
-            tl.store(skewed(d_by_distance, tile), d_scores, mask=visible)
+            tl.store(skewed(d_by_distance, tile), d_scores, mask=in_row(tile))
         d_query = tl.dot(d_scores, k, d_query, input_precision=PRECISION)
-    store(of_head(d_content), d_query, row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    if d_by_distance is not None:  # Zeros for all greater distances: in the place of keys before those of the loop.
+        for before in range(BLOCK_N, begin + length - row - 1 + BLOCK_N, BLOCK_N):
+            tile = row, begin - before, i[:, None], j[None, :], length, mem_len
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], d_by_distance.dtype.element_ty)
+            tl.store(skewed(d_by_distance, tile), zeros, mask=in_row(tile))
+    store(block_of(of_head(d_content), row, BLOCK_M), d_query, row, length, BLOCK_M, D_HEAD, BLOCK_D)
 
 
 @triton.jit
@@ -419,8 +466,8 @@ def key_gradient_kernel(
     column = tl.program_id(0) * BLOCK_N
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
-    k = load(of_head(key), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-    v = load(of_head(value), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+    k = load(block_of_keys(keys_of_head(key), column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+    v = load(block_of_keys(keys_of_head(value), column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
     # From the first query at one of these keys or beyond to the last that looks back to them.
     begin = tl.maximum(column - mem_len, 0) // BLOCK_M * BLOCK_M
     end = begin
@@ -431,18 +478,18 @@ def key_gradient_kernel(
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for row in tl.range(begin, end, BLOCK_M, disable_licm=True):
-        query = load(content, row, length, BLOCK_M, D_HEAD, BLOCK_D)
-        d_query_out = load(d_out, row, length, BLOCK_M, D_HEAD, BLOCK_D)
+        query = load(block_of(content, row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
+        d_query_out = load(block_of(d_out, row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
         first = first_visible(lookback, row + i, length, mem_len)
         query_log_sum = tl.load(statistic(log_sum, row + i, length), mask=row + i < length, other=0.0)
         query_delta = tl.load(statistic(delta, row + i, length), mask=row + i < length, other=0.0)
         tile = row, column, i[None, :], j[:, None], length, mem_len
         factor = dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
-        probability, d_scores, _ = gradient_of(
+        probability, d_scores = gradient_of(
             k, query, v, d_query_out, by_distance, first[None, :], query_log_sum[None, :], query_delta[None, :],
             factor, tile, D_HEAD, PRECISION,
         )  # fmt: skip
         d_v = tl.dot(probability.to(v.dtype), d_query_out, d_v, input_precision=PRECISION)
         d_k = tl.dot(d_scores.to(k.dtype), query, d_k, input_precision=PRECISION)
-    store(of_head(d_key), d_k, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
-    store(of_head(d_value), d_v, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+    store(block_of_keys(keys_of_head(d_key), column, BLOCK_N), d_k, column, keys, BLOCK_N, D_HEAD, BLOCK_D)
+    store(block_of_keys(keys_of_head(d_value), column, BLOCK_N), d_v, column, keys, BLOCK_N, D_HEAD, BLOCK_D)

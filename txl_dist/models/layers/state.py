@@ -29,22 +29,21 @@ class KVCache:
         """Return the last mem_len positions, [2, n_head, lanes, mem_len, d_head]."""
         return self.states.narrow(-2, self.end - self.mem_len, self.mem_len)
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, key: Tensor, value: Tensor) -> Tensor:
         """Append a segment, and return keys and values of memory and segment together.
 
         Args:
             key, value: [lanes, length, n_head, d_head].
 
         Returns:
-            Keys and values, [lanes, mem_len + length, n_head, d_head] each; views.
+            [2 (keys, values), lanes, mem_len + length, n_head, d_head], a view.
         """
         length = key.size(1)
         if self.end + length > self.states.size(-2):
             self._move_to_new_room(max(length, self.mem_len // 4))
         self.states.narrow(-2, self.end, length).copy_(torch.stack([key, value]).movedim(-2, 1))
         self.end += length
-        keys, values = self.states.narrow(-2, self.end - self.mem_len - length, self.mem_len + length).movedim(1, -2)
-        return keys, values
+        return self.states.narrow(-2, self.end - self.mem_len - length, self.mem_len + length).movedim(1, -2)
 
     def _move_to_new_room(self, room: int) -> None:
         """Copy what is remembered to the beginning of a new tensor, with room for so many positions behind it."""
