@@ -26,6 +26,8 @@ import torch
 import triton
 from cpu import text
 from gpu import TRAINING, job
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -264,17 +266,16 @@ def optimizer_step() -> tuple[Counts, int, int]:
 # ---------------------------------------------------------------------------------------------------- prediction
 
 
+PARTS = "products", "attention", "everything else", "optimizer"
+
+
 def predicted_ms(counts: Counts, optimizer_bytes: float, bandwidth: float) -> dict[str, float]:
     """Return how long the parts of a step should take, in milliseconds."""
     speed = BANDWIDTH_SHARE * bandwidth
     products = sum(max(flops / PRODUCTS, moved / speed) for flops, moved in counts.products)
-    seconds = {
-        "products": products,
-        "everything else": counts.elementwise_bytes / speed,
-        "attention": counts.attention_cycles * STALLS / (MULTIPROCESSORS * CLOCK),
-        "optimizer": optimizer_bytes / speed,
-    }
-    return {part: 1000 * value for part, value in seconds.items()}
+    attention = counts.attention_cycles * STALLS / (MULTIPROCESSORS * CLOCK)
+    seconds = products, attention, counts.elementwise_bytes / speed, optimizer_bytes / speed
+    return {part: 1000 * value for part, value in zip(PARTS, seconds, strict=True)}
 
 
 def row(name: str, optimizer: Counts, parameters: int) -> dict[str, Any]:
@@ -297,6 +298,17 @@ def row(name: str, optimizer: Counts, parameters: int) -> dict[str, Any]:
     }
 
 
+def table(rows: dict[str, Any]) -> Table:
+    """Return the rows for people to read."""
+    shown = Table("", "GPU", *PARTS, "ms", "tokens/s", "goal", title="predicted, in milliseconds per step")
+    for name in TRAINING:
+        for device, predicted in rows[name]["predicted"].items():
+            times = [predicted["ms"][part] for part in PARTS]
+            rates = predicted["tokens_per_second"], rows[name]["goal"]
+            shown.add_row(name, device, *(f"{ms:.1f}" for ms in [*times, sum(times)]), *(f"{x:,.0f}" for x in rates))
+    return shown
+
+
 def main() -> None:
     compile_only()
     optimizer, tensors, numbers = optimizer_step()
@@ -308,9 +320,13 @@ def main() -> None:
     rows: dict[str, Any] = {"optimizer": of_optimizer}
     for name in TRAINING:
         rows[name] = row(name, optimizer, numbers)
-        print(json.dumps({name: rows[name]}, indent=1), flush=True)
+        counted = {key: value for key, value in rows[name].items() if key != "predicted"}
+        print(name, ", ".join(f"{key} {value:,.4g}" for key, value in counted.items()), flush=True)
+    print("optimizer", ", ".join(f"{key} {value:,.4g}" for key, value in of_optimizer.items()))
+    Console(width=120).print(table(rows))
     ROWS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    main()
+    exit_process()
