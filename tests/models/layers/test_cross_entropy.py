@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.models.layers.test_adaptive import CASES, build, hidden_and_all_tokens
 from tests.models.layers.triton_process import compiling, interpreting, resources
@@ -212,6 +214,33 @@ def test_rows_of_logits_are_aligned_on_a_gpu():
     sizes = [20_003, 20_000, 20_008, 160_000, 67_735, 205, 1]
     assert [size + padding(size, gpu) for size in sizes] == [20_032, 20_000, 20_032, 160_000, 67_776, 256, 64]
     assert not any(padding(size, torch.device("cpu")) for size in sizes)
+
+
+class LogitsInMemory(TorchDispatchMode):
+    """Collects every tensor that is as large as the logits of so many rows and outputs, views aside."""
+
+    def __init__(self, rows: int, outputs: int):
+        super().__init__()
+        self.numel = rows * outputs
+        self.tensors: dict[int, Tensor] = {}  # by their memory, which is kept, so that none has another's
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.numel() == self.numel:
+                self.tensors[x.untyped_storage()._cdata] = x
+        return result
+
+
+def test_on_a_gpu_logits_are_in_memory_once_in_half_precision():
+    """Forward and backward, counted on tensors without numbers."""
+    _, softmax = build(**CASES["clusters"])
+    softmax.to("meta", torch.bfloat16)
+    hidden, targets = hidden_and_all_tokens()
+    with LogitsInMemory(targets.numel(), 64) as logits:
+        softmax(hidden.to("meta", torch.bfloat16).requires_grad_(), targets).mean().backward()
+    assert [x.dtype for x in logits.tensors.values()] == [torch.bfloat16]
+    assert softmax.bias.grad is not None
 
 
 def compile_kernels(size: int, dtype: torch.dtype) -> None:
