@@ -70,13 +70,12 @@ class FixedKVCache(KVCache):
     Every segment costs a copy of what is remembered, on a GPU less than to launch each kernel of the layer.
     """
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, key: Tensor, value: Tensor) -> Tensor:
         """Append a segment; arguments and result are those of `KVCache.append`."""
         segment = torch.stack([key, value]).movedim(-2, 1)
         both = torch.cat([self.states, segment], dim=-2)
         self.states.copy_(both.narrow(-2, key.size(1), self.mem_len))
-        keys, values = both.movedim(1, -2)
-        return keys, values
+        return both.movedim(1, -2)
 
 
 StateValue = Tensor | KVCache  # a Tensor: [lanes, ...]
