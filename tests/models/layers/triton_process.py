@@ -82,11 +82,13 @@ class Resources(NamedTuple):
         spills: bytes, from registers.
         programs: that fit on a multiprocessor of an H100, by their registers.
         rows: that the warps of its products cover; 0 without products.
+        narrow: whether it loads numbers of two bytes one by one.
     """
 
     spills: int
     programs: int
     rows: int
+    narrow: bool
 
 
 REGISTERS = 65536  # of a multiprocessor
@@ -109,5 +111,6 @@ def resources(folder: str, launch: Callable[..., None], *args) -> dict[str, Reso
         registers = int(re.search(r"Used (\d+) registers", report)[1])
         layouts = re.findall(r"nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+),", kernel.asm["ttgir"])
         rows = 16 * max(map(int, layouts), default=0)  # a warp has 16
-        taken[name] = Resources(spills, REGISTERS // (registers * kernel.metadata.num_warps * WARP), rows)
+        programs = REGISTERS // (registers * kernel.metadata.num_warps * WARP)
+        taken[name] = Resources(spills, programs, rows, "ld.global.b16" in kernel.asm["ptx"])
     return taken

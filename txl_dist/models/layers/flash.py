@@ -10,10 +10,12 @@ from the logarithm of that sum: one kernel takes a block of queries past the key
 queries, so that each sums its gradients alone. Nothing is added atomically; every run gives the same bits. Only what
 dropout drops is kept, a bit for a probability: drawing it anew would be a third of the work of each kernel.
 
-The position term is a plain matrix product, position r^T: scores by distance, of the inputs' dtype (the unfused
-computation rounds them alike), recomputed for backward. Query i has its score for key j in column length - 1 - i + j of
-its row, so that the shift of the paper's appendix B is only an address. Backward writes the gradient of the scores to
-such columns too, and two matrix products turn it into the gradients of position and r, summed over the lanes.
+The position term is a plain matrix product, position r^T, of the inputs' dtype (the unfused computation rounds alike).
+A kernel of its own writes it by key, for forward and again for backward. The shift of the paper's appendix B is in its
+addresses: each number is stored alone, but nothing waits for a store, and what is hidden is left out. The other kernels
+then load whole rows of blocks, 16 bytes at a time and a step ahead. Backward writes the gradient of the scores by
+distance, query i's for key j in column length - 1 - i + j; two matrix products turn it into the gradients of position
+and r, summed over the lanes.
 
 The kernels could compute the position term themselves, from blocks of r. But then every tile would have to be gathered
 across its columns, through shared memory, in each of the kernels; registers are short as it is; and r's gradient, a sum
@@ -90,7 +92,7 @@ class Attend(torch.autograd.Function):
         dropped = draw(seeds, lookback, keys, n_head, dropout)
         forward_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
             *(with_strides(content), *keys_and_values(past, present), with_strides(out)),
-            *(scores_by_distance(position, r, bias), lookback, log_sum),
+            *(with_strides(scores_by_key(position, r, bias, lookback, keys)), lookback, log_sum),
             *(dropped, length, keys - length),
             **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
@@ -105,19 +107,19 @@ class Attend(torch.autograd.Function):
         """Compute the gradients of content, position, past, present, r and bias."""
         content, position, past, present, r, bias, lookback, out, log_sum, dropped = ctx.saved_tensors
         lanes, length, n_head, _ = content.shape
-        by_distance = scores_by_distance(position, r, bias)
-        d_by_distance = None if by_distance is None else torch.empty_like(by_distance)
+        by_key = scores_by_key(position, r, bias, lookback, ctx.keys)
+        d_by_distance = None if by_key is None else position.new_empty(n_head, lanes, length, ctx.keys)
         d_content = torch.empty_like(content, memory_format=torch.contiguous_format)
         # Keys and values side by side, where they come from one projection, so that its gradient is no copy.
         d_past = None if past is None else torch.empty_like(past)
         d_present = torch.empty_like(present)
         delta = torch.empty_like(log_sum)
         given = with_strides(content), *keys_and_values(past, present), with_strides(d_out.contiguous())
-        statistics = by_distance, lookback, log_sum, delta
+        statistics = with_strides(by_key), lookback, log_sum, delta
         numbers = dropped, length, ctx.keys - length
         # The queries first: their kernel computes the `delta` that the keys' kernel reads.
         query_gradient_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
-            *(*given, *statistics, with_strides(out), with_strides(d_content), d_by_distance, *numbers),
+            *(*given, *statistics, *map(with_strides, (out, d_content, d_by_distance)), *numbers),
             **options(content, ctx.dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
         key_gradient_kernel[triton.cdiv(ctx.keys, BLOCK), n_head, lanes](
@@ -127,6 +129,7 @@ class Attend(torch.autograd.Function):
         d_position = d_r = d_bias = None
         if d_by_distance is not None:
             d_position = torch.empty_like(position, memory_format=torch.contiguous_format)
+            d_by_distance = d_by_distance.flatten(1, 2)
             torch.bmm(d_by_distance, by_head(r[:-1]), out=by_head(d_position.flatten(0, 1)))
             d_r = torch.zeros_like(r)
             d_r[:-1] = by_head(d_by_distance.mT @ by_head(position.flatten(0, 1)))
@@ -154,19 +157,26 @@ def draw(seeds: Tensor | None, lookback: Tensor, keys: int, n_head: int, dropout
     return dropped
 
 
-def scores_by_distance(position: Tensor | None, r: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def scores_by_key(
+    position: Tensor | None, r: Tensor | None, bias: Tensor | None, lookback: Tensor, keys: int
+) -> Tensor | None:
     """Compute (position r + bias) * d_head ** -0.5, in units of log 2; None where scores have no positions.
 
     Returns:
-        [n_head, lanes * length, keys], the columns distances keys - 1, ..., 0. With a column for the future there would
-        be one more than a multiple of 8, as a rule, and products of half precision would be slow.
+        [n_head, lanes, length, columns]: keys, and as many columns more as make up whole blocks. Where no key is
+        visible nothing is written.
     """
     if position is None or r is None:
         return None
-    scale = LOG2_E.value * position.size(-1) ** -0.5
-    added = position.new_zeros(()) if bias is None else bias[:-1].T[:, None]
-    beta = 0.0 if bias is None else scale
-    return torch.baddbmm(added, by_head(position.flatten(0, 1)), by_head(r[:-1]).mT, alpha=scale, beta=beta)
+    lanes, length, n_head, _ = position.shape
+    assert position.stride(-1) == r.stride(-1) == 1
+    by_key = position.new_empty(n_head, lanes, length, triton.cdiv(keys, BLOCK) * BLOCK)
+    position_kernel[triton.cdiv(length, BLOCK), n_head, lanes](
+        *(with_strides(position), with_strides(r.expand(lanes, -1, -1, -1))),
+        *(with_strides(bias), with_strides(by_key), lookback, length, keys - length),
+        **options(position, BLOCK_M=BLOCK, BLOCK_N=STEP),
+    )
+    return by_key
 
 
 def by_head(x: Tensor) -> Tensor:
@@ -174,9 +184,9 @@ def by_head(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Pair [lanes, rows, n_head, d_head] with its strides, as the kernels take it."""
-    return x, x.stride()
+def with_strides(x: Tensor | None) -> tuple[Tensor, tuple[int, ...]] | None:
+    """Pair a tensor with its strides, as the kernels take it."""
+    return None if x is None else (x, x.stride())
 
 
 def keys_and_values(past: Tensor | None, present: Tensor) -> list[tuple[Any, Any, int]]:
@@ -186,7 +196,7 @@ def keys_and_values(past: Tensor | None, present: Tensor) -> list[tuple[Any, Any
     return [(with_strides(x), with_strides(y), past.size(2)) for x, y in zip(past, present, strict=True)]
 
 
-def options(content: Tensor, dropout: float, **blocks: int) -> dict[str, Any]:
+def options(content: Tensor, dropout: float = 0.0, **blocks: int) -> dict[str, Any]:
     """Return the constants that a kernel is compiled for."""
     d_head = content.size(-1)
     block_d = max(16, triton.next_power_of_2(d_head))
@@ -278,16 +288,30 @@ def first_visible(lookback, rows, length, mem_len):
 
 
 @triton.jit
-def skewed(by_distance, tile):
-    """Return where [n_head, lanes, length, keys] by distance has the scores of queries row + i for keys column + j.
+def by_key_at(tensor, tile):
+    """Return where [n_head, lanes, length, columns] has the numbers of a tile: a column is a key.
 
-    `tile` is (row, column, i, j, length, mem_len); i + j has its shape, a row for a query, or transposed for a key.
+    A tile is (row, column, i, j, length, mem_len), the queries row + i and the keys column + j; i + j has its shape, a
+    row for a query, or transposed for a key.
     """
-    row, column, i, j, length, mem_len = tile
-    keys = mem_len + length
-    head_and_lane = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
-    start = head_and_lane * length * keys + tl.cast(row, tl.int64) * (keys - 1) + length - 1 + column
-    return by_distance + start + i * (keys - 1) + j
+    pointer, strides = tensor
+    row, column, i, j, _, _ = tile
+    start = tl.program_id(1).to(tl.int64) * strides[0] + tl.program_id(2).to(tl.int64) * strides[1]
+    return pointer + start + tl.cast(row, tl.int64) * strides[2] + column + i * strides[2] + j
+
+
+@triton.jit
+def by_distance_at(tensor, tile):
+    """Return where [n_head, lanes, length, keys] has them if a column is a distance: keys - 1, ..., 0."""
+    row, _, i, _, length, _ = tile
+    return by_key_at(tensor, tile) + (length - 1 - row) - i
+
+
+@triton.jit
+def is_visible(first, tile):
+    """Return which keys of a tile its queries see, `first` and those behind it up to their own."""
+    row, column, i, j, _, mem_len = tile
+    return (first <= column + j) & (column + j <= mem_len + row + i)
 
 
 @triton.jit
@@ -298,18 +322,45 @@ def in_row(tile):
 
 
 @triton.jit
-def scores_of(left, right, by_distance, first, tile, D_HEAD: tl.constexpr, PRECISION: tl.constexpr):
+def position_kernel(
+    position, r, bias, by_key, lookback, length, mem_len,
+    D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute `by_key` of BLOCK_M queries."""
+    keys = mem_len + length
+    row = tl.program_id(0) * BLOCK_M
+    i = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    first = first_visible(lookback, row + i, length, mem_len)
+    query = load(block_of(of_head(position), row, BLOCK_M), row, length, BLOCK_M, D_HEAD, BLOCK_D)
+    r = of_head(r)
+    lowest = first + (length - 1 - row) - i  # the rows of r for the keys that are visible: from here to the last
+    begin = tl.min(lowest) // BLOCK_N * BLOCK_N
+    for start in tl.range(begin, keys, BLOCK_N, disable_licm=True):
+        block = load(block_of(r, start, BLOCK_N), start, keys, BLOCK_N, D_HEAD, BLOCK_D)
+        scores = tl.dot(query, tl.trans(block), input_precision=PRECISION)
+        if bias is not None:
+            pointer, strides = bias
+            added = tl.load(pointer + (start + n) * strides[0] + tl.program_id(1) * strides[1], mask=start + n < keys)
+            scores += added[None, :]
+        tile = row, start + row - length + 1, i[:, None], i[:, None] + n[None, :], length, mem_len
+        visible = (lowest[:, None] <= start + n[None, :]) & (start + n[None, :] < keys)
+        tl.store(by_key_at(by_key, tile), scores * (D_HEAD**-0.5 * LOG2_E), mask=visible)
+
+
+@triton.jit
+def scores_of(left, right, by_key, first, tile, D_HEAD: tl.constexpr, PRECISION: tl.constexpr):
     """Compute a tile's scores in units of log 2, -inf where hidden.
 
     `left` are the queries or keys that the tile's rows stand for, `right` those of its columns.
     """
-    row, column, i, j, _, mem_len = tile
-    visible = (first <= column + j) & (column + j <= mem_len + row + i)
+    row, _, i, _, length, _ = tile
     position = 0.0
-    if by_distance is not None:  # Loaded before the product, so that it has arrived after it.
-        position = tl.load(skewed(by_distance, tile), mask=visible, other=0.0)
+    if by_key is not None:  # Whole blocks, whatever stands where keys are hidden; a mask would part their numbers.
+        position = tl.load(by_key_at(by_key, tile), mask=row + i < length, other=0.0)
     scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (D_HEAD**-0.5 * LOG2_E) + position
-    return tl.where(visible, scores, float("-inf"))
+    return tl.where(is_visible(first, tile), scores, float("-inf"))
 
 
 @triton.jit
@@ -360,7 +411,7 @@ def dropout_kernel(dropped, seeds, lookback, length, mem_len, DROPOUT: tl.conste
 
 @triton.jit
 def forward_kernel(
-    content, key, value, out, by_distance, lookback, log_sum,
+    content, key, value, out, by_key, lookback, log_sum,
     dropped, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -383,7 +434,7 @@ def forward_kernel(
         k = load(block_of_keys(key, column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         v = load(block_of_keys(value, column, BLOCK_N), column, keys, BLOCK_N, D_HEAD, BLOCK_D)
         tile = row, column, i[:, None], j[None, :], length, mem_len
-        scores = scores_of(query, k, by_distance, first[:, None], tile, D_HEAD, PRECISION)
+        scores = scores_of(query, k, by_key, first[:, None], tile, D_HEAD, PRECISION)
         higher = tl.maximum(maximum, tl.max(scores, 1))
         shrink = tl.exp2(maximum - higher)
         probability = tl.exp2(scores - higher[:, None])
@@ -397,11 +448,11 @@ def forward_kernel(
 
 @triton.jit
 def gradient_of(
-    left, right, d_left, d_right, by_distance, first, log_sum, delta, factor, tile,
+    left, right, d_left, d_right, by_key, first, log_sum, delta, factor, tile,
     D_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile's probabilities after dropout, and the gradient of its scores: 0 where they are hidden."""
-    scores = scores_of(left, right, by_distance, first, tile, D_HEAD, PRECISION)
+    scores = scores_of(left, right, by_key, first, tile, D_HEAD, PRECISION)
     probability = tl.exp2(scores - log_sum)
     d_probability = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION) * factor
     return probability * factor, probability * (d_probability - delta) * D_HEAD**-0.5
@@ -409,7 +460,7 @@ def gradient_of(
 
 @triton.jit
 def query_gradient_kernel(
-    content, key, value, d_out, by_distance, lookback, log_sum, delta, out, d_content, d_by_distance,
+    content, key, value, d_out, by_key, lookback, log_sum, delta, out, d_content, d_by_distance,
     dropped, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -437,24 +488,24 @@ def query_gradient_kernel(
         tile = row, column, i[:, None], j[None, :], length, mem_len
         factor = dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
         _, d_scores = gradient_of(
-            query, k, d_query_out, v, by_distance, first[:, None], query_log_sum[:, None], query_delta[:, None],
+            query, k, d_query_out, v, by_key, first[:, None], query_log_sum[:, None], query_delta[:, None],
             factor, tile, D_HEAD, PRECISION,
         )  # fmt: skip
         d_scores = d_scores.to(k.dtype)
         if d_by_distance is not None:
-            tl.store(skewed(d_by_distance, tile), d_scores, mask=in_row(tile))
+            tl.store(by_distance_at(d_by_distance, tile), d_scores, mask=in_row(tile))
         d_query = tl.dot(d_scores, k, d_query, input_precision=PRECISION)
     if d_by_distance is not None:  # Zeros for all greater distances: in the place of keys before those of the loop.
         for before in range(BLOCK_N, begin + length - row - 1 + BLOCK_N, BLOCK_N):
             tile = row, begin - before, i[:, None], j[None, :], length, mem_len
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], d_by_distance.dtype.element_ty)
-            tl.store(skewed(d_by_distance, tile), zeros, mask=in_row(tile))
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], d_by_distance[0].dtype.element_ty)
+            tl.store(by_distance_at(d_by_distance, tile), zeros, mask=in_row(tile))
     store(block_of(of_head(d_content), row, BLOCK_M), d_query, row, length, BLOCK_M, D_HEAD, BLOCK_D)
 
 
 @triton.jit
 def key_gradient_kernel(
-    content, key, value, d_out, by_distance, lookback, log_sum, delta, d_key, d_value,
+    content, key, value, d_out, by_key, lookback, log_sum, delta, d_key, d_value,
     dropped, length, mem_len,
     D_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -486,7 +537,7 @@ def key_gradient_kernel(
         tile = row, column, i[None, :], j[:, None], length, mem_len
         factor = dropout_factor(dropped, tile, DROPOUT, BLOCK_N)
         probability, d_scores = gradient_of(
-            k, query, v, d_query_out, by_distance, first[None, :], query_log_sum[None, :], query_delta[None, :],
+            k, query, v, d_query_out, by_key, first[None, :], query_log_sum[None, :], query_delta[None, :],
             factor, tile, D_HEAD, PRECISION,
         )  # fmt: skip
         d_v = tl.dot(probability.to(v.dtype), d_query_out, d_v, input_precision=PRECISION)
