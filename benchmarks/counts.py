@@ -5,8 +5,9 @@ is a kernel unless it returns a view, and moves its arguments and its results. T
 and not launched: what they take is the instructions in their loops. What the optimizer does is counted on a CPU, on a
 small model, per parameter.
 
-The times are predictions: the sum of products of matrices at PRODUCTS or at the memory's speed, of everything else at
-the memory's speed, and of attention by its instructions. counts.json, in $OUT or beside this file, has it all.
+The times are predictions: of products of matrices at PRODUCTS or at the memory's speed, of Triton's kernels by their
+instructions or at the memory's speed, and of everything else at the memory's speed. counts.json, in $OUT or beside this
+file, has it all.
 """
 
 import json
@@ -71,14 +72,15 @@ class Counts:
         moved: bytes read and written, of the operators that are no products of matrices.
         products: FLOPs and bytes of each product of matrices.
         syncs: how often the CPU waits for a number.
-        attention_cycles: in which the multiprocessors issue the instructions of Triton's kernels, one after the other.
+        attention: cycles in which one multiprocessor would issue all instructions, and bytes, of each of Triton's
+            kernels.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
     moved: Counter[str] = field(default_factory=Counter)
     products: list[tuple[int, int]] = field(default_factory=list)
     syncs: int = 0
-    attention_cycles: float = 0.0
+    attention: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def kernels(self) -> int:
@@ -165,7 +167,8 @@ def counting(device: torch.device, compiled: bool = False) -> Iterator[Counts]:
         if compiled:
             launch(kernel, *args, grid=grid, warmup=True, **kwargs)
             numbers = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            mode.counts.attention_cycles += cycles(name, grid, numbers)
+            moved = sum(num_bytes(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor))
+            mode.counts.attention.append((cycles(name, grid, numbers), moved))
 
     JITFunction.run = run
     try:
@@ -273,7 +276,8 @@ def predicted_ms(counts: Counts, optimizer_bytes: float, bandwidth: float) -> di
     """Return how long the parts of a step should take, in milliseconds."""
     speed = BANDWIDTH_SHARE * bandwidth
     products = sum(max(flops / PRODUCTS, moved / speed) for flops, moved in counts.products)
-    attention = counts.attention_cycles * STALLS / (MULTIPROCESSORS * CLOCK)
+    rate = MULTIPROCESSORS * CLOCK / STALLS
+    attention = sum(max(cycles / rate, moved / speed) for cycles, moved in counts.attention)
     seconds = products, attention, counts.elementwise_bytes / speed, optimizer_bytes / speed
     return {part: 1000 * value for part, value in zip(PARTS, seconds, strict=True)}
 
