@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from txl_dist.models.layers.dropout import Mask
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # Scores are in units of log 2: the hardware has exp2.
-# A program keeps BLOCK queries and takes STEP keys at a time, or the reverse. Larger blocks run out of registers.
+# A program keeps BLOCK queries and takes BLOCK or STEP keys at a time, or the reverse. More run out of registers.
 BLOCK = 64
 STEP = 32
 WORD = tl.constexpr(32)  # keys whose dropout a number holds
@@ -94,7 +94,7 @@ class Attend(torch.autograd.Function):
             *(with_strides(content), *keys_and_values(past, present), with_strides(out)),
             *(with_strides(scores_by_key(position, r, bias, lookback, keys)), lookback, log_sum),
             *(dropped, length, keys - length),
-            **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
+            **options(content, dropout, BLOCK_M=BLOCK, BLOCK_N=BLOCK),
         )
         ctx.save_for_backward(content, position, past, present, r, bias, lookback, out, log_sum, dropped)
         ctx.keys = keys
@@ -122,9 +122,10 @@ class Attend(torch.autograd.Function):
             *(*given, *statistics, *map(with_strides, (out, d_content, d_by_distance)), *numbers),
             **options(content, ctx.dropout, BLOCK_M=BLOCK, BLOCK_N=STEP),
         )
+        step = STEP if content.size(-1) <= 64 else STEP // 2  # the gradients of long keys take registers
         key_gradient_kernel[triton.cdiv(ctx.keys, BLOCK), n_head, lanes](
             *(*given, *statistics, *keys_and_values(d_past, d_present), *numbers),
-            **options(content, ctx.dropout, BLOCK_M=STEP, BLOCK_N=BLOCK),
+            **options(content, ctx.dropout, BLOCK_M=step, BLOCK_N=BLOCK),
         )
         d_position = d_r = d_bias = None
         if d_by_distance is not None:
@@ -201,16 +202,14 @@ def options(content: Tensor, dropout: float = 0.0, **blocks: int) -> dict[str, A
     d_head = content.size(-1)
     block_d = max(16, triton.next_power_of_2(d_head))
     single = content.dtype == torch.float32
-    # A warp takes 16 rows of a product. Of 8 warps on BLOCK = 64 rows each second one would compute the same again. But
-    # the registers of 4 are too few for keys and values of 128 numbers, with their gradients, and for float32.
-    is_for_keys = blocks["BLOCK_N"] == BLOCK
-    needs_registers = single or (is_for_keys and block_d > 64)
+    # A warp takes 16 rows of a product. Of 8 warps on BLOCK = 64 rows each second one would compute the same again; but
+    # for float32 the registers of 4 are too few.
     return {
         "D_HEAD": d_head,
         "BLOCK_D": block_d,
         "DROPOUT": dropout,
         "PRECISION": "tf32x3" if single else None,
-        "num_warps": 8 if needs_registers else 4,
+        "num_warps": 8 if single else 4,
         "num_stages": 1 if single else 2,
         **blocks,
     }
