@@ -261,7 +261,7 @@ def test_masks_are_those_of_earlier_versions(interpreted):
 
 
 def compile_kernels(d_head: int, dropout: float) -> None:
-    length, mem_len = 96, 128
+    length, mem_len = 96, 128 if d_head != 41 else 150  # the latter in no whole blocks: joined with the segment
     arguments = {name: x.bfloat16() for name, x in build(length, mem_len, 2, d_head, without=["bias"]).items()}
     results(lambda x: attend(x, lookbacks(length, mem_len), dropout), arguments, torch.ones(1))
 

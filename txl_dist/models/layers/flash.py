@@ -192,9 +192,9 @@ def with_strides(x: Tensor | None) -> tuple[Tensor, tuple[int, ...]] | None:
 
 def keys_and_values(past: Tensor | None, present: Tensor) -> list[tuple[Any, Any, int]]:
     """Return keys, and values, as the kernels take them: past, present, and how many rows are past."""
-    if past is None:
-        return [(None, with_strides(x), 0) for x in present]
-    return [(with_strides(x), with_strides(y), past.size(2)) for x, y in zip(past, present, strict=True)]
+    past_rows = 0 if past is None else past.size(2)
+    pairs = zip(present if past is None else past, present, strict=True)
+    return [(with_strides(before), with_strides(now), past_rows) for before, now in pairs]
 
 
 def options(content: Tensor, dropout: float = 0.0, **blocks: int) -> dict[str, Any]:
@@ -229,12 +229,9 @@ def of_head(tensor):
 
 @triton.jit
 def keys_of_head(parts):
-    """Return those of the first rows, which are past, or None; those of the present rows; and how many are past."""
+    """Return those of the first past row and of the first present row; and how many rows are past."""
     past, present, past_rows = parts
-    first = None
-    if past is not None:
-        first = of_head(past)
-    return first, of_head(present), past_rows
+    return of_head(past), of_head(present), past_rows
 
 
 @triton.jit
@@ -248,13 +245,10 @@ def block_of(rows, start, BLOCK: tl.constexpr):
 def block_of_keys(rows, start, BLOCK: tl.constexpr):
     """Return the addresses of keys or values start, ..., start + BLOCK - 1, [BLOCK, 1], all past or all present."""
     past, present, past_rows = rows
-    pointer, stride = present
-    if past is not None:
-        is_past = start < past_rows
-        pointer = tl.where(is_past, past[0], pointer)
-        stride = tl.where(is_past, past[1], stride)
-        start = tl.where(is_past, start, start - past_rows)
-    return block_of((pointer, stride), start, BLOCK)
+    is_past = start < past_rows
+    pointer = tl.where(is_past, past[0], present[0])
+    stride = tl.where(is_past, past[1], present[1])
+    return block_of((pointer, stride), tl.where(is_past, start, start - past_rows), BLOCK)
 
 
 @triton.jit
