@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime import JITFunction
 
-from tests.models.layers.triton_process import KERNELS, compile_only
+from tests.models.layers.triton_process import KERNELS, compile_only, resources_of
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import exit_process, process_group
@@ -227,6 +227,7 @@ def forward_and_backward(name: str, compiled: bool = False) -> tuple[Counts, int
     lanes, vocab_size, _ = TRAINING[name]
     given = job(name, lanes)
     model = build(given, vocab_size)
+    KERNELS.clear()
     objective = CausalLM()
     states = LaneStates(range(given.model.n_layer), range(lanes), model.state_shapes(), META, torch.bfloat16)
     shape = (lanes, given.model.tgt_len)
@@ -288,6 +289,16 @@ def row(name: str, optimizer: Counts, parameters: int) -> dict[str, Any]:
     counts, num_parameters = forward_and_backward(name, compiled=True)
     optimizer_bytes = optimizer.elementwise_bytes / parameters * num_parameters
     tokens = lanes * job(name, lanes).model.tgt_len
+    of_attention = {}
+    for kernel, compiled in KERNELS.items():
+        taken = resources_of(compiled)
+        of_attention[kernel] = {
+            "warps": compiled.metadata.num_warps,
+            "registers": taken.registers,
+            "spills": taken.spills,
+            "programs_per_multiprocessor": taken.programs,
+            "instructions_per_tile": instructions_per_tile(kernel),
+        }
     predicted = {}
     for device, bandwidth in BANDWIDTH.items():
         parts = predicted_ms(counts, optimizer_bytes, bandwidth)
@@ -298,6 +309,7 @@ def row(name: str, optimizer: Counts, parameters: int) -> dict[str, Any]:
         "elementwise_gb": counts.elementwise_bytes / 1e9,
         "product_tflop": counts.product_flops / 1e12,
         "goal": goal,
+        "attention": of_attention,
         "predicted": predicted,
     }
 
@@ -313,6 +325,12 @@ def table(rows: dict[str, Any]) -> Table:
     return shown
 
 
+def described(numbers: dict[str, Any]) -> str:
+    """Return the numbers of a dictionary in a line, with their names."""
+    shown = {key: value for key, value in numbers.items() if not isinstance(value, dict)}
+    return ", ".join(f"{key} {value:,.4g}" for key, value in shown.items())
+
+
 def main() -> None:
     compile_only()
     optimizer, tensors, numbers = optimizer_step()
@@ -324,9 +342,10 @@ def main() -> None:
     rows: dict[str, Any] = {"optimizer": of_optimizer}
     for name in TRAINING:
         rows[name] = row(name, optimizer, numbers)
-        counted = {key: value for key, value in rows[name].items() if key != "predicted"}
-        print(name, ", ".join(f"{key} {value:,.4g}" for key, value in counted.items()), flush=True)
-    print("optimizer", ", ".join(f"{key} {value:,.4g}" for key, value in of_optimizer.items()))
+        print(name, described(rows[name]), flush=True)
+        for kernel, taken in rows[name]["attention"].items():
+            print("   ", kernel, described(taken))
+    print("optimizer", described(of_optimizer))
     Console(width=120).print(table(rows))
     ROWS.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -265,8 +265,8 @@ def test_what_the_kernels_take_of_an_h100(tmp_path):
         for size in 20_032, 1, 205:
             taken = run(resources, str(tmp_path), compile_kernels, size, torch.bfloat16)
             assert list(taken) == ["forward_kernel", "backward_kernel"]
-            assert all(spills == 0 for spills, _, _ in taken.values())
+            assert all(kernel.spills == 0 for kernel in taken.values())
             if size == 20_032:
-                assert all(programs == 8 for _, programs, _ in taken.values())
+                assert all(kernel.programs == 8 for kernel in taken.values())
                 # One number alone is the target's.
                 assert run(kinds_of_access) == {"forward_kernel": {"v4.b32", "b16"}, "backward_kernel": {"v4.b32"}}

@@ -277,8 +277,8 @@ def test_what_the_kernels_take_of_an_h100(compiled, d_head, dropout, tmp_path):
     drawing = ["dropout_kernel"] if dropout else []
     attending = ["position_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
     assert list(taken) == drawing + attending
-    for name, (spills, programs, rows, narrow) in taken.items():
-        assert spills == 0, name
-        assert programs >= 2, name
-        assert rows <= 64, name
-        assert not narrow or d_head == 41, name
+    for name, kernel in taken.items():
+        assert kernel.spills == 0, name
+        assert kernel.programs >= 2, name
+        assert kernel.rows <= 64, name
+        assert not kernel.narrow or d_head == 41, name

@@ -79,12 +79,14 @@ class Resources(NamedTuple):
     """What a compiled kernel takes.
 
     Attributes:
+        registers: of a thread.
         spills: bytes, from registers.
         programs: that fit on a multiprocessor of an H100, by their registers.
         rows: that the warps of its products cover; 0 without products.
         narrow: whether it loads numbers of two bytes one by one.
     """
 
+    registers: int
     spills: int
     programs: int
     rows: int
@@ -96,21 +98,23 @@ WARP = 32  # threads
 
 
 def resources(folder: str, launch: Callable[..., None], *args) -> dict[str, Resources]:
-    """What each of the kernels takes that `launch` launches, as ptxas and Triton's layouts tell."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
+    """What each of the kernels takes that `launch` launches."""
     os.environ["TRITON_CACHE_DIR"] = folder
     KERNELS.clear()
     launch(*args)
-    taken = {}
-    for name, kernel in KERNELS.items():
-        target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
-        command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
-        report = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-        registers = int(re.search(r"Used (\d+) registers", report)[1])
-        layouts = re.findall(r"nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+),", kernel.asm["ttgir"])
-        rows = 16 * max(map(int, layouts), default=0)  # a warp has 16
-        programs = REGISTERS // (registers * kernel.metadata.num_warps * WARP)
-        taken[name] = Resources(spills, programs, rows, "ld.global.b16" in kernel.asm["ptx"])
-    return taken
+    return {name: resources_of(kernel) for name, kernel in KERNELS.items()}
+
+
+def resources_of(kernel) -> Resources:
+    """What a compiled kernel takes, as ptxas and Triton's layouts tell."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)[1]
+    command = [get_ptxas(90).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "/dev/stdin"]
+    report = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    layouts = re.findall(r"nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+),", kernel.asm["ttgir"])
+    rows = 16 * max(map(int, layouts), default=0)  # a warp has 16
+    programs = REGISTERS // (registers * kernel.metadata.num_warps * WARP)
+    return Resources(registers, spills, programs, rows, "ld.global.b16" in kernel.asm["ptx"])
