@@ -133,14 +133,14 @@ def test_variants_of_the_score(interpreted, without):
 
 
 def check_several_scans(shape) -> None:
-    from txl_dist.models.layers import flash
+    from txl_dist.models.layers import flash_kernels
 
-    scan = flash.SCAN
-    flash.SCAN = 16
+    scan = flash_kernels.SCAN
+    flash_kernels.SCAN = 16
     try:
         check_formula(shape, ["bias"])
     finally:
-        flash.SCAN = scan
+        flash_kernels.SCAN = scan
 
 
 def test_keys_find_their_last_query_in_several_scans(interpreted):
