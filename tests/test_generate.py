@@ -1,11 +1,14 @@
 """Generation: greedy tokens are the argmax of one long forward; a lane depends on its prompt and seed alone."""
 
+import itertools
+
 import pytest
 import torch
 
 from tests.batches import batch
 from txl_dist.data.tokenizers import BytesTokenizer, WordTokenizer
 from txl_dist.errors import UserError
+from txl_dist.evaluation import sampling
 from txl_dist.evaluation.sampling import Completion, Sampler, continuations
 from txl_dist.runs.load import load_model
 
@@ -62,21 +65,59 @@ def test_top_k_and_top_p_keep_the_likeliest(options, allowed):
     assert set(drawn(log_probs, 300, **options)) == allowed
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.5}, {"top_p": 1e-9}])
-def test_draws_follow_the_distribution(options):
-    """That of the sorted probabilities, cut off; lanes side by side, of which one cannot have most of the tokens."""
-    lanes = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)) * 2
+def sorted_way(log_probs, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution that is drawn from, by sorting the whole vocabulary."""
+    probabilities = (log_probs.double() / temperature).softmax(-1)
+    ordered = probabilities.sort(descending=True).values
+    kept = ordered.cumsum(-1) - ordered < top_p
+    kept[:, top_k or len(ordered[0]) :] = False
+    least_likely = ordered.gather(1, kept.sum(-1, keepdim=True) - 1)
+    belonging = probabilities * (probabilities >= least_likely)
+    return belonging / belonging.sum(-1, keepdim=True)
+
+
+COMBINATIONS = [
+    {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for temperature, top_k, top_p in itertools.product((1.0, 0.5), (0, 9), (1.0, 0.8, 0.3, 1e-9))
+]
+
+
+@pytest.fixture(params=[(512, 1000), (16, 0)], ids=["as it is", "in blocks and draws again"])
+def few(request, monkeypatch):
+    """Blocks so large that one holds all, and all of top_k sorted; then small blocks, and nothing sorted."""
+    for name, value in zip(("BLOCK", "FEW"), request.param, strict=True):
+        monkeypatch.setattr(sampling, name, value)
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
+@pytest.mark.usefixtures("few")
+def test_draws_follow_the_distribution_of_the_sorted_way(options):
+    """Lanes side by side: any; one that cannot have most of the tokens; ties; nearly flat; flat."""
+    lanes = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)) * 2
     lanes[1, 5:] = -torch.inf
-    ordered, tokens = lanes.softmax(-1).sort(descending=True)
-    kept = ordered.cumsum(-1) - ordered < options.get("top_p", 1.0)
-    kept[:, options.get("top_k", 40) :] = False
-    expected = torch.zeros_like(ordered).scatter(1, tokens, ordered * kept)
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    draws = torch.stack([Sampler(**options).draw(lanes.log_softmax(-1), generators) for _ in range(5000)])
-    for lane, probabilities in zip(draws.T, expected, strict=True):
+    lanes[2] = lanes[2].round()
+    lanes[3] *= 1e-3
+    lanes[4] = 0
+    log_probs = lanes.log_softmax(-1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2000 * 5)]
+    draws = Sampler(**options).draw(log_probs.repeat(2000, 1), generators).view(2000, 5)
+    for lane, probabilities in zip(draws.T, sorted_way(log_probs, **options), strict=True):
         shares = lane.bincount(minlength=40) / len(draws)
-        torch.testing.assert_close(shares, probabilities / probabilities.sum(), rtol=0, atol=0.025)
+        torch.testing.assert_close(shares.double(), probabilities, rtol=0, atol=0.045)  # four standard deviations
         assert not shares[probabilities == 0].any()
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5000}, {"top_k": 5000, "top_p": 0.4}], ids=str)
+def test_the_tokens_of_a_large_vocabulary_are_those_of_the_sorted_way(options):
+    """Nothing else is drawn, and from each twentieth of what belongs as much as from the next one."""
+    log_probs = (torch.randn(1, 30_011, generator=torch.Generator().manual_seed(3)) * 2).log_softmax(-1)
+    (expected,) = sorted_way(log_probs, **options)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
+    draws = torch.cat([Sampler(**options).draw(log_probs, [generator]) for generator in generators])
+    assert expected[draws].all()
+    below = expected.cumsum(0)[draws] - torch.rand(2000, dtype=torch.float64) * expected[draws]
+    shares = torch.histc(below, bins=20, min=0, max=1) / len(draws)
+    torch.testing.assert_close(shares, torch.full_like(shares, 1 / 20), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])

@@ -1,12 +1,13 @@
 """Sample continuations of prompts."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
@@ -17,6 +18,8 @@ from txl_dist.models.layers.transfer import to_device
 
 # Below it, log-probabilities divided by the temperature leave float32; it counts as 0: the likeliest token.
 MIN_TEMPERATURE = 1e-6
+FEW = 1000  # so many of the likeliest tokens are found faster than a token is drawn several times
+BLOCK = 512  # weights that are drawn from as one, at first
 
 
 @dataclass(frozen=True)
@@ -43,32 +46,55 @@ class Sampler:
         if self.temperature < MIN_TEMPERATURE:
             return log_probs.argmax(-1)
         probabilities = (log_probs / self.temperature).softmax(-1)
-        if self.top_k or self.top_p < 1:
-            probabilities = probabilities * (probabilities >= self.least_likely(probabilities))
-        return draw_index(probabilities, generators)
+        if 0 < self.top_k <= FEW:
+            likeliest = probabilities.topk(min(self.top_k, probabilities.size(-1))).values
+            probabilities = probabilities * compared(torch.ge, probabilities, likeliest[:, -1:])
+        tokens = draw_index(probabilities, generators)
+        if self.top_p < 1 or self.top_k > FEW:
+            self._draw_again(probabilities, tokens, generators)
+        return tokens
 
-    def least_likely(self, probabilities: Tensor) -> Tensor:
-        """Return the probability of the least likely token that may be drawn: [lanes, vocab_size] -> [lanes, 1]."""
-        likeliest = probabilities.topk(self.count_candidates(probabilities)).values
-        kept = likeliest.cumsum(-1) - likeliest < self.top_p  # the likeliest token is always kept
-        return likeliest.gather(1, kept.sum(-1, keepdim=True) - 1)
+    def _draw_again(self, probabilities: Tensor, tokens: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Replace tokens that do not belong to the likeliest, until all of them do.
 
-    def count_candidates(self, probabilities: Tensor) -> int:
-        """Return how many of the likeliest tokens are enough in every lane: to sort a whole vocabulary takes long."""
-        vocab_size = probabilities.size(-1)
-        count = min(self.top_k or vocab_size, vocab_size)
-        if self.top_p < 1:
-            # All tokens less likely than this have less than 1 - top_p together: the others make up top_p.
-            likely = probabilities >= (1 - self.top_p) / vocab_size
-            count = max(1, min(count, int(likely.sum(-1).max())))
-        return count
+        A draw among tokens that include those that belong is, where it belongs, a draw among those that do. One that
+        does not belong shows that they are likelier than it is. So nothing is sorted, and a few draws are enough.
+        """
+        largest_sum = self.top_p if self.top_p < 1 else torch.inf
+        largest_count = self.top_k or torch.inf
+        lanes = torch.arange(len(tokens), device=tokens.device)
+        while True:
+            drawn = probabilities.gather(1, tokens[lanes, None])
+            is_likelier = compared(torch.gt, probabilities, drawn)
+            likelier = probabilities * is_likelier
+            belongs = (likelier.sum(-1) < largest_sum) & (is_likelier.sum(-1) < largest_count)
+            refused = belongs.logical_not().nonzero().squeeze(1)
+            if len(refused) == 0:
+                break
+            lanes = lanes[refused]
+            probabilities = likelier[refused]
+            tokens[lanes] = draw_index(probabilities, [generators[lane] for lane in lanes.tolist()])
+
+
+def compared(comparison: Callable[..., Tensor], x: Tensor, bound: Tensor) -> Tensor:
+    """Return 1 where a comparison holds and 0 elsewhere, in the dtype of x: on a CPU faster than bool."""
+    return comparison(x, bound, out=torch.empty_like(x))
 
 
 def draw_index(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Draw an index for each row in proportion to its weights, [rows, n] -> int64 [rows].
 
-    It is the first one whose cumulative weight exceeds a uniform share of the sum: one random number is enough.
+    First a block of weights, then one of these: sums are faster than cumulative sums, which no processor computes side
+    by side.
     """
+    blocks = F.pad(weights, (0, -weights.size(-1) % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block = draw_by_cumulation(blocks.sum(-1), generators)
+    rows = torch.arange(len(weights), device=weights.device)
+    return block * BLOCK + draw_by_cumulation(blocks[rows, block], generators)
+
+
+def draw_by_cumulation(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw an index as `draw_index` does: the first whose cumulative weight exceeds a uniform share of the sum."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     shares = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=generator) for generator in generators])
     thresholds = to_device(shares, weights.device) * cumulative[:, -1:]
