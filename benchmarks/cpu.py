@@ -1,7 +1,9 @@
-"""Speed and memory on a CPU beside transformers 4.36.2's Transformer-XL: python benchmarks/cpu.py [ROW ...]
+"""Speed and memory on a CPU beside transformers 4.36.2's Transformer-XL: python benchmarks/cpu.py [WORD ...]
 
 Each side has a process of its own, as a user would start it; they work in turn, and the medians of several turns count.
-What is measured of one another, and how fast each row should be, stands in `ROWS`.
+What is measured of one another, and how fast each row should be, stands in `ROWS`; the words choose rows whose names
+have them all. A row is printed and added to cpu.json as soon as it is measured: whatever happens to the next one, it is
+kept.
 """
 
 import itertools
@@ -23,9 +25,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from txl_dist.cli import CONF, keep_freed_memory
 from txl_dist.config.schema import OptimizerConfig
@@ -34,6 +33,7 @@ from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import Segments
 from txl_dist.engine.optimizers import build_optimizer
+from txl_dist.files.atomic import atomic_file
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
@@ -42,6 +42,7 @@ from txl_dist.objectives.causal_lm import CausalLM
 
 TURNS = 5
 Rates = Iterator[float]  # tokens per second, turn by turn
+Times = Iterator[float]  # seconds, turn by turn
 
 BYTES = {"vocab_size": 256, "n_layer": 4, "d_model": 256, "n_head": 8, "d_head": 32, "d_inner": 1024}
 BYTES_12 = {"vocab_size": 256, "n_layer": 12, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048}
@@ -280,6 +281,26 @@ def training_command(data: str, zero_stage: int, processes: int = 1, **environme
             yield [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line][-1]
 
 
+def help_time() -> Times:
+    """`python -m txl_dist.train --help`, from the start of the process to its end."""
+    while True:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "txl_dist.train", "--help"], check=True, capture_output=True)
+        yield time.perf_counter() - began
+
+
+def start_time(data: str) -> Times:
+    """`python -m txl_dist.train`, from the start of the process until its first step is done, as its metrics say."""
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            keys = [f"data.dir={data}", f"run.dir={folder}/run", "train.stop_at=1", "tracking.log_every=1"]
+            began = time.time()
+            job = [sys.executable, "-m", "txl_dist.train", *SHAPE, *keys, "tracking.mode=disabled"]
+            subprocess.run(job, check=True, capture_output=True)
+            first, *_ = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+            yield json.loads(first)["time"] - began
+
+
 def bare_loop(data: str) -> Rates:
     """Train the same module on the same text, with clipping and torch's own Adam, and nothing else."""
     index = Index.open(data)
@@ -307,13 +328,25 @@ def bare_loop(data: str) -> Rates:
 
 @dataclass
 class Row:
-    """goal: how many times as many tokens per second as `theirs`; without these, tokens per second."""
+    """What one side does as fast as another.
+
+    Attributes:
+        goal: how many times as fast as `theirs`; without these, what is to be reached, in `unit`.
+        arguments: of `ours`; "data" is filled in.
+        theirs_arguments: of `theirs`, where they are others.
+        unit: of what a turn of a side gives.
+    """
 
     goal: float
-    ours: Callable[..., Rates]
-    theirs: Callable[..., Rates] | None
+    ours: Callable[..., Iterator[float]]
+    theirs: Callable[..., Iterator[float]] | None
     arguments: dict[str, Any]
     theirs_arguments: dict[str, Any] | None = None
+    unit: str = "tokens/s"
+
+    def ratio(self, ours: float, theirs: float) -> float:
+        """Return how many times as fast we are."""
+        return ours / theirs if self.unit == "tokens/s" else theirs / ours
 
 
 ROWS = {
@@ -337,6 +370,8 @@ ROWS = {
     "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
     "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),
     "generation, 4 x 1024, 1 + 1,600": Row(15, our_reading, their_reading, LARGE | {"length": 1}),
+    "--help": Row(1, help_time, None, {}, unit="s"),
+    "start of training, until its first step is done": Row(5, start_time, None, {"data": ""}, unit="s"),
     "loader, 256 lanes of 384, one core": Row(20e6, loader, None, {"data": ""}),
     "training command against a bare loop": Row(
         0.97, training_command, bare_loop, {"data": "", "zero_stage": 0}, {"data": ""}
@@ -388,35 +423,40 @@ def measure(row: Row, data: str) -> dict[str, float]:
     medians = {name: median(column) for name, column in zip(names, zip(*turns, strict=True), strict=True)}
     medians |= {f"{name}_peak_mib": side.end() for name, side in zip(names, sides, strict=True)}
     if row.theirs:
-        medians["ratio"] = median(ours / theirs for ours, theirs in turns)
+        medians["ratio"] = median(row.ratio(ours, theirs) for ours, theirs in turns)
     return medians | {"goal": row.goal}
 
 
+# ---------------------------------------------------------------------------------------------------- the results
+
+FILE = Path(__file__).with_suffix(".json")
+COLUMNS = {"ours": "{:,.4g}", "theirs": "{:,.4g}", "ratio": "{:.2f}", "goal": "{:,g}"}
+COLUMNS |= {"ours_peak_mib": "{:,.0f}", "theirs_peak_mib": "{:,.0f}"}
+
+
+def add_row(name: str, unit: str, measured: dict[str, float]) -> None:
+    """Print a row, and add it to cpu.json with what it was measured on."""
+    cells = [form.format(measured[key]) if measured.get(key) else "" for key, form in COLUMNS.items()]
+    print(f"{name:72}{unit:>9}", *(f"{cell:>10}" for cell in cells), flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, "commit": commit}
+    known = json.loads(FILE.read_text())["rows"] if FILE.exists() else {}
+    known[name] = measured | {"unit": unit} | machine
+    with atomic_file(FILE) as temporary:
+        temporary.write_text(json.dumps({"rows": known}, indent=1) + "\n")
+
+
 def main() -> None:
-    console = Console(highlight=False)
-    rows = {}
     chosen = {name: row for name, row in ROWS.items() if all(word in name for word in sys.argv[1:])}
+    print(f"{'':72}{'unit':>9}", *(f"{name:>10}" for name in ("ours", "theirs", "ratio", "goal", "MiB", "theirs")))
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/bytes"
         if any("data" in row.arguments for row in chosen.values()):
             prepare = [sys.executable, "-m", "txl_dist.prepare", "corpus=stdlib", "tokenizer=bytes", f"data.dir={data}"]
             subprocess.run(prepare, check=True, capture_output=True)
-        for name in track(chosen, "measuring", console=Console(stderr=True), transient=True):
-            rows[name] = measure(chosen[name], data)
-    table = Table("", "tokens/s", "theirs", "ratio", "goal", "MiB", "theirs", box=None, caption="MiB: peak of memory")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, row in rows.items():
-        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-        others = [f"{row[key]:,.0f}" if key in row else "" for key in ("theirs", "ours_peak_mib", "theirs_peak_mib")]
-        table.add_row(name, f"{row['ours']:,.0f}", others[0], ratio, f"{row['goal']:,g}", *others[1:])
-    console.print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    machine |= {"torch": torch.__version__, "commit": commit}
-    file = Path(__file__).with_suffix(".json")
-    before = json.loads(file.read_text())["rows"] if file.exists() else {}
-    file.write_text(json.dumps({"rows": before | {name: row | machine for name, row in rows.items()}}, indent=1) + "\n")
+        for name, row in chosen.items():
+            add_row(name, row.unit, measure(row, data))
 
 
 if __name__ == "__main__":
