@@ -12,27 +12,38 @@ import multiprocessing
 import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from pydantic import TypeAdapter
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from txl_dist.cli import CONF, keep_freed_memory
-from txl_dist.config.schema import OptimizerConfig
+from txl_dist.config.schema import OptimizerConfig, TrainJob
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan
 from txl_dist.data.samples import SampleReader
-from txl_dist.data.segments import Segments
+from txl_dist.data.segments import Segment, Segments
+from txl_dist.distributed.process_group import process_group
 from txl_dist.engine.optimizers import build_optimizer
+from txl_dist.engine.zero import ZeroEngine
+from txl_dist.evaluation.sampling import Sampler
 from txl_dist.files.atomic import atomic_file
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
@@ -72,10 +83,15 @@ def their_model(tgt_len: int = 128, mem_len: int = 128, **shape: Any) -> torch.n
     return TransfoXLLMHeadModel(TransfoXLConfig(**shape))
 
 
-def text(lanes: int, length: int, vocab_size: int) -> torch.Tensor:
-    """Tokens as frequent as words are (Zipf's law), int64 [lanes, length]."""
+def frequencies(vocab_size: int) -> torch.Tensor:
+    """Those of words, of which the first is the most frequent (Zipf's law): [vocab_size]."""
     frequency = 1 / torch.arange(1.0, vocab_size + 1)
-    return torch.multinomial(frequency, lanes * length, replacement=True).view(lanes, length)
+    return frequency / frequency.sum()
+
+
+def text(lanes: int, length: int, vocab_size: int) -> torch.Tensor:
+    """Tokens as frequent as words are, int64 [lanes, length]."""
+    return torch.multinomial(frequencies(vocab_size), lanes * length, replacement=True).view(lanes, length)
 
 
 def permuted(lanes: int, vocab_size: int, length: int, reuse_len: int, targets: int) -> dict[str, torch.Tensor]:
@@ -102,13 +118,16 @@ def permuted(lanes: int, vocab_size: int, length: int, reuse_len: int, targets: 
     }
 
 
-def rates(tokens: int, work: Callable[[], object]) -> Rates:
-    """A turn takes a second at least: what it finds cold, after the other side's, then counts little."""
+def rates(tokens: int, work: Callable[[], object], at_least: int = 1) -> Rates:
+    """A turn takes a second at least: what it finds cold, after the other side's, then counts little.
+
+    In several processes, which all have to do as much, `at_least` is as many times as take longer than that.
+    """
     while True:
         began = time.perf_counter()
         times = 0
         taken = 0.0
-        while taken < 1:
+        while taken < 1 or times < at_least:
             work()
             times += 1
             taken = time.perf_counter() - began
@@ -139,6 +158,47 @@ def our_training(lanes: int, **shape: Any) -> Rates:
         optimizer.zero_grad()
 
     return rates(lanes * 128, step)
+
+
+class Products(TorchDispatchMode):
+    """Records products of matrices: the function, its two factors and its result, the latter as shapes and strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[tuple[Callable[..., torch.Tensor], list[tuple[torch.Size, tuple[int, ...]]]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        if function.overloadpacket in PRODUCTS:
+            tensors = [*[x for x in args if isinstance(x, torch.Tensor)][-2:], result]
+            forms = [(x.shape, x.stride()) for x in tensors]
+            self.recorded.append((PRODUCTS[function.overloadpacket], forms))
+        return result
+
+
+PRODUCTS = {torch.ops.aten.mm: torch.mm, torch.ops.aten.addmm: torch.mm}
+PRODUCTS |= {torch.ops.aten.bmm: torch.bmm, torch.ops.aten.baddbmm: torch.bmm}
+
+
+def products_of_training(lanes: int, **shape: Any) -> Rates:
+    """Compute the products of a step of `our_training`, of the same shapes and strides, and nothing else."""
+    model = our_model(**shape).train()
+    tokens = text(lanes, 129, shape["vocab_size"])
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "lookback": torch.full((lanes, 128), 10**6)}
+    with Products() as products:
+        loss, _ = model(batch, model.empty_memory(lanes), Noise.of_step(0, 0, range(lanes)))
+        loss.mean().backward()
+
+    @cache
+    def operand(number: int, size: torch.Size, stride: tuple[int, ...]) -> torch.Tensor:
+        numbers = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        return torch.randn(numbers).as_strided(size, stride)
+
+    work = []
+    for multiply, forms in products.recorded:
+        left, right, result = (operand(number, *form) for number, form in enumerate(forms))
+        work.append(partial(multiply, left, right, out=result))
+    return rates(lanes * 128, lambda: [product() for product in work])
 
 
 def training_by_torchs_dropout(lanes: int, **shape: Any) -> Rates:
@@ -255,6 +315,70 @@ def their_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
     return rates(lanes * length, read)
 
 
+def our_processes(zero_stage: int, lanes: int, vocab_size: int, **shape: Any) -> Rates:
+    """Train by the engine that txl_dist.train uses, in each of several processes, on drawn tokens."""
+    keep_freed_memory()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        keys = [*SHAPE, "optimizer=adam", f"data.num_lanes={lanes}", f"engine.zero_stage={zero_stage}"]
+        given = OmegaConf.to_container(compose("train", keys), resolve=True)
+    engine = ZeroEngine(TypeAdapter(TrainJob).validate_python(given), CausalLM(), vocab_size, process_group(), None)
+    tokens = text(len(engine.lanes), 129, vocab_size).numpy()
+    lookback = np.full((len(engine.lanes), 128), 10**6)
+
+    def step() -> None:
+        engine.train_step(Segment(engine.step, tokens[:, :-1], tokens[:, 1:], lookback))
+
+    return rates(lanes * 128, step, at_least=20)
+
+
+def their_processes(lanes: int, **shape: Any) -> Rates:
+    """Train the same module by torch's DistributedDataParallel, with clipping and the same optimizer."""
+    torch.distributed.init_process_group("gloo")
+    local_lanes = lanes // torch.distributed.get_world_size()
+    torch.manual_seed(1)
+    module = our_model(**shape).train()
+    model = DistributedDataParallel(module)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4, fused=True)
+    tokens = text(local_lanes, 129, shape["vocab_size"])
+    lookback = torch.full((local_lanes, 128), 10**6)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "lookback": lookback}
+    memory = module.empty_memory(local_lanes)
+
+    def step() -> None:
+        nonlocal memory
+        loss, memory = model(batch, memory)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(lanes * 128, step, at_least=20)
+
+
+def our_draws(vocab_size: int, **options: Any) -> Times:
+    """Draw a token."""
+    generators = [torch.Generator().manual_seed(1)]
+    log_probs = frequencies(vocab_size).log()[None]
+    sampler = Sampler(**options)
+    return (1000 / rate for rate in rates(1, lambda: sampler.draw(log_probs, generators)))
+
+
+def sorted_draws(vocab_size: int, temperature: float, top_k: int, top_p: float) -> Times:
+    """Draw a token of the same distribution, by sorting the vocabulary where it is cut."""
+    log_probs = frequencies(vocab_size).log()[None]
+
+    def draw() -> torch.Tensor:
+        probabilities = (log_probs / temperature).softmax(-1)
+        if top_k or top_p < 1:
+            probabilities, tokens = probabilities.sort(descending=True)
+            probabilities[:, top_k or vocab_size :] = 0
+            probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+            return tokens.gather(1, probabilities.multinomial(1))
+        return probabilities.multinomial(1)
+
+    return (1000 / rate for rate in rates(1, draw))
+
+
 def loader(data: str) -> Rates:
     """The segments of 256 lanes of 384 tokens, on one core."""
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
@@ -331,10 +455,13 @@ class Row:
     """What one side does as fast as another.
 
     Attributes:
-        goal: how many times as fast as `theirs`; without these, what is to be reached, in `unit`.
+        goal: how many times as many tokens per second as `theirs`; without these, and for times, a value in `unit`.
         arguments: of `ours`; "data" is filled in.
         theirs_arguments: of `theirs`, where they are others.
         unit: of what a turn of a side gives.
+        processes: of each side; several have one thread each.
+        products: a third side, which computes the products of ours and nothing else. `share` is how much of our time
+            they would take so: the share of the machine's own peak, for these shapes, at which a step computes.
     """
 
     goal: float
@@ -343,18 +470,29 @@ class Row:
     arguments: dict[str, Any]
     theirs_arguments: dict[str, Any] | None = None
     unit: str = "tokens/s"
+    processes: int = 1
+    products: Callable[..., Rates] | None = None
 
     def ratio(self, ours: float, theirs: float) -> float:
         """Return how many times as fast we are."""
         return ours / theirs if self.unit == "tokens/s" else theirs / ours
 
 
+TRAINING = {
+    "bytes, 4 x 256, 8 lanes of 128 + 128": BYTES | {"lanes": 8},
+    "bytes, 12 x 512, 4 lanes of 128 + 128": BYTES_12 | {"lanes": 4},
+    "267,735 words, 4 x 512, 4 lanes of 128 + 128": WORDS | {"lanes": 4},
+}
+DRAWS = [
+    {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for temperature, top_k, top_p in itertools.product((1.0, 0.8), (0, 40), (1.0, 0.9))
+]
+
 ROWS = {
-    "training, bytes, 4 x 256, 8 lanes of 128 + 128": Row(2, our_training, their_training, BYTES | {"lanes": 8}),
-    "training, bytes, 12 x 512, 4 lanes of 128 + 128": Row(2, our_training, their_training, BYTES_12 | {"lanes": 4}),
-    "training, 267,735 words, 4 x 512, 4 lanes of 128 + 128": Row(
-        2, our_training, their_training, WORDS | {"lanes": 4}
-    ),
+    **{
+        f"training, {name}": Row(2, our_training, their_training, arguments, products=products_of_training)
+        for name, arguments in TRAINING.items()
+    },
     "dropout by lanes against torch's, 4 x 256": Row(
         0.97, our_training, training_by_torchs_dropout, BYTES | DROPOUT | {"lanes": 8}
     ),
@@ -370,6 +508,23 @@ ROWS = {
     "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
     "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),
     "generation, 4 x 1024, 1 + 1,600": Row(15, our_reading, their_reading, LARGE | {"length": 1}),
+    **{
+        f"a draw of 267,735 words, {', '.join(f'{key} {value}' for key, value in options.items())}": Row(
+            2, our_draws, sorted_draws, {"vocab_size": 267735, **options}, unit="ms"
+        )
+        for options in DRAWS
+    },
+    **{
+        f"two processes, ZeRO {stage}, against DistributedDataParallel": Row(
+            1,
+            our_processes,
+            their_processes,
+            BYTES | {"lanes": 8, "zero_stage": stage},
+            BYTES | {"lanes": 8},
+            processes=2,
+        )
+        for stage in (0, 1)
+    },
     "--help": Row(1, help_time, None, {}, unit="s"),
     "start of training, until its first step is done": Row(5, start_time, None, {"data": ""}, unit="s"),
     "loader, 256 lanes of 384, one core": Row(20e6, loader, None, {"data": ""}),
@@ -396,41 +551,72 @@ def work(side: Callable[..., Rates], arguments: dict[str, Any], pipe: Connection
 
 
 class Side:
-    def __init__(self, side: Callable[..., Rates], arguments: dict[str, Any]):
+    """The processes of a side, which take their turns together."""
+
+    def __init__(self, side: Callable[..., Iterator[float]], arguments: dict[str, Any], processes: int):
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(side, arguments, theirs))
-        self.process.start()
+        self.pipes = []
+        self.processes = []
+        for environment in environments(processes):
+            pipe, theirs = context.Pipe()
+            self.pipes.append(pipe)
+            self.processes.append(context.Process(target=work, args=(side, arguments, theirs)))
+            with patch.dict(os.environ, environment):
+                self.processes[-1].start()
 
     def turn(self) -> float:
-        self.pipe.send(True)
-        return self.pipe.recv()
+        return self._ask(True)
 
     def end(self) -> float:
-        self.pipe.send(False)
-        peak = self.pipe.recv()
-        self.process.join()
+        peak = self._ask(False)
+        for process in self.processes:
+            process.join()
         return peak
+
+    def _ask(self, for_turn: bool) -> float:
+        for pipe in self.pipes:
+            pipe.send(for_turn)
+        return [pipe.recv() for pipe in self.pipes][0]
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """Return the variables of each process; several find each other by them, and have a thread each."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",
+    }
+    common["LOCAL_WORLD_SIZE"] = str(processes)
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def measure(row: Row, data: str) -> dict[str, float]:
-    given = [row.arguments, row.theirs_arguments or row.arguments]
-    with_data = [arguments | {"data": data} if "data" in arguments else arguments for arguments in given]
-    kinds = [kind for kind in (row.ours, row.theirs) if kind]
-    sides = [Side(kind, arguments) for kind, arguments in zip(kinds, with_data, strict=False)]
-    turns = [[side.turn() for side in sides] for _ in range(TURNS + 1)][1:]  # the first warms up
-    names = ["ours", "theirs"][: len(sides)]
-    medians = {name: median(column) for name, column in zip(names, zip(*turns, strict=True), strict=True)}
-    medians |= {f"{name}_peak_mib": side.end() for name, side in zip(names, sides, strict=True)}
+    given = {"ours": (row.ours, row.arguments), "theirs": (row.theirs, row.theirs_arguments or row.arguments)}
+    given["products"] = row.products, row.arguments
+    sides = {}
+    for name, (kind, arguments) in given.items():
+        if kind:
+            with_data = arguments | {"data": data} if "data" in arguments else arguments
+            sides[name] = Side(kind, with_data, row.processes)
+    turns = [{name: side.turn() for name, side in sides.items()} for _ in range(TURNS + 1)][1:]  # the first warms up
+    measured = {name: median(turn[name] for turn in turns) for name in sides}
+    measured |= {f"{name}_peak_mib": side.end() for name, side in sides.items()}
     if row.theirs:
-        medians["ratio"] = median(row.ratio(ours, theirs) for ours, theirs in turns)
-    return medians | {"goal": row.goal}
+        measured["ratio"] = median(row.ratio(turn["ours"], turn["theirs"]) for turn in turns)
+    if row.products:
+        measured["share"] = median(turn["ours"] / turn["products"] for turn in turns)
+    return measured | {"goal": row.goal}
 
 
 # ---------------------------------------------------------------------------------------------------- the results
 
 FILE = Path(__file__).with_suffix(".json")
-COLUMNS = {"ours": "{:,.4g}", "theirs": "{:,.4g}", "ratio": "{:.2f}", "goal": "{:,g}"}
+COLUMNS = {"ours": "{:,.4g}", "theirs": "{:,.4g}", "ratio": "{:.2f}", "goal": "{:,g}", "share": "{:.3f}"}
 COLUMNS |= {"ours_peak_mib": "{:,.0f}", "theirs_peak_mib": "{:,.0f}"}
 
 
@@ -449,7 +635,7 @@ def add_row(name: str, unit: str, measured: dict[str, float]) -> None:
 
 def main() -> None:
     chosen = {name: row for name, row in ROWS.items() if all(word in name for word in sys.argv[1:])}
-    print(f"{'':72}{'unit':>9}", *(f"{name:>10}" for name in ("ours", "theirs", "ratio", "goal", "MiB", "theirs")))
+    print(f"{'':72}{'unit':>9}", *(f"{name:>10}" for name in [*list(COLUMNS)[:5], "MiB", "theirs"]))
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/bytes"
         if any("data" in row.arguments for row in chosen.values()):
