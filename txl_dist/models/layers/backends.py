@@ -126,8 +126,8 @@ def attention_weights(
         scores = queries @ keys.transpose(1, 2)
     else:
         scores = torch.baddbmm(position_scores(relative).flatten(0, 1), queries, keys.transpose(1, 2))
-    # Added, not filled in: a probability of zero has no gradient to be masked. And not recorded: autograd would copy the
-    # gradient three times for a sum in place of a view, through which it passes as it is.
+    # Added, not filled in: a probability of zero has no gradient to be masked. And not recorded: the gradient passes as
+    # it is, but of a sum in place of a view autograd would copy it three times.
     scores.detach().view(n_head, lanes, length, -1).add_(window.mask)
     return scores.softmax(dim=-1)
 
