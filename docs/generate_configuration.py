@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": schema.InspectJob,
     "dashboard": schema.DashboardJob,
     "convert": schema.ConvertJob,
+    "plan": schema.PlanJob,
 }
 
 INTRODUCTION = """\

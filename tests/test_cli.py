@@ -89,7 +89,19 @@ def test_standard_input_is_bytes(trained_run, run):
     assert closed.returncode == 2 and "prompt: is missing, and standard input is closed" in closed.stderr
 
 
-ENTRY_POINTS = ["train", "prepare", "evaluate", "generate", "score", "look", "recl", "inspect", "dashboard", "convert"]
+ENTRY_POINTS = [
+    "train",
+    "prepare",
+    "evaluate",
+    "generate",
+    "score",
+    "look",
+    "recl",
+    "inspect",
+    "dashboard",
+    "convert",
+    "plan",
+]
 
 # Prints which of the heavy packages an entry point has imported, as the last line of standard error.
 LIST_HEAVY_MODULES = """

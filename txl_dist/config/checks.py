@@ -8,13 +8,14 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import gcd, lcm
 from shutil import which
 
 from txl_dist.config.identity import refused_changes
 from txl_dist.config.schema import (
+    AssumeConfig,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -22,6 +23,7 @@ from txl_dist.config.schema import (
     ObjectiveConfig,
     OptimizerConfig,
     PermutationLMConfig,
+    PlanJob,
     RunConfig,
     ScheduleConfig,
     TrackingConfig,
@@ -32,16 +34,42 @@ from txl_dist.config.schema import (
 from txl_dist.config.sections import changed_model
 from txl_dist.data.index import Index
 from txl_dist.data.two_way import CLASSIFIER, SEPARATOR
-from txl_dist.distributed.launcher import launcher_env
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.encode import encode_text
 from txl_dist.models.config import ModelConfig
 from txl_dist.tracking.services.wandb_settings import refused_settings
 
 
-def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
+@dataclass(frozen=True)
+class Hardware:
+    """What a run is checked against.
+
+    Attributes:
+        processes: as many as the run has.
+        device: which a plan names, such as H100 or cpu; None: what this host has.
+    """
+
+    processes: int
+    device: str | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether the run is to start on this host."""
+        return self.device is None
+
+    @property
+    def has_gpu(self) -> bool:
+        """Return whether the processes have GPUs."""
+        if self.device is not None:
+            return self.device != "cpu"
+        import torch  # seconds to import, and only training needs it
+
+        return torch.cuda.is_available()
+
+
+def lanes_can_be_split(data: DataConfig, engine: EngineConfig, hardware: Hardware) -> Iterator[str]:
     """Check that all pipelines get the same number of lanes, in equal micro-batches."""
-    processes = launcher_env().size
+    processes = hardware.processes
     if processes % engine.pipeline_stages:
         return  # stages_can_be_cut reports it
     pipelines = processes // engine.pipeline_stages
@@ -57,9 +85,9 @@ def lanes_can_be_split(data: DataConfig, engine: EngineConfig) -> Iterator[str]:
         )
 
 
-def stages_can_be_cut(engine: EngineConfig, model: ModelConfig) -> Iterator[str]:
+def stages_can_be_cut(engine: EngineConfig, model: ModelConfig, hardware: Hardware) -> Iterator[str]:
     """Check that the processes form whole pipelines, and that each stage gets something to compute."""
-    processes = launcher_env().size
+    processes = hardware.processes
     stages = engine.pipeline_stages
     layers = engine.stage_layers
     if processes % stages:
@@ -103,9 +131,9 @@ def attention_can_be_computed(engine: EngineConfig, model: ModelConfig) -> Itera
         yield f"engine.attention={engine.attention}: model.name={model.name} has only {', '.join(backends)}"
 
 
-def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig, hardware: Hardware) -> Iterator[str]:
     """Refuse what DeepSpeed accepts and gets wrong, each with the reason."""
-    yield from device_has_what_is_needed(engine)
+    yield from device_has_what_is_needed(engine, hardware)
     stage = engine.zero_stage
     if engine.pipeline_stages > 1 and stage > 1:
         yield (
@@ -123,30 +151,34 @@ def engine_is_sound(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterato
         )
 
 
-def device_has_what_is_needed(engine: EngineConfig) -> Iterator[str]:
+def device_has_what_is_needed(engine: EngineConfig, hardware: Hardware) -> Iterator[str]:
     """Check precision, attention backend and compilation against the GPU and the packages of this host."""
-    import torch  # seconds to import, and only training needs it
-
     stage = engine.zero_stage
-    gpu = torch.cuda.is_available()
+    gpu = hardware.has_gpu
     if engine.precision == "fp16" and not gpu:
         yield "engine.precision=fp16: needs a GPU; on CPU use fp32 or bf16"
-    if engine.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+    if engine.precision == "bf16" and gpu and hardware.is_here and not gpu_has_bf16():
         yield "engine.precision=bf16: this GPU has no bf16; use fp16 or fp32"
-    if engine.attention == "triton" and not (gpu and find_spec("triton")):
+    if engine.attention == "triton" and not (gpu and (find_spec("triton") or not hardware.is_here)):
         yield "engine.attention=triton: needs a GPU and the package triton; use engine.attention=auto"
     if engine.compile is True and stage == 3:
         yield (
             "engine.compile=true: ZeRO 3 removes the weights between uses, and each return would be compiled anew; "
             "use engine.zero_stage of 0, 1 or 2, or engine.compile=false"
         )
-    elif engine.compile is True and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
+    elif engine.compile is True and hardware.is_here and not any(map(which, (os.environ.get("CXX", "g++"), "clang++"))):
         yield "engine.compile=true: needs a C++ compiler, and there is no g++; install one, or give false"
     if stage == 0 and (engine.precision in ("bf16", "fp16") or (engine.precision == "auto" and gpu)):
         yield (
             f"engine.zero_stage=0: with engine.precision={engine.precision} DeepSpeed's first step and its loss scale "
             "are wrong; use engine.zero_stage=1, or engine.precision=fp32"
         )
+
+
+def gpu_has_bf16() -> bool:
+    import torch
+
+    return torch.cuda.is_bf16_supported()
 
 
 def patterns_are_sound(optimizer: OptimizerConfig) -> Iterator[str]:
@@ -406,26 +438,41 @@ def skipped_steps_can_be_read(run: RunConfig) -> Iterator[str]:
         yield str(error)
 
 
+def device_is_known(device: str, assume: AssumeConfig) -> Iterator[str]:
+    """Check that a plan's device is one of the table, or that all of its figures are given."""
+    from txl_dist.tracking.gpu_peak import device_named  # with torch
+
+    figures = ("tflops", "memory", "bandwidth", "link", "watts")
+    missing = [f"assume.{key}" for key in figures if getattr(assume, key) is None]
+    if missing and device_named(device) is None:
+        yield (f"device={device}: is not in the table of devices (tracking/gpu_peak.py); give {', '.join(missing)}")
+
+
 Check = Callable[..., Iterator[str]]
+# What can be said of a run that starts elsewhere.
+PLANNED: list[Check] = [
+    lanes_can_be_split,
+    stages_can_be_cut,
+    model_fits_together,
+    evaluation_fits_together,
+    attention_can_be_computed,
+    engine_is_sound,
+    patterns_are_sound,
+    steps_are_in_order,
+    checkpoints_can_be_kept,
+    profile_is_of_training,
+    rates_are_in_order,
+    run_dir_can_be_printed,
+    objective_fits_the_rest,
+    objective_fits_the_segment,
+]
 CHECKS: dict[type, list[Check]] = {
+    PlanJob: [*PLANNED, device_is_known],
     TrainJob: [
-        lanes_can_be_split,
-        stages_can_be_cut,
-        model_fits_together,
-        evaluation_fits_together,
-        attention_can_be_computed,
-        engine_is_sound,
-        patterns_are_sound,
-        steps_are_in_order,
-        checkpoints_can_be_kept,
-        profile_is_of_training,
-        rates_are_in_order,
-        run_dir_can_be_printed,
+        *PLANNED,
         tracking_is_accepted,
         data_are_there,
         prompts_can_be_encoded,
-        objective_fits_the_rest,
-        objective_fits_the_segment,
         objective_has_its_data,
         run_continues_itself,
         initial_weights_fit,

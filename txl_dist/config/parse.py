@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from txl_dist.config import checks, run_checks
+from txl_dist.config.schema import PlanJob
 from txl_dist.config.sections import describe_unknown_key, parse_section
+from txl_dist.distributed.launcher import launcher_env
 from txl_dist.errors import ConfigError
 
 Job = TypeVar("Job")
@@ -41,7 +43,17 @@ def parse_config(schema: type[Job], values: Any) -> Job:
 
 def failed_checks(schema: type, sections: dict[str, Any]) -> Iterator[str]:
     """Run the checks of a job whose sections could all be parsed: a wrong value elsewhere does not silence them."""
+    known = sections | hardware(schema, sections)
     for check in [*checks.CHECKS.get(schema, []), *run_checks.CHECKS.get(schema, [])]:
         names = inspect.signature(check).parameters
-        if all(name in sections for name in names):
-            yield from check(**{name: sections[name] for name in names})
+        if all(name in known for name in names):
+            yield from check(**{name: known[name] for name in names})
+
+
+def hardware(schema: type, sections: dict[str, Any]) -> dict[str, checks.Hardware]:
+    """Return what a job is checked against, as a section: this host's, or what a plan names where that is right."""
+    if schema is not PlanJob:
+        return {"hardware": checks.Hardware(launcher_env().size)}
+    if not {"nodes", "gpus", "device"} <= sections.keys():
+        return {}
+    return {"hardware": checks.Hardware(sections["nodes"] * sections["gpus"], sections["device"])}

@@ -30,6 +30,7 @@ from txl_dist.config.types import (
     RunDirs,
     Seconds,
     Seed,
+    Share,
     Size,
     StrictBool,
     StrList,
@@ -382,6 +383,50 @@ class TrainJob:
     def first_scored(self) -> int:
         """Return the first position of a segment that counts in the loss of training."""
         return self.model.tgt_len // 2 if self.train.loss == "second_half" else 0
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class AssumeConfig:
+    """What a plan assumes of devices, network and disk; null: what the table of devices says.
+
+    Shares are of what the device could do at best. Rates in GB/s, memory in GiB.
+    """
+
+    tflops: Positive | None
+    memory: Positive | None
+    bandwidth: Positive | None
+    link: Positive | None
+    watts: Positive | None
+    product_share: Share
+    bandwidth_share: Share
+    memory_share: Share
+    network_share: Share
+    network: Positive
+    host: Positive
+    disk: Positive
+    node_watts: NonNegative
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class PlanJob(TrainJob):
+    """Say what a run would need on so many devices of a kind, and how fast it would be.
+
+    vocab_size, epoch_tokens: of the data; null: as data.dir says, where it is there. measured: a run directory whose
+    speed is taken instead of the assumed one. search: try all splits.
+    """
+
+    nodes: Size
+    gpus: Size
+    device: str
+    vocab_size: Size | None
+    epoch_tokens: PositiveInt | None
+    measured: RunDir | None
+    search: StrictBool
+    format: Literal["table", "json"]
+    assume: AssumeConfig
 
 
 # ------------------------------------------------------------------- evaluate, generate, inspect, dashboard, convert

@@ -52,6 +52,7 @@ Workers = Annotated[int, Strict(), Field(ge=1, le=1024)]
 Positive = Annotated[float, Strict(), Field(gt=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32_MAX, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Strict(), Field(gt=0, le=1e9, allow_inf_nan=False)]
 StrList = Annotated[list[str], Field(min_length=1), BeforeValidator(listed)]
 PathStr = Annotated[str, AfterValidator(checked_path)]  # or a URL, or a glob
