@@ -121,7 +121,9 @@ def moments(job: TrainJob, stage: Stage, precision: str, on_gpu: bool) -> Iterat
         else:
             gradients = kept + own
         activations = others + held_before[number] + part.backward_peak + pending
-        in_use = bucket if on_gpu or zero > 1 else 0
+        in_use = bucket
+        if not on_gpu and zero < 3:  # whose bucket is a new one in each step
+            in_use = b * min(N - up_to[number], BUCKET) if zero == 2 else 0
         yield Memory(weights + gathered, gradients, optimizer, activations, states, in_use, host)
         if number == len(stage.parts) - 1:
             new_states = 0 if stage.is_pipeline else sum(part.state - part.state_held for part in stage.parts)
