@@ -59,7 +59,9 @@ Row = dict[str, Any]
 def plan_job(*overrides: str) -> PlanJob:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return TypeAdapter(PlanJob).validate_python(
-            OmegaConf.to_container(compose("plan", ["device=cpu", f"vocab_size={VOCAB_SIZE}", *overrides]), resolve=True)
+            OmegaConf.to_container(
+                compose("plan", ["device=cpu", f"vocab_size={VOCAB_SIZE}", *overrides]), resolve=True
+            )
         )
 
 

@@ -38,7 +38,8 @@ class Plan:
         time: of a step.
         num_parameters: of the whole model.
         flops: model FLOPs of a step (Chowdhery et al. 2022).
-        rates: of the devices and their network, as assumed or measured.
+        rates: of the devices and their network, as assumed.
+        slowdown: how much longer a step takes than they say, as a run has shown.
     """
 
     job: PlanJob
@@ -54,6 +55,7 @@ class Plan:
     num_parameters: int
     flops: float
     rates: Rates
+    slowdown: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,6 +100,9 @@ class Planner:
         self.traces = lru_cache(self._trace)
         self.products = lru_cache(lambda rows: self.model(False).products(rows, self.targets))
         self.cut = lru_cache(self._cut)
+        model = self.model(False)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops = model.training_flops(job.data.num_lanes, self.targets)
 
     def _build(self, checkpointing: bool) -> LanguageModel:
         runtime = Runtime(self.backend, checkpointing)
@@ -134,7 +139,6 @@ class Planner:
             work.append([product for part in products[start:end] for product in part])
         messages = [sent(job, stages, number, self.precision) for number in range(split.stages)]
         time = step_time(job, split, stages, work, messages, self.rates, self.precision).slowed(self.slowdown)
-        model = self.model(False)
         return Plan(
             job=job,
             dataset=self.dataset,
@@ -146,9 +150,10 @@ class Planner:
             memory=[peak_memory(job, stage, self.precision, self.on_gpu) for stage in stages],
             sent=messages,
             time=time,
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            flops=model.training_flops(job.data.num_lanes, self.targets),
+            num_parameters=self.num_parameters,
+            flops=self.flops,
             rates=self.rates,
+            slowdown=self.slowdown,
         )
 
 

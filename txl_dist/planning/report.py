@@ -16,15 +16,13 @@ from txl_dist.planning.time import StepTime
 from txl_dist.planning.totals import totals
 
 PLACES = [field.name for field in fields(Memory) if field.name != "host"]
-WIDTH = 100
 
 
-def report(plan: Plan, other: Plan | None, measured: str | None) -> Group:
+def report(plan: Plan, other: Plan) -> Group:
     """Return all that people want to know of a plan.
 
     Args:
         other: the same with activation checkpointing if the plan is without, or without it; to compare memory.
-        measured: by which run the speed is known.
     """
     return Group(
         *heading(plan),
@@ -37,7 +35,7 @@ def report(plan: Plan, other: Plan | None, measured: str | None) -> Group:
         "",
         *conclusions(plan),
         "",
-        *assumptions(plan, measured),
+        *assumptions(plan),
     )
 
 
@@ -70,21 +68,20 @@ def shown_stages(plan: Plan) -> list[int]:
     return sorted({0, *middle, last})
 
 
-def memory_table(plan: Plan, other: Plan | None) -> Table:
+def memory_table(plan: Plan, other: Plan) -> Table:
     """Return the memory of a rank of each stage at its peak, and with the other choice of checkpointing."""
     table = numbers_table("memory per rank, GiB", "recompute", *PLACES, "total", "fits")
     usable = plan.rates.usable_memory
     for number in shown_stages(plan):
         for one in (plan, other):
-            if one is not None:
-                memory = one.memory[number]
-                sizes = [f"{getattr(memory, place) / 2**30:.2f}" for place in PLACES]
-                label = f"stage {number}" if len(plan.memory) > 1 else ""
-                checkpointing = "on" if one.job.engine.activation_checkpointing else "off"
-                if one is plan:
-                    checkpointing += " *"
-                fits = "yes" if memory.total <= usable else "NO"
-                table.add_row(label, checkpointing, *sizes, f"{memory.total / 2**30:.2f}", fits)
+            memory = one.memory[number]
+            sizes = [f"{getattr(memory, place) / 2**30:.2f}" for place in PLACES]
+            label = f"stage {number}" if len(plan.memory) > 1 else ""
+            checkpointing = "on" if one.job.engine.activation_checkpointing else "off"
+            if one is plan:
+                checkpointing += " *"
+            fits = "yes" if memory.total <= usable else "NO"
+            table.add_row(label, checkpointing, *sizes, f"{memory.total / 2**30:.2f}", fits)
     return table
 
 
@@ -145,7 +142,7 @@ def conclusions(plan: Plan) -> Iterator[str]:
     yield f"limited by     {limit}"
 
 
-def assumptions(plan: Plan, measured: str | None) -> Iterator[str]:
+def assumptions(plan: Plan) -> Iterator[str]:
     """Yield the assumptions, by the keys that change them."""
     assume = asdict(plan.job.assume)
     rates = plan.rates
@@ -156,8 +153,37 @@ def assumptions(plan: Plan, measured: str | None) -> Iterator[str]:
     )
     yield f"  {rates.link / 1e9:,.3g} GB/s between devices, {rates.network / 1e9:,.3g} GB/s between machines;"
     yield f"  assume.*: {given}"
-    if measured:
-        yield f"the times are scaled by what {measured} has measured"
+    if plan.job.measured:
+        yield f"  the times are {plan.slowdown:.3g} times as long, as {plan.job.measured} has measured"
+
+
+def search_report(plans: list[Plan], command: str) -> Group:
+    """Return the best splits, and how to train by the first."""
+    columns = (
+        "stages",
+        "data-parallel",
+        "ZeRO",
+        "micro-batches",
+        "recompute",
+        "offload",
+        "GiB",
+        "ms",
+        "tokens/s",
+        "limit",
+    )
+    table = numbers_table("", *columns)
+    for place, plan in enumerate(plans, 1):
+        engine = plan.job.engine
+        split = [plan.split.stages, plan.split.data_parallel, engine.zero_stage]
+        split.append(plan.split.accumulation)
+        fullest = max(memory.total for memory in plan.memory) / 2**30
+        speed = [f"{1000 * plan.time.total:,.1f}", f"{plan.tokens_per_second:,.0f}", plan.time.limit]
+        recompute = "on" if engine.activation_checkpointing else "off"
+        table.add_row(str(place), *map(str, split), recompute, engine.offload, f"{fullest:.1f}", *speed)
+    best = plans[0]
+    first, *_ = heading(best)
+    devices = f"{best.split.ranks} x {best.job.device}, {best.precision}, {best.split.num_lanes} lanes; all predicted"
+    return Group(first, devices, "", table, "", *assumptions(best), "", "train by the first:", f"  {command}")
 
 
 def duration(seconds: float) -> str:

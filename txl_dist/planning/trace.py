@@ -7,6 +7,7 @@ an architecture needs nothing for it. Layers that repeat are run until their nei
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -43,6 +44,7 @@ class PartTrace:
             the gradients of parameters.
         pending: gradients of parameters that it shares with a part before it, and that wait for those of that part.
         forward_moved, backward_moved: read and written by all operators but products of matrices.
+        operators: how many are launched in both; not bytes. Those that return a view do not count.
     """
 
     parameters: dict[str, int]
@@ -55,6 +57,7 @@ class PartTrace:
     pending: int
     forward_moved: int
     backward_moved: int
+    operators: int
 
 
 class Recorder(TorchDispatchMode):
@@ -64,6 +67,7 @@ class Recorder(TorchDispatchMode):
         phase: what is running now; changes of memory and bytes moved are recorded under it.
         changes: (phase, storage, bytes), less than 0 where it is freed.
         moved: bytes by phase.
+        operators: how many have computed something, by phase.
     """
 
     def __init__(self, device: torch.device):
@@ -71,7 +75,8 @@ class Recorder(TorchDispatchMode):
         self.device = device
         self.phase = 0
         self.changes: list[tuple[int, int, int]] = []
-        self.moved: dict[int, int] = {}
+        self.moved: Counter[int] = Counter()
+        self.operators: Counter[int] = Counter()
         self.known: dict[int, int] = {}  # number of each storage that is there
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,9 +86,11 @@ class Recorder(TorchDispatchMode):
         for tensor in written:
             self._add(tensor)
         is_new = len(self.changes) > before
-        if operator.overloadpacket not in flop_registry and (is_new or operator._schema.is_mutable):
-            moved = sum(map(num_bytes, [*self._here([args, kwargs]), *(written if is_new else [])]))
-            self.moved[self.phase] = self.moved.get(self.phase, 0) + moved
+        if is_new or operator._schema.is_mutable:
+            self.operators[self.phase] += 1
+            if operator.overloadpacket not in flop_registry:
+                tensors = [*self._here([args, kwargs]), *(written if is_new else [])]
+                self.moved[self.phase] += sum(map(num_bytes, tensors))
         return results
 
     def _here(self, values: Any) -> list[Tensor]:
@@ -230,6 +237,7 @@ def trace(model: LanguageModel, objective: Objective, batch: Batch, on_gpu: bool
             pending=left - start - (waiting - end),
             forward_moved=recorder.moved[part],
             backward_moved=recorder.moved[backward[part]],
+            operators=recorder.operators[part] + recorder.operators[backward[part]],
         )
 
     embedding, *layers_run, head = map(traced, forward)
