@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
+from pydantic import TypeAdapter
 
 from txl_dist.cli import CONF
 from txl_dist.config.schema import PlanJob
@@ -35,7 +34,6 @@ from txl_dist.engine.zero import ZeroEngine
 from txl_dist.objectives.causal_lm import CausalLM
 from txl_dist.planning.dataset import Dataset
 from txl_dist.planning.planner import Plan, Planner, example
-from pydantic import TypeAdapter
 
 ROWS = Path(os.environ.get("OUT", "."), "plan.json")
 VOCAB_SIZE = 20_000
@@ -52,6 +50,15 @@ SPLITS = {
     "ZeRO 1, 4 micro-batches": ["engine.zero_stage=1", "engine.gradient_accumulation=4"],
 }
 CHECKPOINTING = {"off": [], "on": ["engine.activation_checkpointing=true"]}
+
+TURNS = 3
+MODELS = {
+    "6 x 256": MIDDLE,
+    "12 x 256": [*MIDDLE, "model.n_layer=12"],
+    "4 x 512, 8 lanes": [*MIDDLE, "model.n_layer=4", "model.d_model=512", "model.d_inner=2048", "data.num_lanes=8"],
+    "4 x 256, memory of 512": [*MIDDLE, "model.n_layer=4", "model.mem_len=512", "data.num_lanes=8"],
+    "6 x 256, clusters": [*MIDDLE, "model.cutoffs=[2000,10000]", "model.div_val=2", "model.tie_projections=true"],
+}
 
 Row = dict[str, Any]
 
@@ -83,17 +90,19 @@ def train(overrides: list[str], steps: int) -> None:
     segment = drawn_segment(job, built)
     seconds = []
     traffic = []
-    for step in range(steps):
+    for step in range(1, steps + 1):
         if step == 2:  # all buffers are there, and the first step's are gone
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         torch.distributed.barrier()
         sent = loopback_bytes()
-        began = time.perf_counter()
-        built.train_step(Segment(step, *segment))
         torch.distributed.barrier()
-        seconds.append(time.perf_counter() - began)
+        began = time.process_time()
+        built.train_step(Segment(step - 1, *segment))
+        seconds.append(time.process_time() - began)
+        torch.distributed.barrier()
         traffic.append(loopback_bytes() - sent)
-    row = {"rank": group.rank, "peak": status("VmHWM") - before_model, "seconds": seconds[1:], "traffic": traffic[1:]}
+    row = {"rank": group.rank, "peak": status("VmHWM") - before_model}
+    row |= {"seconds": median(seconds[1:]), "traffic": median(traffic[1:])}
     for rank in range(group.size):
         torch.distributed.barrier()
         if rank == group.rank:
@@ -170,6 +179,33 @@ def memory(*only: str) -> None:
                 record("memory", f"{split}, recompute {checkpointing}, rank {row['rank']}", figures, 0.1)
 
 
+def traffic(*only: str) -> None:
+    """The bytes that two processes send in a step, together."""
+    for split, keys in SPLITS.items():
+        if only and split not in only:
+            continue
+        overrides = ["gpus=2", *MIDDLE, *keys]
+        plan = predicted(*overrides)
+        ranks = range(plan.split.ranks)
+        sent = sum(sum(plan.sent[plan.split.stage(rank)].values()) for rank in ranks)
+        row = measured(overrides, 2, own_network=True)[0]
+        record("traffic", split, {"predicted": sent, "measured": row["traffic"]}, 0.05)
+
+
+def step_time() -> None:
+    """The CPU seconds of a step of one process with one thread, which other work on the machine does not lengthen."""
+    times: dict[str, list[float]] = {name: [] for name in MODELS}
+    for _ in range(TURNS):
+        for name, keys in MODELS.items():
+            times[name].append(measured([*keys, "engine.zero_stage=0"], 1)[0]["seconds"])
+    plans = {name: predicted(*keys, "engine.zero_stage=0").time.total for name, keys in MODELS.items()}
+    fifth, *others = MODELS
+    slowdown = median(times[fifth]) / plans[fifth]
+    print(f"{fifth}: {median(times[fifth]):.4g} s, {slowdown:.3g} times as long as assumed")
+    for name in others:
+        record("time", name, {"predicted": plans[name] * slowdown, "measured": median(times[name])}, 0.2)
+
+
 def record(table: str, name: str, figures: dict[str, float], limit: float) -> None:
     """Print a row, and add it to the file."""
     error = figures["predicted"] / figures["measured"] - 1
@@ -185,4 +221,4 @@ if __name__ == "__main__":
         train(sys.argv[3:], int(sys.argv[2]))
     else:
         print(f"{sys.argv[1]:<45}{'predicted':>16}{'measured':>16}{'error':>9}")
-        {"memory": memory}[sys.argv[1]](*sys.argv[2:])
+        {"memory": memory, "traffic": traffic, "time": step_time}[sys.argv[1]](*sys.argv[2:])

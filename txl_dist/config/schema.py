@@ -392,7 +392,7 @@ class TrainJob:
 class AssumeConfig:
     """What a plan assumes of devices, network and disk; null: what the table of devices says.
 
-    Shares are of what the device could do at best. Rates in GB/s, memory in GiB.
+    Shares are of what the device could do at best. Rates in GB/s, memory in GiB, launch in microseconds.
     """
 
     tflops: Positive | None
@@ -404,6 +404,7 @@ class AssumeConfig:
     bandwidth_share: Share
     memory_share: Share
     network_share: Share
+    launch: NonNegative
     network: Positive
     host: Positive
     disk: Positive

@@ -5,11 +5,11 @@
                     into a bucket, reduced, and kept for the share: at 1 they are all there until backward has ended
     ZeRO 3          a rank has its share of everything, and gathers the weights that it computes with
 
-N parameters of b bytes each, on R data-parallel ranks; the moments of a step stand in `moments`.
+N parameters of b bytes each; the moments of a step, of which the largest counts, are methods of `Accounts`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from txl_dist.config.schema import TrainJob
@@ -76,67 +76,114 @@ class Memory:
 
 def peak_memory(job: TrainJob, stage: Stage, precision: str, on_gpu: bool) -> Memory:
     """Return the memory of a rank at the moment of a step when it is largest."""
-    return max(moments(job, stage, precision, on_gpu), key=lambda memory: memory.total)
+    accounts = Accounts(job, stage, precision, on_gpu)
+    moments = [*accounts.in_backward(), accounts.in_forward(), accounts.in_reduction(), accounts.in_update()]
+    return max(moments, key=lambda memory: memory.total)
 
 
-def moments(job: TrainJob, stage: Stage, precision: str, on_gpu: bool) -> Iterator[Memory]:
-    """Yield the memory of a rank in the forward and the backward of each part, in the reduction and in the update."""
-    zero = job.engine.zero_stage
-    b = BYTES[precision]
-    N = stage.num_parameters
-    share = -(-N // stage.data_parallel)
-    averaged = 4 * share if job.optimizer.average_from is not None else 0
-    fp32_weights = 0 if zero == 0 or (zero == 3 and b == 4) else 4 * share
-    optimizer = (
-        fp32_weights + (8 * N if zero == 0 else 8 * share) + (averaged if zero else averaged * stage.data_parallel)
-    )
-    host = 0
-    if job.engine.offload != "none":
-        host = optimizer + 4 * share + b * share  # with the gradients, and weights on their way back
-        optimizer = 0
-    weights = b * (N if zero < 3 else share)
-    if job.engine.offload == "parameters":
-        host += weights
-        weights = 0
-    states = stage_states(stage)
-    # An operating system gives memory when it is written: a CPU's bucket is as large as what is copied into it.
-    bucket = 0 if zero == 0 else b * (BUCKET if on_gpu else min(N, BUCKET))
-    flat = b * min(N, BUCKET) if stage.data_parallel > 1 or zero else 0  # a copy of the bucket, which is sent
-    kept = b * share if zero == 3 or (zero == 2 and stage.micro_batches > 1) else 0
-    up_to = stage.parameters_up_to()
-    held_before = [0, *accumulate(part.held for part in stage.parts)]
-    others = (stage.in_flight - 1) * held_before[-1]
-    accumulated = zero < 2 and (stage.micro_batches > 1 or stage.is_pipeline)
-    pending = 0
+class Accounts:
+    """What a rank has in memory at the moments of a step.
 
-    for number in reversed(range(len(stage.parts))):
-        part = stage.parts[number]
-        before = up_to[number - 1] if number else 0
-        own = b * sum(part.parameters.values())
-        gathered = b * min(up_to[number], REUSE) if zero == 3 else 0
-        if accumulated:
-            gradients = b * N + own
-        elif zero < 2:
-            gradients = b * (N - before)
-        else:
-            gradients = kept + own
-        activations = others + held_before[number] + part.backward_peak + pending
-        in_use = bucket
-        if not on_gpu and zero < 3:  # whose bucket is a new one in each step
-            in_use = b * min(N - up_to[number], BUCKET) if zero == 2 else 0
-        yield Memory(weights + gathered, gradients, optimizer, activations, states, in_use, host)
-        if number == len(stage.parts) - 1:
-            new_states = 0 if stage.is_pipeline else sum(part.state - part.state_held for part in stage.parts)
-            activations = others + held_before[number] + part.forward_peak + new_states
-            gradients = b * N if accumulated else kept
-            yield Memory(weights + gathered, gradients, optimizer, activations, states, 0, host)
-            pending = max(0, part.pending - stage.parts[number - 1].carry[0]) if len(stage.parts) > 1 else 0
-    all_gradients = {0: b * N, 1: b * share + b * max(0, N - BUCKET), 2: kept + b * share, 3: kept}[zero]
-    yield Memory(weights, all_gradients, optimizer, 0, states, bucket + flat, host)
-    if zero:
-        update = b * share + (0 if b == 4 else 4 * share)
-        always = bucket if zero == 3 else 0
-        yield Memory(weights, b * share, optimizer, 0, states, always + update, host)
+    Attributes:
+        always: what is there at each of them.
+        zero: the stage of ZeRO.
+        b: bytes of a parameter and of its gradient.
+        N, share: parameters of the rank's stage, and those that it updates.
+        bucket: bytes of gradients that are sent together.
+        kept: bytes of gradients that are kept for the update while backward goes on.
+        accumulates: whether all gradients are there from the first micro-batch on.
+    """
+
+    def __init__(self, job: TrainJob, stage: Stage, precision: str, on_gpu: bool):
+        self.stage = stage
+        self.on_gpu = on_gpu
+        self.zero = job.engine.zero_stage
+        self.b = BYTES[precision]
+        self.N = stage.num_parameters
+        self.share = -(-self.N // stage.data_parallel) if self.zero else self.N
+        # An operating system gives memory when it is written: a CPU's bucket is as large as what is copied into it.
+        self.bucket = self.b * (BUCKET if on_gpu else min(self.N, BUCKET)) if self.zero else 0
+        has_partition = self.zero == 3 or (self.zero == 2 and stage.micro_batches > 1)
+        self.kept = self.b * self.share if has_partition else 0
+        self.accumulates = self.zero < 2 and (stage.micro_batches > 1 or stage.is_pipeline)
+        self.up_to = stage.parameters_up_to()
+        self.held = [0, *accumulate(part.held for part in stage.parts)]
+        self.others_held = (stage.in_flight - 1) * self.held[-1]
+        self.always = self._always(job)
+
+    def _always(self, job: TrainJob) -> Memory:
+        """Return weights, optimizer and states, on the device or where they are offloaded to."""
+        is_master = self.zero == 0 or (self.zero == 3 and self.b == 4)  # the weights are what the optimizer updates
+        copies = 2 + (not is_master) + (job.optimizer.average_from is not None)
+        weights = self.b * (self.share if self.zero == 3 else self.N)
+        optimizer = 4 * copies * self.share
+        host = 0
+        if job.engine.offload != "none":
+            host = optimizer + (4 + self.b) * self.share  # with gradients, and weights on their way back
+            optimizer = 0
+        if job.engine.offload == "parameters":
+            host += weights
+            weights = 0
+        return Memory(weights=weights, optimizer=optimizer, states=stage_states(self.stage), host=host)
+
+    def _gathered(self, number: int) -> int:
+        """Return the bytes of the weights that ZeRO 3 has gathered when a part computes."""
+        return self.b * min(self.up_to[number], REUSE) if self.zero == 3 else 0
+
+    def in_backward(self) -> Iterator[Memory]:
+        """Yield the memory when each part's backward needs most, the last part's first."""
+        last = len(self.stage.parts) - 1
+        for number in reversed(range(last + 1)):
+            part = self.stage.parts[number]
+            own = self.b * sum(part.parameters.values())
+            later = self.N - self.up_to[number]  # parameters whose gradients are there
+            if self.accumulates:
+                gradients = self.b * self.N + own
+            elif self.zero < 2:
+                gradients = self.b * (later + sum(part.parameters.values()))
+            else:
+                gradients = self.kept + own
+            buffers = self.bucket
+            if not self.on_gpu and self.zero < 3:  # which has a new bucket in each step
+                buffers = self.b * min(later, BUCKET) if self.zero == 2 else 0
+            pending = 0 if number == last else max(0, self.stage.parts[last].pending - part.carry[0])
+            yield replace(
+                self.always,
+                weights=self.always.weights + self._gathered(number),
+                gradients=gradients,
+                activations=self.others_held + self.held[number] + part.backward_peak + pending,
+                buffers=buffers,
+            )
+
+    def in_forward(self) -> Memory:
+        """Return the memory when the forward of the last part needs most."""
+        last = len(self.stage.parts) - 1
+        part = self.stage.parts[last]
+        new_states = 0 if self.stage.is_pipeline else sum(part.state - part.state_held for part in self.stage.parts)
+        return replace(
+            self.always,
+            weights=self.always.weights + self._gathered(last),
+            gradients=self.b * self.N if self.accumulates else self.kept,
+            activations=self.others_held + self.held[last] + part.forward_peak + new_states,
+            buffers=self.bucket if self.zero == 3 else 0,
+        )
+
+    def in_reduction(self) -> Memory:
+        """Return the memory when gradients are sent: a copy of the bucket, which is gone when the share is copied."""
+        is_sent = self.zero > 0 or self.stage.data_parallel > 1
+        copy = self.b * min(self.N, BUCKET) if is_sent else 0
+        if self.zero in (1, 2):
+            copy = max(copy, self.b * self.share)
+        unsent = {0: self.N, 1: max(0, self.N - BUCKET)}.get(self.zero, 0)
+        return replace(self.always, gradients=self.kept + self.b * unsent, buffers=self.bucket + copy)
+
+    def in_update(self) -> Memory:
+        """Return the memory when the optimizer updates its share: under ZeRO with a flat copy, in fp32, of gradients."""
+        if self.zero == 0:
+            return replace(self.always, gradients=self.b * self.N)
+        copy = self.b * self.share + (0 if self.b == 4 else 4 * self.share)
+        bucket = self.bucket if self.zero == 3 else 0
+        return replace(self.always, gradients=self.b * self.share, buffers=bucket + copy)
 
 
 def stage_states(stage: Stage) -> int:

@@ -1,6 +1,7 @@
 """How long a step takes: products of matrices at a share of the peak, all else at a share of the memory's bandwidth.
 
 a micro-batch   products / (peak x product_share) + bytes / (bandwidth x bandwidth_share), by stage
+                or as long as the CPU takes to launch its operators, where that is longer
 a step          all micro-batches through the slowest stage, and the others' idle time; then what is sent and cannot
                 hide behind the computation, and the update of the weights
 """
@@ -74,6 +75,7 @@ class StepTime:
     Attributes:
         products: of matrices.
         memory: everything else that is computed.
+        launches: waiting for the CPU to launch operators.
         idle: waiting for the other stages.
         gradients, weights, carries: sending them.
         update: of the weights.
@@ -81,6 +83,7 @@ class StepTime:
 
     products: float
     memory: float
+    launches: float
     idle: float
     gradients: float
     weights: float
@@ -122,22 +125,23 @@ def step_time(
     for stage, products in zip(stages, work, strict=True):
         flops = sum(product.training + (product.forward if recomputes else 0) for product in products)
         moved = sum(part.forward_moved + part.backward_moved for part in stage.parts)
-        computing.append((flops / rates.products, moved / rates.bandwidth))
+        in_products, in_memory = flops / rates.products, moved / rates.bandwidth
+        launching = job.assume.launch * 1e-6 * sum(part.operators for part in stage.parts)
+        computing.append((in_products, in_memory, max(0.0, launching - in_products - in_memory)))
     slowest = max(range(len(stages)), key=lambda number: sum(computing[number]))
-    in_products, in_memory = (seconds * split.accumulation for seconds in computing[slowest])
+    in_products, in_memory, waiting = (seconds * split.accumulation for seconds in computing[slowest])
     idle = (split.stages - 1) * sum(computing[slowest])
     messages = {kind: max(of_stage[kind] for of_stage in sent) for kind in KINDS}
     ring = ring_rate(job, split, rates)
     gradients = messages["gradients"] / ring + messages["tied gradients"] / hop_rate(job, split, rates)
     weights = messages["weights"] / ring
     if job.engine.zero_stage == 3:  # which gathers ahead, and reduces, while it computes
-        hidden = in_products + in_memory
+        hidden = in_products + in_memory + waiting
         shown = max(0.0, gradients + weights - hidden)
         gradients, weights = (shown * part / (gradients + weights or 1) for part in (gradients, weights))
     carries = (messages["carries"] + messages["carry gradients"]) / hop_rate(job, split, rates)
-    return StepTime(
-        in_products, in_memory, idle, gradients, weights, carries, update_time(job, stages, rates, precision)
-    )
+    update = update_time(job, stages, rates, precision)
+    return StepTime(in_products, in_memory, waiting, idle, gradients, weights, carries, update)
 
 
 def update_time(job: PlanJob, stages: list[Stage], rates: Rates, precision: str) -> float:
