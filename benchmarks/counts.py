@@ -45,6 +45,7 @@ from txl_dist.models import registry
 from txl_dist.models.base import LanguageModel, Runtime
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.causal_lm import CausalLM
+from txl_dist.planning.trace import num_bytes
 
 ROWS = Path(os.environ.get("OUT", Path(__file__).parent), "counts.json")
 
@@ -147,12 +148,6 @@ def overwritten(operator: Any, arguments: Any) -> list[Tensor]:
     """Return the arguments that an operator without a result writes, alone or in lists."""
     named = zip(operator._schema.arguments, arguments, strict=False)
     return tree_leaves([value for name, value in named if name.alias_info is not None and name.alias_info.is_write])
-
-
-def num_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor has in memory; what is expanded is there once."""
-    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return torch.Size(sizes).numel() * tensor.element_size()
 
 
 @contextmanager
