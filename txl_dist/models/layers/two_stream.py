@@ -363,9 +363,9 @@ def attend(
     """
     lanes = len(added)
     scores = torch.baddbmm(position_scores, content, keys.key.transpose(1, 2))
-    # Added, not filled in: a sum costs nothing in backward, and a probability of zero has no gradient to be masked.
+    # Added, and not recorded: see backends.attention_weights.
     by_lane = scores.view(lanes, -1, *added.shape[1:])
-    by_lane.add_(added[:, None])
+    by_lane.detach().add_(added[:, None])
     probabilities = by_lane.softmax(dim=-1)
     if shown is not None:
         shown.append(probabilities)
