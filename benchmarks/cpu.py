@@ -43,13 +43,14 @@ from txl_dist.data.segments import Segment, Segments
 from txl_dist.distributed.process_group import process_group
 from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.engine.zero import ZeroEngine
-from txl_dist.evaluation.sampling import Sampler
+from txl_dist.evaluation.sampling import Sampler, continuations
 from txl_dist.files.atomic import atomic_file
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 from txl_dist.models.xlnet import XLNet, XLNetConfig
 from txl_dist.objectives.causal_lm import CausalLM
+from txl_dist.runs.load import load_model
 
 TURNS = 5
 Rates = Iterator[float]  # tokens per second, turn by turn
@@ -379,6 +380,34 @@ def sorted_draws(vocab_size: int, temperature: float, top_k: int, top_p: float) 
     return (1000 / rate for rate in rates(1, draw))
 
 
+PROMPTS = 32
+NEW_TOKENS = 20
+
+
+def our_continuations(run: str, **options: Any) -> Rates:
+    """Continue prompts of 16 tokens side by side, reading them included."""
+    keep_freed_memory()
+    model, _ = load_model(run)
+    prompts = text(PROMPTS, 16, model.vocab_size).tolist()
+    sampler = Sampler(**options)
+    return rates(
+        PROMPTS * NEW_TOKENS, lambda: list(itertools.islice(continuations(model, prompts, sampler), NEW_TOKENS))
+    )
+
+
+def their_continuations(exported: str, transformers5: str, **options: Any) -> Rates:
+    """Continue them by transformers' `generate`, on the folder that txl_dist.convert has exported."""
+    sys.path.insert(0, transformers5)  # the environment's own is 4.36.2
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
+    prompts = text(PROMPTS, 16, model.config.vocab_size)
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "eos_token_id": None}
+    mask = torch.ones_like(prompts)
+    work = partial(model.generate, prompts, attention_mask=mask, do_sample=True, **lengths, **options)
+    return rates(PROMPTS * NEW_TOKENS, work)
+
+
 def loader(data: str) -> Rates:
     """The segments of 256 lanes of 384 tokens, on one core."""
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
@@ -456,7 +485,7 @@ class Row:
 
     Attributes:
         goal: how many times as many tokens per second as `theirs`; without these, and for times, a value in `unit`.
-        arguments: of `ours`; "data" is filled in.
+        arguments: of `ours`; those whose keys are in `PLACES` are filled in.
         theirs_arguments: of `theirs`, where they are others.
         unit: of what a turn of a side gives.
         processes: of each side; several have one thread each.
@@ -508,6 +537,16 @@ ROWS = {
     "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
     "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),
     "generation, 4 x 1024, 1 + 1,600": Row(15, our_reading, their_reading, LARGE | {"length": 1}),
+    **{
+        f"generation, 32 prompts, 267,735 words, 4 x 512, 1 + 640, {cut} {value}": Row(
+            1,
+            our_continuations,
+            their_continuations,
+            {"run": "", "temperature": 0.8, cut: value},
+            {"exported": "", "transformers5": "", "temperature": 0.8, "top_k": 0, cut: value},
+        )
+        for cut, value in (("top_k", 40), ("top_p", 0.9))
+    },
     **{
         f"a draw of 267,735 words, {', '.join(f'{key} {value}' for key, value in options.items())}": Row(
             2, our_draws, sorted_draws, {"vocab_size": 267735, **options}, unit="ms"
@@ -595,14 +634,14 @@ def environments(processes: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def measure(row: Row, data: str) -> dict[str, float]:
+def measure(row: Row, places: dict[str, str]) -> dict[str, float]:
     given = {"ours": (row.ours, row.arguments), "theirs": (row.theirs, row.theirs_arguments or row.arguments)}
     given["products"] = row.products, row.arguments
     sides = {}
     for name, (kind, arguments) in given.items():
         if kind:
-            with_data = arguments | {"data": data} if "data" in arguments else arguments
-            sides[name] = Side(kind, with_data, row.processes)
+            filled = arguments | {key: places[key] for key in arguments if key in places}
+            sides[name] = Side(kind, filled, row.processes)
     turns = [{name: side.turn() for name, side in sides.items()} for _ in range(TURNS + 1)][1:]  # the first warms up
     measured = {name: median(turn[name] for turn in turns) for name in sides}
     measured |= {f"{name}_peak_mib": side.end() for name, side in sides.items()}
@@ -612,6 +651,47 @@ def measure(row: Row, data: str) -> dict[str, float]:
         measured["share"] = median(turn["ours"] / turn["products"] for turn in turns)
     return measured | {"goal": row.goal}
 
+
+# ----------------------------------------------------------------------------------------- what must be there before
+
+
+def python(*command: str) -> None:
+    subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
+
+
+def prepare_bytes(places: dict[str, str]) -> None:
+    python("txl_dist.prepare", "corpus=stdlib", "tokenizer=bytes", f"data.dir={places['data']}")
+
+
+def train_on_words(places: dict[str, str]) -> None:
+    """Train a run for a step, so that it is there; its vocabulary is <eos>, <unk> and words without a meaning."""
+    words = f"{places['run']}.words"
+    splits = []
+    for split, number in (("train", 267733), ("valid", 3000), ("test", 3000)):
+        path = Path(f"{places['run']}-{split}.txt")
+        path.write_text("".join(f"w{word}\n" if word % 20 == 0 else f"w{word} " for word in range(number)))
+        splits.append(f"corpus.{split}={path}")
+    python("txl_dist.prepare", "corpus=text", "tokenizer=word", *splits, f"data.dir={words}")
+    shape = [f"model.{key}={value}".replace(" ", "") for key, value in (WORDS | MIDDLE).items() if key != "vocab_size"]
+    keys = ["data.num_lanes=1", "train.stop_at=1", "train.eval_every=1000", "tracking.mode=disabled"]
+    python("txl_dist.train", *shape, *keys, f"data.dir={words}", f"run.dir={places['run']}")
+
+
+def export_run(places: dict[str, str]) -> None:
+    python("txl_dist.convert", f"run={places['run']}", f"to={places['exported']}")
+
+
+def install_transformers5(places: dict[str, str]) -> None:
+    pins = Path(__file__).parents[1] / "tests/conversion/transformers5.txt"
+    python("pip", "install", "--quiet", "--no-deps", "--target", places["transformers5"], "--requirement", str(pins))
+
+
+PLACES: dict[str, Callable[[dict[str, str]], None]] = {
+    "data": prepare_bytes,
+    "run": train_on_words,
+    "exported": export_run,
+    "transformers5": install_transformers5,
+}
 
 # ---------------------------------------------------------------------------------------------------- the results
 
@@ -637,12 +717,13 @@ def main() -> None:
     chosen = {name: row for name, row in ROWS.items() if all(word in name for word in sys.argv[1:])}
     print(f"{'':72}{'unit':>9}", *(f"{name:>10}" for name in [*list(COLUMNS)[:5], "MiB", "theirs"]))
     with tempfile.TemporaryDirectory() as folder:
-        data = f"{folder}/bytes"
-        if any("data" in row.arguments for row in chosen.values()):
-            prepare = [sys.executable, "-m", "txl_dist.prepare", "corpus=stdlib", "tokenizer=bytes", f"data.dir={data}"]
-            subprocess.run(prepare, check=True, capture_output=True)
+        places = {key: f"{folder}/{key}" for key in PLACES}
+        needed = {key for row in chosen.values() for key in (row.arguments | (row.theirs_arguments or {}))}
+        for key, prepare in PLACES.items():
+            if key in needed:
+                prepare(places)
         for name, row in chosen.items():
-            add_row(name, row.unit, measure(row, data))
+            add_row(name, row.unit, measure(row, places))
 
 
 if __name__ == "__main__":
