@@ -41,7 +41,8 @@ def test_greedy_tokens_are_the_argmax_of_one_long_forward(trained_run):
 
 
 def test_prompts_of_different_lengths_do_not_touch_each_other(trained_run):
-    prompts = [[256], [256, *b"the and of the and of the and of the and"], [256, *b"and "]]
+    long = [[256, *b"the and of the and of the and of the and"], [256, *b"and the of and the of and the of and the"]]
+    prompts = [[256], *long, [256, *b"and "]]
     together = sampled(trained_run, prompts, temperature=1.0)
     assert together == [sampled(trained_run, [prompt], temperature=1.0)[0] for prompt in prompts]
 

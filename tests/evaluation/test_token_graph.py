@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.models.test_contract import TESTS, build, find, make_config
-from txl_dist.evaluation.reading import Memory, read
-from txl_dist.evaluation.sampling import prefill
+from txl_dist.evaluation.reading import Memory, read, read_to_end
 from txl_dist.evaluation.token_graph import TokenGraph, TokenStep, caches, token_reader
 
 torch.set_num_threads(1)
@@ -61,7 +60,7 @@ def make(case):
 
 
 def after_prompts(model):
-    return Memory.join(prefill(model, prompt)[1] for prompt in PROMPTS)
+    return Memory.join(read_to_end(model, torch.tensor([prompt]), Memory.empty(model, 1))[1] for prompt in PROMPTS)
 
 
 @pytest.fixture

@@ -74,9 +74,29 @@ def read(model: LanguageModel, tokens: Tensor, memory: Memory) -> Iterator[tuple
         For each segment the log-probabilities of the token after each, [lanes, segment, vocab_size], in nats; and the
         memory after it.
     """
+    for batch in segments(model, tokens, memory.position):
+        log_probs, states = model(batch, memory.take())
+        memory = Memory(states, memory.position + batch["inputs"].size(1))
+        yield log_probs, memory
+
+
+@torch.no_grad()
+def read_to_end(model: LanguageModel, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    """Read tokens as `read` does, but predict nothing until all are read.
+
+    Returns:
+        The log-probabilities of the token after the last one, [lanes, vocab_size], in nats; and the memory after it.
+    """
+    for batch in segments(model, tokens, memory.position):
+        carry, states = model.through_layers(model.embed(model.inputs_of(batch)), memory.take())
+        memory = Memory(states, memory.position + batch["inputs"].size(1))
+    log_probs = model.predict(tuple(x[:, -1:] for x in carry), None)
+    return log_probs[:, -1], memory
+
+
+def segments(model: LanguageModel, tokens: Tensor, position: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Cut tokens, int64 [lanes, length], into what a model is called with; `position` of them were read before."""
     for segment in tokens.split(model.config.tgt_len, dim=1):
         length = segment.size(1)
-        lookback = memory.position[:, None] + torch.arange(length)
-        log_probs, states = model({"inputs": segment, "lookback": lookback}, memory.take())
-        memory = Memory(states, memory.position + length)
-        yield log_probs, memory
+        yield {"inputs": segment, "lookback": position[:, None] + torch.arange(length)}
+        position = position + length

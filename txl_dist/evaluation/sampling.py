@@ -1,9 +1,8 @@
 """Sample continuations of prompts."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.evaluation.encode import encode_text
-from txl_dist.evaluation.reading import Memory, read
+from txl_dist.evaluation.reading import Memory, read_to_end
 from txl_dist.evaluation.token_graph import token_reader
 from txl_dist.models.base import LanguageModel
 from txl_dist.models.layers.transfer import to_device
@@ -110,7 +109,10 @@ def continuations(
     Every prompt is a lane. Prompts of different lengths need no padding: each lane's memory holds its own last states,
     and `lookback` limits how far back it is used. A lane's samples depend on its prompt and the seed alone.
     """
-    prefilled = [prefill(model, prompt) for prompt in prompts]
+    prefilled = []
+    for _, of_one_length in groupby(prompts, key=len):
+        tokens = torch.tensor(list(of_one_length))
+        prefilled.append(read_to_end(model, tokens, Memory.empty(model, len(tokens))))
     log_probs = torch.cat([prompt_log_probs for prompt_log_probs, _ in prefilled])
     memory = Memory.join(prompt_memory for _, prompt_memory in prefilled)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
@@ -119,13 +121,6 @@ def continuations(
         tokens = sampler.draw(log_probs, generators)
         yield tokens.tolist()
         log_probs = read_token(tokens)
-
-
-def prefill(model: LanguageModel, prompt: list[int]) -> tuple[Tensor, Memory]:
-    """Read a prompt; return the log-probabilities of the next token, [1, vocab_size], and the memory."""
-    readings = read(model, torch.tensor([prompt]), Memory.empty(model, lanes=1))
-    log_probs, memory = deque(readings, maxlen=1).pop()
-    return log_probs[:, -1], memory
 
 
 def complete(
