@@ -41,10 +41,10 @@ def plan(job: PlanJob) -> None:
 
 
 def given_overrides() -> list[str]:
-    """Return the overrides of this command's line."""
+    """Return the overrides of this command's line, without the `++` that overrides.py gives them for Hydra."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
 
 
 def main() -> None:

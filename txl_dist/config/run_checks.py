@@ -15,6 +15,7 @@ from txl_dist.config.schema import (
     InspectJob,
     LookJob,
     ModelChanges,
+    PlanJob,
     ReclJob,
     ScoreJob,
 )
@@ -168,6 +169,12 @@ def exported_run_is_there(run: str, to: str | None, checkpoint: CheckpointChoice
         yield from change_problems(run, checkpoint, model)
 
 
+def measured_run_is_there(measured: str | None) -> Iterator[str]:
+    """Check that the run whose speed a plan takes can be read."""
+    if measured is not None:
+        yield from (problem.replace("run=", "measured=", 1) for problem in run_problems(measured, None))
+
+
 Check = Callable[..., Iterator[str]]
 CHECKS: dict[type, list[Check]] = {
     EvaluateJob: [some_run_is_there, window_has_no_memory],
@@ -177,5 +184,6 @@ CHECKS: dict[type, list[Check]] = {
     LookJob: [run_is_there, change_problems, page_has_a_place],
     ReclJob: [all_runs_are_there, there_are_two_contexts],
     DashboardJob: [recorded_runs_are_there, page_is_written_or_served, page_has_a_place],
+    PlanJob: [measured_run_is_there],
     ConvertJob: [conversion_has_one_direction, exported_run_is_there],
 }

@@ -21,7 +21,7 @@ def slowdown(job: PlanJob, run: str) -> float:
     The run's model and split are those of its latest checkpoint, its rate the median of what it has logged.
 
     Raises:
-        UserError: where the run has no checkpoint, or has logged no rate.
+        UserError: where its checkpoint cannot be read, or it has logged no rate.
     """
     checkpoint = find_checkpoint(run, None)
     rates = [line[RATE] for line in read_metrics(run) if RATE in line]

@@ -178,7 +178,7 @@ class Accounts:
         return replace(self.always, gradients=self.kept + self.b * unsent, buffers=self.bucket + copy)
 
     def in_update(self) -> Memory:
-        """Return the memory when the optimizer updates its share: under ZeRO with a flat copy, in fp32, of gradients."""
+        """Return the memory when the optimizer updates: under ZeRO with a flat copy of gradients, in fp32."""
         if self.zero == 0:
             return replace(self.always, gradients=self.b * self.N)
         copy = self.b * self.share + (0 if self.b == 4 else 4 * self.share)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Group
@@ -15,6 +16,7 @@ from txl_dist.planning.planner import Plan
 from txl_dist.planning.time import StepTime
 from txl_dist.planning.totals import totals
 
+WIDTH = 100
 PLACES = [field.name for field in fields(Memory) if field.name != "host"]
 
 
@@ -70,7 +72,7 @@ def shown_stages(plan: Plan) -> list[int]:
 
 def memory_table(plan: Plan, other: Plan) -> Table:
     """Return the memory of a rank of each stage at its peak, and with the other choice of checkpointing."""
-    table = numbers_table("memory per rank, GiB", "recompute", *PLACES, "total", "fits")
+    table = numbers_table("per rank, GiB", "recompute", *PLACES, "total", "fits")
     usable = plan.rates.usable_memory
     for number in shown_stages(plan):
         for one in (plan, other):
@@ -97,7 +99,7 @@ def time_table(plan: Plan) -> Table:
 
 def sent_table(plan: Plan) -> Table:
     """Return the megabytes that a rank of each stage sends in a step."""
-    table = numbers_table("sent per rank and step, MB", *KINDS, "total")
+    table = numbers_table("sent per step, MB", *KINDS, "total")
     for number in shown_stages(plan):
         sizes = plan.sent[number]
         label = f"stage {number}" if len(plan.memory) > 1 else ""
@@ -129,7 +131,7 @@ def conclusions(plan: Plan) -> Iterator[str]:
     epochs = "" if total.epochs is None else f", {total.epochs:,.1f} epochs"
     yield (
         f"to the end     {plan.job.train.max_steps:,} steps, {total.tokens:,} tokens{epochs}: "
-        f"{duration(total.seconds)}, {total.kwh:,.3g} kWh"
+        f"{duration(total.seconds)}, {total.kwh:,.1f} kWh"
     )
     yield (
         f"a checkpoint   {decimal(round(total.checkpoint))}, written in {duration(total.save)} while training goes on; "
@@ -152,7 +154,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
         f"and in use {rates.bandwidth / 1e9:,.0f} GB/s of memory,"
     )
     yield f"  {rates.link / 1e9:,.3g} GB/s between devices, {rates.network / 1e9:,.3g} GB/s between machines;"
-    yield f"  assume.*: {given}"
+    yield from wrap(f"assume.*: {given}", WIDTH, initial_indent="  ", subsequent_indent="    ")
     if plan.job.measured:
         yield f"  the times are {plan.slowdown:.3g} times as long, as {plan.job.measured} has measured"
 

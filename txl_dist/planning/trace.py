@@ -80,6 +80,9 @@ class Recorder(TorchDispatchMode):
         self.known: dict[int, int] = {}  # number of each storage that is there
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = self._here([args, kwargs])
+        for tensor in read:
+            self._ignore(tensor)
         results = operator(*args, **(kwargs or {}))
         written = self._here(results)
         before = len(self.changes)
@@ -89,18 +92,18 @@ class Recorder(TorchDispatchMode):
         if is_new or operator._schema.is_mutable:
             self.operators[self.phase] += 1
             if operator.overloadpacket not in flop_registry:
-                tensors = [*self._here([args, kwargs]), *(written if is_new else [])]
-                self.moved[self.phase] += sum(map(num_bytes, tensors))
+                self.moved[self.phase] += sum(map(num_bytes, [*read, *(written if is_new else [])]))
         return results
 
     def _here(self, values: Any) -> list[Tensor]:
         return [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.device == self.device]
 
-    def ignore(self, tensor: Tensor) -> None:
-        """Do not record the storage of a tensor that is there already."""
+    def _ignore(self, tensor: Tensor) -> None:
+        """Do not record a storage that was there before."""
         storage = tensor.untyped_storage()
-        self.known[storage._cdata] = -1
-        weakref.finalize(storage, self.known.pop, storage._cdata, None)
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = -1
+            weakref.finalize(storage, self.known.pop, storage._cdata, None)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -189,14 +192,14 @@ def trace(model: LanguageModel, objective: Objective, batch: Batch, on_gpu: bool
     memory = model.empty_memory(len(batch["inputs"]))
     seeds = weight.new_empty(len(batch["inputs"]) + 1, dtype=torch.int64)
     noise = Noise(*seeds.split([len(seeds) - 1, 1]))
-    for tensor in [*model.parameters(), *model.buffers(), seeds, *batch.values(), *tree_leaves(memory)]:
-        recorder.ignore(tensor)
     carries = []
     new_states: list[dict[int, int]] = [{}]  # of each part, by the number of the storage
 
     def begin(phase: int) -> None:
         recorder.phase = phase
 
+    with no_launches():
+        model.shared(model.embed(model.inputs_of(batch), noise), noise)  # what is computed once for all steps is there
     with no_launches(), recorder:
         carry = model.embed(model.inputs_of(batch), noise)
         shared = model.shared(carry, noise)
@@ -219,6 +222,7 @@ def trace(model: LanguageModel, objective: Objective, batch: Batch, on_gpu: bool
         begin(backward[-1])
         loss.backward()
     gradients = {recorder.number(parameter.grad) for parameter in model.parameters() if parameter.grad is not None}
+    model.zero_grad()
     levels = recorder.levels(gradients)
     parameters = part_parameters(model)
     states = [0, *(sum(map(num_bytes, tree_leaves(state))) for state in memory), 0]
