@@ -10,7 +10,7 @@ from txl_dist.planning.memory import BYTES, REUSE, Stage
 KINDS = ("gradients", "weights", "carries", "carry gradients", "tied gradients")
 
 
-def sent(job: TrainJob, stages: list[Stage], number: int, precision: str) -> dict[str, float]:
+def sent(job: TrainJob, stages: list[Stage], number: int, precision: str, on_gpu: bool) -> dict[str, float]:
     """Return the bytes that a rank of a stage sends in a step, by KINDS.
 
     gradients: to reduce them over the data-parallel ranks, at ZeRO 2 and 3 once for each micro-batch. weights: updated
@@ -25,7 +25,8 @@ def sent(job: TrainJob, stages: list[Stage], number: int, precision: str) -> dic
     times = stage.micro_batches
     kinds = dict.fromkeys(KINDS, 0.0)
     if zero == 3:
-        kinds["gradients"] = ring * payload * times
+        # gloo, which CPUs have, reduces on all ranks where NCCL reduces and scatters.
+        kinds["gradients"] = (1 if on_gpu else 2) * ring * payload * times
         # Weights that backward needs soon after forward stay.
         kinds["weights"] = ring * payload * times * (2 if stage.num_parameters > REUSE else 1)
     else:

@@ -137,7 +137,7 @@ class Planner:
             in_flight = min(split.stages - number, split.accumulation)
             stages.append(Stage(parts[start:end], in_flight, split.accumulation, split.data_parallel, split.stages > 1))
             work.append([product for part in products[start:end] for product in part])
-        messages = [sent(job, stages, number, self.precision) for number in range(split.stages)]
+        messages = [sent(job, stages, number, self.precision, self.on_gpu) for number in range(split.stages)]
         time = step_time(job, split, stages, work, messages, self.rates, self.precision).slowed(self.slowdown)
         return Plan(
             job=job,
