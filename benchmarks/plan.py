@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
-from txl_dist.cli import CONF
+from txl_dist.cli import CONF, keep_freed_memory
 from txl_dist.config.schema import PlanJob
 from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import exit_process, process_group
@@ -51,6 +51,8 @@ SPLITS = {
 }
 CHECKPOINTING = {"off": [], "on": ["engine.activation_checkpointing=true"]}
 
+# Large tensors go back to the operating system as soon as they are freed: a process has what its tensors have.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 TURNS = 3
 MODELS = {
     "6 x 256": MIDDLE,
@@ -82,6 +84,8 @@ def predicted(*overrides: str) -> Plan:
 
 def train(overrides: list[str], steps: int) -> None:
     """Train a few steps as one rank of several, and print what this rank measures."""
+    if not RETURN_MEMORY.keys() <= os.environ.keys():
+        keep_freed_memory()  # as the commands do
     job = plan_job(*overrides)
     group = process_group()
     warm_up(overrides, group)
@@ -144,7 +148,9 @@ def loopback_bytes() -> int:
     return next(int(line.split()[9]) for line in lines if line.split()[0] == "lo:")
 
 
-def measured(overrides: list[str], processes: int, steps: int = 4, own_network: bool = False) -> list[Row]:
+def measured(
+    overrides: list[str], processes: int, steps: int = 4, own_network: bool = False, **environment: str
+) -> list[Row]:
     """Return what each rank of a run has measured.
 
     Args:
@@ -154,9 +160,9 @@ def measured(overrides: list[str], processes: int, steps: int = 4, own_network: 
     command += [__file__, "rank", str(steps), *overrides]
     if own_network:
         command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
-    # Large tensors go back to the operating system as soon as they are freed.
-    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
     assert done.returncode == 0 and len(rows) == processes, done.stdout + done.stderr
     return rows
@@ -173,7 +179,7 @@ def memory(*only: str) -> None:
         for checkpointing, more in CHECKPOINTING.items():
             overrides = ["gpus=2", *MIDDLE, *keys, *more]
             plan = predicted(*overrides)
-            for row in measured(overrides, 2):
+            for row in measured(overrides, 2, **RETURN_MEMORY):
                 stage = plan.split.stage(row["rank"])
                 figures = {"predicted": plan.memory[stage].total, "measured": row["peak"]}
                 record("memory", f"{split}, recompute {checkpointing}, rank {row['rank']}", figures, 0.1)

@@ -413,7 +413,7 @@ class AssumeConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class PlanJob(TrainJob):
-    """Say what a run would need on so many devices of a kind, and how fast it would be.
+    """Say what a run would need on so many devices of a kind, and how fast it would be; it has all keys of train, too.
 
     vocab_size, epoch_tokens: of the data; null: as data.dir says, where it is there. measured: a run directory whose
     speed is taken instead of the assumed one. search: try all splits.
