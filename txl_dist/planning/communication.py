@@ -5,7 +5,8 @@ reduces it on all of them.
 """
 
 from txl_dist.config.schema import TrainJob
-from txl_dist.planning.memory import BYTES, REUSE, Stage
+from txl_dist.planning.memory import REUSE, Stage
+from txl_dist.planning.trace import DTYPES
 
 KINDS = ("gradients", "weights", "carries", "carry gradients", "tied gradients")
 
@@ -19,7 +20,7 @@ def sent(job: TrainJob, stages: list[Stage], number: int, precision: str, on_gpu
     """
     stage = stages[number]
     zero = job.engine.zero_stage
-    b = BYTES[precision]
+    b = DTYPES[precision].itemsize
     payload = b * stage.num_parameters
     ring = (stage.data_parallel - 1) / stage.data_parallel
     times = stage.micro_batches

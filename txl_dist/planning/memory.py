@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from txl_dist.config.schema import TrainJob
-from txl_dist.planning.trace import PartTrace
+from txl_dist.planning.trace import DTYPES, PartTrace
 
 BUCKET = 500_000_000  # parameters: reduce_bucket_size, and elements_per_buffer at ZeRO 0
 REUSE = 1_000_000_000  # parameters: ZeRO 3 keeps gathered weights that are used again before so many others are
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Accounts:
         self.stage = stage
         self.on_gpu = on_gpu
         self.zero = job.engine.zero_stage
-        self.b = BYTES[precision]
+        self.b = DTYPES[precision].itemsize
         self.N = stage.num_parameters
         self.share = -(-self.N // stage.data_parallel) if self.zero else self.N
         # An operating system gives memory when it is written: a CPU's bucket is as large as what is copied into it.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from txl_dist.config.schema import PermutationLMConfig, PlanJob
@@ -18,9 +19,7 @@ from txl_dist.planning.communication import sent
 from txl_dist.planning.dataset import Dataset
 from txl_dist.planning.memory import Memory, Stage, peak_memory
 from txl_dist.planning.time import Rates, StepTime, rates, step_time
-from txl_dist.planning.trace import PartTrace, build_model, trace
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from txl_dist.planning.trace import DTYPES, PartTrace, build_model, trace
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,8 @@ class AnyTokenizer:
     vocab_size: int
     specials = {SEPARATOR: 0, CLASSIFIER: 0}
 
-    def word_starts(self):  # noqa: ANN201
-        return torch.ones(self.vocab_size, dtype=torch.bool).numpy()
+    def word_starts(self) -> np.ndarray:
+        return np.ones(self.vocab_size, dtype=bool)
 
 
 def build_objective(job: PlanJob, vocab_size: int) -> Objective:

@@ -12,7 +12,8 @@ from txl_dist.config.schema import PlanJob
 from txl_dist.data.lanes import LaneSplit
 from txl_dist.models.layers.cost import Product
 from txl_dist.planning.communication import KINDS
-from txl_dist.planning.memory import BYTES, Stage
+from txl_dist.planning.memory import Stage
+from txl_dist.planning.trace import DTYPES
 from txl_dist.tracking.gpu_peak import PRECISIONS, device_named
 
 # Bytes read and written for each parameter that a rank updates: Adam reads four numbers and writes three.
@@ -149,7 +150,7 @@ def update_time(job: PlanJob, stages: list[Stage], rates: Rates, precision: str)
     parameters = max(stage.num_parameters for stage in stages)
     ranks = stages[0].data_parallel
     share = parameters / (ranks if job.engine.zero_stage else 1)
-    b = BYTES[precision]
+    b = DTYPES[precision].itemsize
     copied = COPIES * b * parameters / rates.bandwidth
     if job.engine.offload != "none":
         return copied + (UPDATE + 2 * b) * share / rates.host
