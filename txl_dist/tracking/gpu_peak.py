@@ -55,7 +55,7 @@ DEVICES: dict[str, Device] = {
     "GeForce RTX 4090": Device((165.2, 165.2, 82.6, 82.6), 23.6, 1008, 32, 450),
     "cpu": Device(
         (None, 0.15, None, 0.15), 8, 20, 2, 30
-    ),  # a core of a server, in round numbers: each one is different
+    ),  # a core of a server, in round numbers
 }
 
 
