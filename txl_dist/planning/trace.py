@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,6 +176,21 @@ def chain(model: LanguageModel) -> list[int]:
     return [neighbours.index(pair) for pair in neighbours]
 
 
+class Pass(NamedTuple):
+    """What a forward and a backward have left to know of the parts that were run; in bytes.
+
+    Attributes:
+        carries: floats and integers behind embedding and layers.
+        states, held_states: of each part; see PartTrace.
+        gradients: the recorded storages that are parameters' gradients in the end.
+    """
+
+    carries: list[tuple[int, int]]
+    states: list[int]
+    held_states: list[int]
+    gradients: set[int]
+
+
 def trace(model: LanguageModel, objective: Objective, batch: Batch, on_gpu: bool) -> list[PartTrace]:
     """Return what embedding, layers and head do with a micro-batch.
 
@@ -184,70 +199,74 @@ def trace(model: LanguageModel, objective: Objective, batch: Batch, on_gpu: bool
         batch: of real numbers, on the CPU.
     """
     like = chain(model)
-    layers = model.layers
-    run = max(like) + 1  # of which so many are run
+    layers = max(like) + 1  # of which so many are run
     recorder = Recorder(META if on_gpu else CPU)
-    forward = range(run + 2)  # the phases: embedding, layers, head ...
-    backward = [2 * run + 3 - part for part in forward]  # ... and back
-    weight = next(model.parameters())
-    memory = model.empty_memory(len(batch["inputs"]))
-    seeds = weight.new_empty(len(batch["inputs"]) + 1, dtype=torch.int64)
-    noise = Noise(*seeds.split([len(seeds) - 1, 1]))
-    carries = []
-    new_states: list[dict[int, int]] = [{}]  # of each part, by the number of the storage
-
-    def begin(phase: int) -> None:
-        recorder.phase = phase
-
     with no_launches():
-        model.shared(model.embed(model.inputs_of(batch), noise), noise)  # what is computed once for all steps is there
-    with no_launches(), recorder:
-        carry = model.embed(model.inputs_of(batch), noise)
-        shared = model.shared(carry, noise)
-        for part in range(run):
-            carries.append(carry)
-            begin(part + 1)
-            carry, state = model.run_layer(layers[part], carry, memory[part], shared, noise)
-            new_states.append({recorder.number(tensor): num_bytes(tensor) for tensor in tree_leaves(state)})
-            del state
-        carries.append(carry)
-        del carry, shared
-        begin(run + 1)
-        loss, _ = objective.loss(model.predict(carries[-1], batch["targets"], noise), 1.0)
-        sizes = [(num_bytes(carry[0]), sum(map(num_bytes, carry[1:]))) for carry in carries]
-        for part, carry in enumerate(carries):
-            carry[0].register_hook(lambda gradient, phase=backward[part]: begin(phase))
-        carries.clear()
-        del carry
-        held = set(recorder.known.values())
-        begin(backward[-1])
-        loss.backward()
-    gradients = {recorder.number(parameter.grad) for parameter in model.parameters() if parameter.grad is not None}
-    model.zero_grad()
-    levels = recorder.levels(gradients)
+        done = run(model, layers, objective, batch, recorder)
+    levels = recorder.levels(done.gradients)
     parameters = part_parameters(model)
-    states = [0, *(sum(map(num_bytes, tree_leaves(state))) for state in memory), 0]
 
-    def traced(part: int) -> PartTrace:
+    def part_trace(part: int) -> PartTrace:
         start, most, end = levels[part]
-        waiting, most_back, left = levels[backward[part]]
+        waiting, most_back, left = levels[backward(part)]
         return PartTrace(
             parameters=parameters[part],
-            carry=sizes[part] if part <= run else (0, 0),
-            state=states[part] if part <= run else 0,
-            state_held=sum(size for number, size in new_states[part].items() if number in held) if part <= run else 0,
+            carry=done.carries[part],
+            state=done.states[part],
+            state_held=done.held_states[part],
             held=end - start,
             forward_peak=most - start,
             backward_peak=most_back - start - (waiting - end),
             pending=left - start - (waiting - end),
             forward_moved=recorder.moved[part],
-            backward_moved=recorder.moved[backward[part]],
-            operators=recorder.operators[part] + recorder.operators[backward[part]],
+            backward_moved=recorder.moved[backward(part)],
+            operators=recorder.operators[part] + recorder.operators[backward(part)],
         )
 
-    embedding, *layers_run, head = map(traced, forward)
+    embedding, *layers_run, head = map(part_trace, range(layers + 2))
     of_layers = [replace(layers_run[first], parameters=parameters[part]) for part, first in enumerate(like, 1)]
     return [embedding, *of_layers, replace(head, parameters=parameters[-1])]
+
+
+def backward(part: int) -> int:
+    """Return the phase of a part's backward; that of its forward is its number."""
+    return -1 - part
+
+
+def run(model: LanguageModel, layers: int, objective: Objective, batch: Batch, recorder: Recorder) -> Pass:
+    """Run embedding, the first `layers` and head forward and backward, and record it by phase."""
+    memory = model.empty_memory(len(batch["inputs"]))
+    seeds = next(model.parameters()).new_empty(len(batch["inputs"]) + 1, dtype=torch.int64)
+    noise = Noise(*seeds.split([len(seeds) - 1, 1]))
+    model.shared(model.embed(model.inputs_of(batch), noise), noise)  # what is computed once for all steps is there
+    carries = []
+    new_states: list[dict[int, int]] = [{}]  # of each part, by the number of the storage
+    with recorder:
+        carry = model.embed(model.inputs_of(batch), noise)
+        shared = model.shared(carry, noise)
+        for number, layer in enumerate(model.layers[:layers]):
+            carries.append(carry)
+            recorder.phase = number + 1
+            carry, state = model.run_layer(layer, carry, memory[number], shared, noise)
+            new_states.append({recorder.number(tensor): num_bytes(tensor) for tensor in tree_leaves(state)})
+            del state
+        carries.append(carry)
+        del carry, shared
+        recorder.phase = layers + 1
+        loss, _ = objective.loss(model.predict(carries[-1], batch["targets"], noise), 1.0)
+        sizes = [(num_bytes(hidden), sum(map(num_bytes, others))) for hidden, *others in carries]
+        for part, (hidden, *_) in enumerate(carries):
+            hidden.register_hook(lambda _, part=part: setattr(recorder, "phase", backward(part)))
+        carries.clear()
+        del hidden
+        held = set(recorder.known.values())
+        recorder.phase = backward(layers + 1)
+        loss.backward()
+    gradients = {recorder.number(parameter.grad) for parameter in model.parameters() if parameter.grad is not None}
+    model.zero_grad()
+    states = [sum(map(num_bytes, tree_leaves(state))) for state in memory[:layers]]
+    held_states = [sum(size for number, size in of_part.items() if number in held) for of_part in new_states]
+    return Pass([*sizes, (0, 0)], [0, *states, 0], [*held_states, 0], gradients)
 
 
 def part_parameters(model: LanguageModel) -> list[dict[str, int]]:

@@ -53,9 +53,7 @@ DEVICES: dict[str, Device] = {
     "B200": Device((2250, 2250, 1100, 75), 178.4, 8000, 900, 1000),
     "GeForce RTX 3090": Device((71, 71, 35.6, 35.6), 23.6, 936, 32, 350),
     "GeForce RTX 4090": Device((165.2, 165.2, 82.6, 82.6), 23.6, 1008, 32, 450),
-    "cpu": Device(
-        (None, 0.15, None, 0.15), 8, 20, 2, 30
-    ),  # a core of a server, in round numbers
+    "cpu": Device((None, 0.15, None, 0.15), 8, 20, 2, 30),  # a core of a server, in round numbers
 }
 
 
