@@ -16,14 +16,14 @@ def errors(run, folder, table, *rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "2 stages, ZeRO 1"])
+@pytest.mark.parametrize("split", ["ZeRO 2", "2 stages, ZeRO 1"])
 def test_memory_is_as_predicted(run, tmp_path, split):
     found = errors(run, tmp_path, "memory", split)
     assert len(found) == 4 and max(map(abs, found)) < 0.1, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["ZeRO 1", "ZeRO 3", "2 stages, ZeRO 1"])
+@pytest.mark.parametrize("split", ["ZeRO 1"])
 def test_traffic_is_as_predicted(run, tmp_path, split):
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         pytest.skip("no network namespace can be made here")
