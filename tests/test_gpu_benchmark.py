@@ -63,7 +63,7 @@ def test_what_is_not_a_number_is_no_success(tmp_path):
 
 
 # Kernels of a forward and backward, and gigabytes that those move which are no products and no attention.
-BUDGETS = {"wt103_large": (1220, 73), "wt103_base_nvidia": (1030, 39), "enwik8_large": (1490, 77)}
+BUDGETS = {"wt103_large": (1185, 73), "wt103_base_nvidia": (995, 39), "enwik8_large": (1440, 77)}
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_a_step_stays_within_its_budget_on_a_gpu(tmp_path, name):
     code = f"import counts, sys\ncounts, _ = counts.forward_and_backward({name!r})\n"
     code += "print(counts.kernels, counts.elementwise_bytes, counts.syncs)"
     kernels, moved, synchronizations = map(int, measure(tmp_path, "-c", code, tiny="0").stdout.split()[-3:])
-    assert 1000 < kernels <= BUDGETS[name][0]
+    assert 500 < kernels <= BUDGETS[name][0]
     assert 10e9 < moved <= BUDGETS[name][1] * 1e9
     assert synchronizations == 0
 
