@@ -50,7 +50,7 @@ from txl_dist.planning.trace import num_bytes
 ROWS = Path(os.environ.get("OUT", Path(__file__).parent), "counts.json")
 
 # What is assumed of an H100 (SXM) and of an H200, which differ in their memory.
-BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second, measured
+BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second
 BANDWIDTH_SHARE = 0.9
 PRODUCTS = 600e12  # FLOP/s of large products in bfloat16
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.7e9  # a scheduler issues an instruction of a warp per cycle

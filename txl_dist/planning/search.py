@@ -39,7 +39,8 @@ def search(planner: Planner, job: PlanJob) -> list[Plan]:
     """
     plans = [planner.plan(candidate) for candidate in candidates(job)]
     if not plans:
-        raise ConfigError([f"search=true: no split over {job.nodes * job.gpus} devices is accepted", *refusals(job)])
+        refused = f"search=true: no split over {job.nodes * job.gpus} devices is accepted"
+        raise ConfigError([refused, *failed_checks(PlanJob, vars(job))])
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         least = min(max(memory.total for memory in plan.memory) for plan in plans)
@@ -51,11 +52,6 @@ def search(planner: Planner, job: PlanJob) -> list[Plan]:
             ]
         )
     return sorted(fitting, key=lambda plan: (plan.time.total, max(memory.total for memory in plan.memory)))
-
-
-def refusals(job: PlanJob) -> list[str]:
-    """Return why the job's own split is refused."""
-    return list(failed_checks(PlanJob, vars(job)))
 
 
 def command(plan: Plan, overrides: Sequence[str]) -> str:

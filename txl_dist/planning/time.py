@@ -126,7 +126,8 @@ def step_time(
     for stage, products in zip(stages, work, strict=True):
         flops = sum(product.training + (product.forward if recomputes else 0) for product in products)
         moved = sum(part.forward_moved + part.backward_moved for part in stage.parts)
-        in_products, in_memory = flops / rates.products, moved / rates.bandwidth
+        in_products = flops / rates.products
+        in_memory = moved / rates.bandwidth
         launching = job.assume.launch * 1e-6 * sum(part.operators for part in stage.parts)
         computing.append((in_products, in_memory, max(0.0, launching - in_products - in_memory)))
     slowest = max(range(len(stages)), key=lambda number: sum(computing[number]))
