@@ -33,15 +33,13 @@ from txl_dist.engine.sharded_state import ShardedState
 from txl_dist.engine.watch import LayerWatch
 from txl_dist.evaluation.memory_use import ShowAttention, ShowLosses
 from txl_dist.models import registry
-from txl_dist.models.base import Batch, LanguageModel, Runtime
+from txl_dist.models.base import DTYPES, Batch, LanguageModel, Runtime
 from txl_dist.models.layers.dropout import HAS_TRITON, Noise
 from txl_dist.objectives.base import Objective, Score
 
 Start = Checkpoint | InitialWeights | None  # what a run resumes from or begins with; None: with random weights
 
 VERSIONS = {"txl_dist": __version__, "torch": str(torch.__version__), "deepspeed": deepspeed.__version__}
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Runtime:
 
 
 DEFAULT_RUNTIME = Runtime()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
 
 
 class LanguageModel(nn.Module, ABC):

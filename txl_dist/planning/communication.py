@@ -5,8 +5,8 @@ reduces it on all of them.
 """
 
 from txl_dist.config.schema import TrainJob
+from txl_dist.models.base import DTYPES
 from txl_dist.planning.memory import REUSE, Stage
-from txl_dist.planning.trace import DTYPES
 
 KINDS = ("gradients", "weights", "carries", "carry gradients", "tied gradients")
 

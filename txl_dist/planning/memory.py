@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from txl_dist.config.schema import TrainJob
-from txl_dist.planning.trace import DTYPES, PartTrace
+from txl_dist.models.base import DTYPES
+from txl_dist.planning.trace import PartTrace
 
 BUCKET = 500_000_000  # parameters: reduce_bucket_size, and elements_per_buffer at ZeRO 0
 REUSE = 1_000_000_000  # parameters: ZeRO 3 keeps gathered weights that are used again before so many others are

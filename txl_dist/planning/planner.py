@@ -10,7 +10,7 @@ import torch
 from txl_dist.config.schema import PermutationLMConfig, PlanJob
 from txl_dist.data.lanes import LaneSplit
 from txl_dist.data.two_way import CLASSIFIER, SEPARATOR
-from txl_dist.models.base import Batch, LanguageModel, Runtime
+from txl_dist.models.base import DTYPES, Batch, LanguageModel, Runtime
 from txl_dist.models.layers.backends import default_backend
 from txl_dist.objectives.base import Objective
 from txl_dist.objectives.causal_lm import CausalLM
@@ -19,7 +19,7 @@ from txl_dist.planning.communication import sent
 from txl_dist.planning.dataset import Dataset
 from txl_dist.planning.memory import Memory, Stage, peak_memory
 from txl_dist.planning.time import Rates, StepTime, rates, step_time
-from txl_dist.planning.trace import DTYPES, PartTrace, build_model, trace
+from txl_dist.planning.trace import PartTrace, build_model, trace
 
 
 @dataclass(frozen=True)

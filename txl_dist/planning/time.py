@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 
 from txl_dist.config.schema import PlanJob
 from txl_dist.data.lanes import LaneSplit
+from txl_dist.models.base import DTYPES
 from txl_dist.models.layers.cost import Product
 from txl_dist.planning.communication import KINDS
 from txl_dist.planning.memory import Stage
-from txl_dist.planning.trace import DTYPES
 from txl_dist.tracking.gpu_peak import PRECISIONS, device_named
 
 # Bytes read and written for each parameter that a rank updates: Adam reads four numbers and writes three.

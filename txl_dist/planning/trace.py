@@ -28,7 +28,6 @@ from txl_dist.objectives.base import Objective
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
