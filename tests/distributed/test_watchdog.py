@@ -35,6 +35,29 @@ with RunLog(sys.argv[1]), watchdog.Watchdog(0.2) as dog:
     dog.start(process_group())
     threading.Event().wait()
 """
+# A thread, as the one that tells others, runs Python while the stacks are printed; many times, because that may go well.
+RUNNING_MEANWHILE = """
+import json, threading
+from txl_dist.distributed import watchdog
+from txl_dist.distributed.process_group import process_group
+
+def work():
+    while True:
+        json.loads(json.dumps([list(range(10))] * 10, indent=1))
+
+def print_all():
+    for _ in range(10000):
+        dog._print_stacks()
+
+watchdog.PRINTING = 0
+with watchdog.Watchdog(None) as dog:
+    dog.start(process_group())
+    threading.Thread(target=work, daemon=True).start()
+    printing = threading.Thread(target=print_all)
+    printing.start()
+    printing.join()
+print("done")
+"""
 # Outside of a run nothing is written to a file.
 OUTSIDE = "from txl_dist.distributed.logs import log_exit; log_exit('the reason')"
 
@@ -52,6 +75,11 @@ def test_telling_others_does_not_hold_up_the_end(tmp_path):
     message = "Nothing was done for 0 seconds after the start (guard.stall_timeout): the run ends."
     assert done.returncode == 1 and done.stdout == f"told {message}\n"
     assert done.stderr.count(message) == 1 and "stands here" in done.stderr
+
+
+def test_stacks_are_printed_while_a_thread_runs():
+    done = subprocess.run([sys.executable, "-c", RUNNING_MEANWHILE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert done.returncode == 0 and done.stdout == "done\n"
 
 
 def test_a_reason_to_end_is_shown_by_the_caller_alone():

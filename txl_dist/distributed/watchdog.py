@@ -2,7 +2,7 @@
 
 If a host or the network is gone, the hosts that do not answer are named. Otherwise a process hangs, or is stopped, and
 all others wait for it silently. On each host one process that still runs speaks for all: it has each of them print the
-stacks of its threads, one after the other, and then ends them. A process prints them by faulthandler, at SIGQUIT, even
+stacks of its threads, one after the other, and then ends them. The others print them by faulthandler, at SIGQUIT, even
 while C code holds Python's lock; one that is stopped is woken up first.
 """
 
@@ -119,6 +119,11 @@ class Watchdog:
         """Have each process of this host print the stacks of its threads."""
         for rank, pid in self.peers.local_pids.items():
             say(f"--- rank {rank} (process {pid} on {socket.gethostname()}) stands here:")
+            if pid == os.getpid():
+                # Not by the signal: its handler runs without Python's lock, and crashes where a thread runs Python,
+                # as the one that reports does.
+                faulthandler.dump_traceback(STDERR, all_threads=True)
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)  # first: one that is stopped must not continue before it prints
                 os.kill(pid, signal.SIGCONT)
