@@ -35,7 +35,7 @@ with RunLog(sys.argv[1]), watchdog.Watchdog(0.2) as dog:
     dog.start(process_group())
     threading.Event().wait()
 """
-# A thread, as the one that tells others, runs Python while the stacks are printed; many times, because that may go well.
+# A thread, as the one that tells others, runs Python while stacks are printed; many times, because it may go well once.
 RUNNING_MEANWHILE = """
 import json, threading
 from txl_dist.distributed import watchdog
@@ -78,7 +78,8 @@ def test_telling_others_does_not_hold_up_the_end(tmp_path):
 
 
 def test_stacks_are_printed_while_a_thread_runs():
-    done = subprocess.run([sys.executable, "-c", RUNNING_MEANWHILE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [sys.executable, "-c", RUNNING_MEANWHILE]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert done.returncode == 0 and done.stdout == "done\n"
 
 
