@@ -19,6 +19,11 @@ def listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def listed_number(value: object) -> object:
+    """Let a single number stand for a list of it."""
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def checked_path(value: str) -> str:
     """Expand `~`; where no such user is known, it is the beginning of a name."""
     if not value.strip():

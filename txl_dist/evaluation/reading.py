@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from txl_dist.models.base import LanguageModel
-from txl_dist.models.layers.state import KVCache, State, StateValue, concat_lanes
+from txl_dist.models.layers.state import Cache, KVCache, State, concat_lanes
 
 
 class Memory:
@@ -25,7 +25,7 @@ class Memory:
     @classmethod
     def empty(cls, model: LanguageModel, lanes: int) -> "Memory":
         """Return the memory of lanes that begin."""
-        return cls(model.empty_cache(lanes), torch.zeros(lanes, dtype=torch.int64))
+        return cls(model.empty_context(lanes), torch.zeros(lanes, dtype=torch.int64))
 
     @classmethod
     def join(cls, memories: Iterable["Memory"]) -> "Memory":
@@ -54,12 +54,11 @@ class Memory:
         """Return a memory of the same content, to read on from it as well."""
         states = self.take()
         self._states = states
-        return Memory([{name: copied(value) for name, value in state.items()} for state in states], self.position)
-
-
-def copied(value: StateValue) -> StateValue:
-    """Return a cache of its own, which goes on alone; a tensor is never written to."""
-    return KVCache(value.remembered.clone()) if isinstance(value, KVCache) else value
+        copies = [
+            {name: value.copy() if isinstance(value, Cache) else value for name, value in state.items()}
+            for state in states
+        ]  # a tensor is never written to
+        return Memory(copies, self.position)
 
 
 @torch.no_grad()
@@ -98,5 +97,6 @@ def segments(model: LanguageModel, tokens: Tensor, position: Tensor) -> Iterator
     """Cut tokens, int64 [lanes, length], into what a model is called with; `position` of them were read before."""
     for segment in tokens.split(model.config.tgt_len, dim=1):
         length = segment.size(1)
-        yield {"inputs": segment, "lookback": position[:, None] + torch.arange(length)}
+        lookback = position[:, None] + torch.arange(length)
+        yield {"inputs": segment, "lookback": lookback, "position": lookback}
         position = position + length

@@ -212,6 +212,13 @@ class LanguageModel(nn.Module, ABC):
         """
         return self.empty_memory(lanes, device)
 
+    def empty_context(self, lanes: int, device: torch.device | None = None) -> list[State]:
+        """Return each layer's state for a text that is read piece by piece, before its first token.
+
+        A model that otherwise reads each segment alone remembers here the text so far; of others it is `empty_cache`.
+        """
+        return self.empty_cache(lanes, device)
+
     # ------------------------------------------------------------------------------------------- pipelines and cost
 
     def keep_stage(self, layers: range, is_first: bool, is_last: bool) -> None:

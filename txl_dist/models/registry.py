@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GROUP = "txl_dist.models"
 OURS = {
     "transformer_xl": EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP),
+    "reformer": EntryPoint("reformer", "txl_dist.models.reformer:Reformer", GROUP),
     "xlnet": EntryPoint("xlnet", "txl_dist.models.xlnet:XLNet", GROUP),
 }
 

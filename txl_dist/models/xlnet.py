@@ -11,9 +11,8 @@ their ranks in which order. A batch without is read causally, with a query for t
 same model is evaluated, scored and sampled from as any other.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -25,18 +24,13 @@ from torch.nn import functional as F
 from txl_dist.config.types import ALWAYS, EVALUATION, INT32_MAX, LANES, SCHEMA, Fraction, Positive, Size, SizeOrZero
 from txl_dist.models.base import DEFAULT_RUNTIME, Batch, Carry, LanguageModel, Runtime, Shapes
 from txl_dist.models.config import ModelConfig
+from txl_dist.models.layers.activations import ACTIVATIONS
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.cross_entropy import cross_entropy, log_softmax
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.state import State
 from txl_dist.models.layers.transfer import to_device
 from txl_dist.models.layers.two_stream import SEGMENTS, TwoStreamAttention, View, blocks_of, encode_both_ways
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_erf": F.gelu,
-    "relu": F.relu,
-}
 
 
 @dataclass(config=SCHEMA, frozen=True, kw_only=True)

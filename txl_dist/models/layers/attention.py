@@ -149,6 +149,7 @@ class Attention(ObservableAttention, ABC):
             terms = memory.memoise(self.relative_terms, encoding)
             new_memory = memory
         else:
+            assert isinstance(memory, Tensor)
             new_memory = remember(memory, hidden)
             terms = self.relative_terms(encoding)
             hidden, remembered = self.add_positions(hidden, memory, encoding)

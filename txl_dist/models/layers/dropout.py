@@ -44,6 +44,11 @@ class Noise:
         """Return that of some of the lanes."""
         return Noise(self.seeds[rows], self.shared)
 
+    def of_part(self, number: int) -> "Noise":
+        """Return that of one of several parts of the text, which are computed one after the other."""
+        part = mixed(torch.tensor(number, device=self.seeds.device))
+        return Noise(mixed(self.seeds ^ part), self.shared)
+
     def of_all_lanes(self) -> "Noise":
         """Return that of what all lanes have in common, as if it was a lane."""
         return Noise(self.shared, self.shared)

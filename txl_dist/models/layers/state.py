@@ -1,6 +1,8 @@
 """The state that a layer carries from segment to segment: hidden states, or in evaluation keys and values."""
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,19 @@ from torch import Tensor
 RelativeTerms = tuple[Tensor, Tensor | None]  # r and bias of backends.RelativePositions
 
 
-class KVCache:
+class Cache(ABC):
+    """What a layer remembers in evaluation, written in place: reading on from it takes its content."""
+
+    @abstractmethod
+    def copy(self) -> "Cache":
+        """Return a cache of the same content, which goes on alone."""
+
+    @abstractmethod
+    def concat(self, others: Sequence[Any]) -> "Cache":
+        """Return a cache of the lanes of this one and then of the others."""
+
+
+class KVCache(Cache):
     """Keep keys and values of a layer's last mem_len positions: its memory while weights do not change.
 
     They lie heads first, with room behind them where new ones are appended: nothing old is copied until the room is
@@ -53,6 +67,14 @@ class KVCache:
         self.end = self.mem_len
         self.remembered.copy_(remembered)
 
+    def copy(self) -> "KVCache":
+        """Return a cache of what is remembered."""
+        return KVCache(self.remembered.clone())
+
+    def concat(self, others: Sequence[Any]) -> "KVCache":
+        """Return a cache of what this one and the others remember of their lanes."""
+        return KVCache(torch.cat([cache.remembered for cache in (self, *others)], dim=2))
+
     def forget(self, positions: int) -> None:
         """Forget the last positions that were appended, and remember as many older ones."""
         self.end -= positions
@@ -78,7 +100,7 @@ class FixedKVCache(KVCache):
         return both.movedim(1, -2)
 
 
-StateValue = Tensor | KVCache  # a Tensor: [lanes, ...]
+StateValue = Tensor | Cache  # a Tensor: [lanes, ...]
 State = dict[str, StateValue]  # what a layer remembers of some lanes, by name
 
 
@@ -92,7 +114,7 @@ def concat_lanes(memories: Iterable[list[State]]) -> list[State]:
 
 def concat_values(values: list[StateValue]) -> StateValue:
     """Join what is remembered of several batches of lanes under one name."""
-    caches = [value for value in values if isinstance(value, KVCache)]
-    if caches:
-        return KVCache(torch.cat([cache.remembered for cache in caches], dim=2))
+    first, *others = values
+    if isinstance(first, Cache):
+        return first.concat(others)
     return torch.cat([value for value in values if isinstance(value, Tensor)])

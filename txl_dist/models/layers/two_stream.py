@@ -210,6 +210,7 @@ class TwoStreamAttention(ObservableAttention):
             sine_and_cosine = memory.memoise(self.project_distances, view.encoding)
             new_memory: StateValue = memory
         else:
+            assert isinstance(memory, Tensor)
             # The memory apart from the segment, so that no gradient is computed for it.
             both = torch.cat([self.heads(self.kv_net(memory)), segment], dim=1)
             key, value = both.chunk(2, dim=-2)

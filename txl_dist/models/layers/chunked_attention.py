@@ -1,0 +1,370 @@
+"""Attention within chunks: each query sees the keys of its own chunk and of those before it, wherever tokens stand.
+
+    layout   which position stands where in the order in which chunks are cut (Kitaev et al. 2020, section 2)
+    scores   of a chunk's queries with the keys of its window
+    output   one softmax over all that a query meets, in all rounds: as often as it meets a key, the key counts
+
+Positions are sorted anew in each round of hashing. A round is chunks in a row, the rounds stand one behind the other,
+and the first window of all reaches around to the last chunk. Local attention is one round that is not sorted.
+
+`attend_blocks` computes a block of chunks of few heads at a time, in backward again; so its memory is that of a block
+and of what goes in and out. `attend` is the same formula in one piece, for autograd.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from txl_dist.models.layers.dropout import Mask, drop, mixed
+
+BLOCK = 1 << 20  # scores that are computed at once, if a chunk has no more
+SELF = -1e5  # the score of a token with itself where it may see itself only if it sees nothing else
+
+
+class Layout(NamedTuple):
+    """Where positions stand in all rounds, and what each may see.
+
+    Attributes:
+        position: int [rows, rounds * round_len], the position that stands there. At the end of a round there may be
+            padding, beyond the length of the text, whose numbers no position sees.
+        number: int [1 or rows, the same]; a query with number i sees the keys of its window with numbers j,
+            lowest <= j <= i.
+        lowest: int [1 or rows, the same].
+    """
+
+    position: Tensor
+    number: Tensor
+    lowest: Tensor
+
+
+class Chunks(NamedTuple):
+    """How an order is cut.
+
+    Attributes:
+        rounds: how often each position stands in it.
+        chunk_len: positions of a chunk.
+        before: chunks before its own that a query's window has.
+        sees_itself: whether a token's own key is one like any other; else it counts only where there is no other.
+        around: whether the first window's keys from behind the last chunk may be seen.
+    """
+
+    rounds: int
+    chunk_len: int
+    before: int
+    sees_itself: bool
+    around: bool
+
+    @property
+    def reach(self) -> int:
+        """Return how many positions stand in a window before its chunk."""
+        return self.before * self.chunk_len
+
+    @property
+    def window(self) -> int:
+        """Return how many keys a window has."""
+        return self.reach + self.chunk_len
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Chunks, mask: Mask | None) -> Tensor:
+    """Attend in one piece.
+
+    Args:
+        query, key, value: [rows, length, d_head]; a row is a head of a lane. Keys are scaled.
+        mask: of the dropout of probabilities; seeds: [rows].
+
+    Returns:
+        [rows, length, d_head].
+    """
+    length = query.size(1)
+    order, numbers, lowest = (cut(x, chunks) for x in layout)
+    windows = around(layout.position, chunks).unfold(1, chunks.window, chunks.chunk_len)
+    key_numbers = around(layout.number, chunks).unfold(1, chunks.window, chunks.chunk_len)
+    keys, values = take(key, windows), take(value, windows)
+    scores = take(query, order) @ keys.transpose(-1, -2)
+    scores = hide(scores, numbers, lowest, key_numbers, chunks)
+    log_sums = scores.logsumexp(-1)
+    weights = (scores - log_sums[..., None]).exp()
+    if mask is not None:
+        seeds = chunk_seeds(mask.seeds, range(weights.size(1)))
+        weights = weights * drop(torch.ones_like(weights).flatten(0, 1), Mask(mask.p, seeds)).view_as(weights)
+    outputs = unsort((weights.to(values.dtype) @ values).flatten(1, 2), layout, chunks, length)
+    shares = unsort(log_sums.flatten(1)[..., None], layout, chunks, length).softmax(1)
+    return (outputs * shares.to(outputs.dtype)).sum(1)
+
+
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Chunks, mask: Mask | None
+) -> Tensor:
+    """Attend block by block; arguments and result are those of `attend`."""
+    output: Tensor = BlockedAttention.apply(query, key, value, layout, chunks, mask)  # type: ignore[no-untyped-call]
+    return output
+
+
+class BlockedAttention(torch.autograd.Function):
+    """`attend` block by block.
+
+    Over all rounds it is one softmax, exp(s_ij - z_i) with z_i the logarithm of the sum over the windows of all rounds.
+    So backward needs z and the output, and computes scores again (Dao et al. 2022, algorithm 4).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Chunks, mask: Mask | None
+    ) -> Tensor:
+        """Keep arguments, output and the logarithms of the sums [rows, length]."""
+        output = torch.zeros_like(query)
+        log_sum = query.new_full(query.shape[:2], -torch.inf, dtype=wide(query.dtype))
+        for rows, number in parts(query, layout, chunks):
+            part = Round(layout, chunks, rows, number, query.size(1))
+            sorted_query, keys, values = part.sorted(query), part.windows(key), part.windows(value)
+            round_output = torch.empty_like(sorted_query)
+            round_sum = log_sum.new_empty(sorted_query.shape[:2])
+            for block in part.blocks():
+                scores = part.scores(block, sorted_query, keys)
+                largest = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(largest).exp_()
+                total = weights.sum(-1, keepdim=True)
+                round_sum[:, block.queries] = (largest + total.log()).flatten(1)
+                if mask is not None:
+                    weights *= part.factors(block, weights, mask)
+                product = weights.to(values.dtype) @ part.cut_windows(block, values)
+                round_output[:, block.queries] = product.div_(total.to(product.dtype)).flatten(1, 2)
+            part.add_round(round_output, round_sum, output[rows], log_sum[rows])
+        ctx.save_for_backward(query, key, value, output, log_sum, *layout, *(mask[1:] if mask else ()))
+        ctx.chunks = chunks
+        ctx.p = mask.p if mask else None
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of query, key and value."""
+        query, key, value, output, log_sum, position, number, lowest, *seeds = ctx.saved_tensors
+        layout = Layout(position, number, lowest)
+        chunks: Chunks = ctx.chunks
+        mask = Mask(ctx.p, *seeds) if seeds else None
+        d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
+        delta = (d_output * output).sum(-1, dtype=log_sum.dtype)
+        for rows, round_number in parts(query, layout, chunks):
+            part = Round(layout, chunks, rows, round_number, query.size(1))
+            sorted_query, keys, values = part.sorted(query), part.windows(key), part.windows(value)
+            sorted_d_output = part.sorted(d_output)
+            sorted_sum = part.sorted(log_sum[..., None])
+            sorted_delta = part.sorted(delta[..., None])
+            sorted_d_query = torch.empty_like(sorted_query)
+            d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for block in part.blocks():
+                weights = part.scores(block, sorted_query, keys)
+                weights = weights.sub_(part.cut(block, sorted_sum)).exp_()
+                d_out = part.cut(block, sorted_d_output)
+                d_weights = (d_out @ part.cut_windows(block, values).transpose(-1, -2)).to(weights.dtype)
+                dropped = weights
+                if mask is not None:
+                    factors = part.factors(block, weights, mask)
+                    d_weights *= factors
+                    dropped = weights * factors
+                part.add_to_windows(block, d_values, dropped.to(d_out.dtype).transpose(-1, -2) @ d_out)
+                d_scores = d_weights.sub_(part.cut(block, sorted_delta)).mul_(weights)
+                if not chunks.sees_itself:
+                    d_scores.masked_fill_(part.is_itself(block), 0.0)
+                d_scores = d_scores.to(keys.dtype)
+                sorted_d_query[:, block.queries] = (d_scores @ part.cut_windows(block, keys)).flatten(1, 2)
+                part.add_to_windows(block, d_keys, d_scores.transpose(-1, -2) @ part.cut(block, sorted_query))
+            d_query[rows] += part.unsorted(sorted_d_query)
+            part.add_windows(d_keys, d_key[rows])
+            part.add_windows(d_values, d_value[rows])
+        return d_query, d_key, d_value, None, None, None
+
+
+class Block(NamedTuple):
+    """Some chunks of a round.
+
+    Attributes:
+        queries: their positions in the order of the round.
+        keys: those of their windows, in the order that begins with the first window.
+        first: the number of their first chunk within the round.
+    """
+
+    queries: slice
+    keys: slice
+    first: int
+
+
+class Round:
+    """One round of some rows: what stands in its order, and how it goes back to the order of the text.
+
+    Args:
+        rows: of the rows of `layout.position`.
+        number: of the round.
+        length: of the text.
+    """
+
+    def __init__(self, layout: Layout, chunks: Chunks, rows: slice, number: int, length: int):
+        self.chunks = chunks
+        self.rows = rows
+        self.length = length
+        self.round_len = layout.position.size(1) // chunks.rounds
+        self.start = number * self.round_len
+        index = layout.position[rows]
+        self.index = index[:, self.start : self.start + self.round_len]
+        self.window_index = self._windows_of(index)
+        numbers = layout.number if len(layout.number) == 1 else layout.number[rows]
+        lowest = layout.lowest if len(layout.lowest) == 1 else layout.lowest[rows]
+        self.numbers = numbers[:, self.start : self.start + self.round_len]
+        self.key_numbers = self._windows_of(numbers)
+        self.lowest = lowest[:, self.start : self.start + self.round_len]
+        self.undo = inverse(self.index[:, :length])
+
+    def _windows_of(self, x: Tensor) -> Tensor:
+        """Return what stands in the order of all rounds from the first window of this round to its end."""
+        reach = self.chunks.reach
+        end = self.start + self.round_len
+        if self.start >= reach:
+            return x[:, self.start - reach : end]
+        return torch.cat([x[:, x.size(1) + self.start - reach :], x[:, :end]], dim=1)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield blocks of BLOCK scores, or of one chunk."""
+        chunk_len, reach = self.chunks.chunk_len, self.chunks.reach
+        count = max(1, BLOCK // (len(self.index) * chunk_len * self.chunks.window))
+        for first in range(0, self.round_len // chunk_len, count):
+            start = first * chunk_len
+            end = min(start + count * chunk_len, self.round_len)
+            yield Block(slice(start, end), slice(start, end + reach), first)
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """Sort [all rows, length, width] of the text: [rows, round_len, width]."""
+        return take(x[self.rows], self.index)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """Sort [all rows, length, width] of the text, from the first window on: [rows, reach + round_len, width]."""
+        return take(x[self.rows], self.window_index)
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        """Return [rows, round_len, width] in the order of the text: [rows, length, width]."""
+        return take(x, self.undo)
+
+    def cut(self, block: Block, x: Tensor) -> Tensor:
+        """Cut out a block's chunks: [rows, round_len, width] -> [rows, chunks, chunk_len, width]."""
+        return cut(x[:, block.queries], self.chunks)
+
+    def cut_windows(self, block: Block, x: Tensor) -> Tensor:
+        """Cut out a block's windows: [rows, reach + round_len, width] -> [rows, chunks, window, width]."""
+        return x[:, block.keys].unfold(1, self.chunks.window, self.chunks.chunk_len).transpose(-1, -2)
+
+    def scores(self, block: Block, sorted_query: Tensor, keys: Tensor) -> Tensor:
+        """Compute the scores of a block, [rows, chunks, chunk_len, window], in float32 at least."""
+        scores = self.cut(block, sorted_query) @ self.cut_windows(block, keys).transpose(-1, -2)
+        numbers, lowest = (self.cut(block, x[..., None])[..., 0] for x in (self.numbers, self.lowest))
+        key_numbers = self.cut_windows(block, self.key_numbers[..., None])[..., 0]
+        return hide(scores.to(wide(scores.dtype)), numbers, lowest, key_numbers, self.chunks)
+
+    def is_itself(self, block: Block) -> Tensor:
+        """Return where a query meets its own key: [1 or rows, chunks, chunk_len, window]."""
+        numbers = self.cut(block, self.numbers[..., None])
+        return numbers == self.cut_windows(block, self.key_numbers[..., None])[..., 0][..., None, :]
+
+    def factors(self, block: Block, weights: Tensor, mask: Mask) -> Tensor:
+        """Draw what the weights of a block are multiplied by."""
+        first = self.start // self.chunks.chunk_len + block.first
+        seeds = chunk_seeds(mask.seeds[self.rows], range(first, first + weights.size(1)))
+        return drop(torch.ones_like(weights).flatten(0, 1), Mask(mask.p, seeds)).view_as(weights)
+
+    def add_to_windows(self, block: Block, total: Tensor, windows: Tensor) -> None:
+        """Add [rows, chunks, window, width] to [rows, reach + round_len, width]; windows overlap."""
+        chunk_len = self.chunks.chunk_len
+        for number in range(self.chunks.before + 1):
+            shift = number * chunk_len
+            start = block.queries.start + shift
+            piece = windows[:, :, shift : shift + chunk_len].flatten(1, 2)
+            total[:, start : start + piece.size(1)] += piece
+
+    def add_windows(self, windows: Tensor, total: Tensor) -> None:
+        """Add [rows, reach + round_len, width] to [rows, length, width] of the text."""
+        reach = self.chunks.reach
+        total += self.unsorted(windows[:, reach:])
+        if self.chunks.around and reach:
+            index = self.window_index[:, :reach].long().clamp(max=self.length - 1)  # the gradient of padding is 0
+            total.scatter_add_(1, index[..., None].expand(-1, -1, total.size(-1)), windows[:, :reach])
+
+    def add_round(self, output: Tensor, log_sum: Tensor, total: Tensor, total_sum: Tensor) -> None:
+        """Merge a sorted round into the softmax over the rounds before it, which are in the order of the text."""
+        output = self.unsorted(output)
+        log_sum = self.unsorted(log_sum[..., None])[..., 0]
+        if self.chunks.rounds == 1:
+            total.copy_(output)
+            total_sum.copy_(log_sum)
+            return
+        merged = torch.logaddexp(total_sum, log_sum)
+        total *= (total_sum - merged).exp().to(total.dtype)[..., None]
+        total += output * (log_sum - merged).exp().to(total.dtype)[..., None]
+        total_sum.copy_(merged)
+
+
+def parts(query: Tensor, layout: Layout, chunks: Chunks) -> Iterator[tuple[slice, int]]:
+    """Yield rows and rounds; of several rows together if they have no more than BLOCK scores."""
+    round_len = layout.position.size(1) // chunks.rounds
+    count = max(1, BLOCK // (round_len * chunks.window))
+    for start in range(0, len(query), count):
+        for number in range(chunks.rounds):
+            yield slice(start, start + count), number
+
+
+def hide(scores: Tensor, numbers: Tensor, lowest: Tensor, key_numbers: Tensor, chunks: Chunks) -> Tensor:
+    """Replace the scores of keys that a query does not see, in place, and perhaps that of its own.
+
+    Args:
+        scores: [rows, chunks, chunk_len, window].
+        numbers, lowest: [1 or rows, chunks, chunk_len].
+        key_numbers: [1 or rows, chunks, window].
+    """
+    keys = key_numbers[..., None, :]
+    queries = numbers[..., None]
+    scores.masked_fill_((keys > queries) | (keys < lowest[..., None]), -torch.inf)
+    return scores if chunks.sees_itself else scores.masked_fill_(keys == queries, SELF)
+
+
+def chunk_seeds(seeds: Tensor, numbers: range) -> Tensor:
+    """Return a seed for each chunk of each row: int64 [rows] -> [rows * chunks]."""
+    chunk = mixed(torch.arange(numbers.start, numbers.stop, device=seeds.device))
+    return mixed(seeds[:, None] ^ chunk).flatten()
+
+
+def cut(x: Tensor, chunks: Chunks) -> Tensor:
+    """Cut [rows, n, ...] into chunks: [rows, n / chunk_len, chunk_len, ...]."""
+    pieces: Tensor = x.unflatten(1, (-1, chunks.chunk_len))
+    return pieces
+
+
+def around(x: Tensor, chunks: Chunks) -> Tensor:
+    """Put the last positions in front, which the first windows have: [rows, n] -> [rows, reach + n]."""
+    return torch.cat([x[:, x.size(1) - chunks.reach :], x], dim=1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Take positions of each row: [rows, length, width], int [rows, ...] -> [rows, ..., width]."""
+    rows, length, width = x.shape
+    first = torch.arange(rows, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
+    flat = (index.clamp(max=length - 1) + first).flatten()  # padding is anything
+    return x.reshape(-1, width).index_select(0, flat).view(*index.shape, width)
+
+
+def inverse(index: Tensor) -> Tensor:
+    """Return the inverse permutation of each row: int [rows, n] -> int64 [rows, n]."""
+    count = torch.arange(index.size(1), device=index.device).expand(index.shape)
+    return torch.empty_like(count.contiguous()).scatter_(1, index.long(), count)
+
+
+def unsort(x: Tensor, layout: Layout, chunks: Chunks, length: int) -> Tensor:
+    """Return all rounds in the order of the text: [rows, rounds * round_len, w] -> [rows, rounds, length, w]."""
+    rounds = x.unflatten(1, (chunks.rounds, -1))
+    index = layout.position.unflatten(1, (chunks.rounds, -1))[:, :, :length]
+    undo = inverse(index.flatten(0, 1))
+    unsorted: Tensor = take(rounds.flatten(0, 1), undo).unflatten(0, (-1, chunks.rounds))
+    return unsorted
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums are computed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
