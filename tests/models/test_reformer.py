@@ -16,8 +16,8 @@ from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.reading import Memory, read
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers import chunked_attention, hashed_attention
-from txl_dist.models.layers.chunked_attention import Chunks, attend, attend_blocks
-from txl_dist.models.layers.dropout import Noise
+from txl_dist.models.layers.chunked_attention import Chunks, attend
+from txl_dist.models.layers.dropout import Mask, Noise, factors
 from txl_dist.models.layers.hashing import draw_rotations, hash_vectors, sort_as_published, sort_within_buckets
 from txl_dist.models.reformer import Reformer, ReformerConfig
 
@@ -217,13 +217,40 @@ def test_attention_is_the_closed_form(lsh, before, length):
                 alike = [j for j in range(i) if of_round[j] == of_round[i] and j >= document[0, i]]
                 pairs += [(i, j) for j in alike[len(alike) - min(len(alike), before * 8) :]]
     expected = closed_form(query[0], query[0] * 0.7, value[0], pairs)
-    for function in (attend, attend_blocks):
-        near(function(query, query * 0.7, value, layout, chunks, None)[0], expected, 1e-12)
+    near(attend(query, query * 0.7, value, layout, chunks, None)[0], expected, 1e-12)
+
+
+def in_one_piece(query, key, value, layout, chunks, mask):
+    """Attention of all windows at once, for autograd."""
+    rows, length, _ = query.shape
+    row = torch.arange(rows)[:, None, None]
+    numbers = torch.arange(layout.position.size(1)).expand(rows, -1) if layout.number is None else layout.number
+    order, number, lowest = (
+        x.long().unflatten(1, (-1, chunks.chunk_len)) for x in (layout.position, numbers, layout.lowest)
+    )
+    window, window_number = (
+        torch.cat([x[:, x.size(1) - chunks.reach :], x], dim=1).long().unfold(1, chunks.window, chunks.chunk_len)
+        for x in (layout.position, numbers)
+    )
+    scores = query[row, order.clamp(max=length - 1)] @ key[row, window.clamp(max=length - 1)].transpose(-1, -2)
+    keys, queries = window_number[..., None, :], number[..., None]
+    scores = scores.masked_fill((keys > queries) | (keys < lowest[..., None]), -torch.inf)
+    scores = scores.masked_fill(keys == queries, chunked_attention.SELF)
+    log_sums = scores.logsumexp(-1)
+    weights = (scores - log_sums[..., None]).exp()
+    seeds = chunked_attention.chunk_seeds(mask.seeds, range(weights.size(1)))
+    weights = weights * factors(seeds, list(weights.shape[2:]), mask.p, weights.dtype).view_as(weights)
+    outputs = (weights @ value[row, window.clamp(max=length - 1)]).flatten(1, 2)
+    undo = order.flatten(1).unflatten(1, (chunks.rounds, -1))[..., :length].argsort(-1)
+    undo = undo + torch.arange(chunks.rounds)[:, None] * (order[0].numel() // chunks.rounds)
+    row = torch.arange(rows)[:, None, None]
+    shares = log_sums.flatten(1)[row, undo].softmax(1)
+    return (outputs[row, undo] * shares[..., None]).sum(1)
 
 
 @pytest.mark.parametrize("block", [1, 3000, 1 << 20])
 @pytest.mark.parametrize("lsh", ["strict", "published"])
-def test_blocks_are_the_formula_in_gradients_too(lsh, block, monkeypatch):
+def test_blocks_have_the_gradients_of_the_formula(lsh, block, monkeypatch):
     monkeypatch.setattr(chunked_attention, "BLOCK", block)
     length, rows = 61, 4
     generator = torch.Generator().manual_seed(1)
@@ -233,9 +260,9 @@ def test_blocks_are_the_formula_in_gradients_too(lsh, block, monkeypatch):
     buckets = hash_vectors(inputs[0][None], draw_rotations(1, rows, 6, 2, 4), [8])
     sort = sort_within_buckets if lsh == "strict" else sort_as_published
     layout = sort(buckets, torch.zeros(1, length, dtype=torch.int64), [8], chunks)
-    mask = hashed_attention.Mask(0.3, torch.arange(rows) + 17)
+    mask = Mask(0.3, torch.arange(rows) + 17)
     results = []
-    for function in (attend, attend_blocks):
+    for function in (in_one_piece, attend):
         leaves = [x.clone().requires_grad_() for x in inputs]
         output = function(*leaves, layout, chunks, mask)
         output.backward(upper)

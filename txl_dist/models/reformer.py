@@ -169,7 +169,7 @@ class Layer(nn.Module):
     def __init__(self, config: ReformerConfig, number: int, stores_all: bool):
         super().__init__()
         sizes = config.d_model, config.n_head, config.d_head
-        options: dict[str, Any] = {"dropout": config.dropout, "eps": config.layer_norm_eps, "stores_scores": stores_all}
+        options: dict[str, Any] = {"dropout": config.dropout, "eps": config.layer_norm_eps}
         if config.kinds[number] == "local":
             options |= {"chunk_len": config.local_chunk_len, "before": config.local_chunks_before}
             self.attention = LocalAttention(*sizes, dropatt=config.dropatt, **options)

@@ -7,8 +7,7 @@
 Positions are sorted anew in each round of hashing. A round is chunks in a row, the rounds stand one behind the other,
 and the first window of all reaches around to the last chunk. Local attention is one round that is not sorted.
 
-`attend_blocks` computes a block of chunks of few heads at a time, in backward again; so its memory is that of a block
-and of what goes in and out. `attend` is the same formula in one piece, for autograd.
+It is computed block by block, a few chunks of a few heads, and in backward so again: no more scores are in memory.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from txl_dist.models.layers.dropout import Mask, drop, mixed
 
-BLOCK = 1 << 20  # scores that are computed at once, if a chunk has no more
+BLOCK = 1 << 18  # scores that are computed at once, if a chunk has no more
 SELF = -1e5  # the score of a token with itself where it may see itself only if it sees nothing else
 
 
@@ -29,14 +28,13 @@ class Layout(NamedTuple):
     Attributes:
         position: int [rows, rounds * round_len], the position that stands there. At the end of a round there may be
             padding, beyond the length of the text, whose numbers no position sees.
-        number: int [1 or rows, the same]; a query with number i sees the keys of its window with numbers j,
-            lowest <= j <= i.
-        lowest: int [1 or rows, the same].
+        lowest: int [rows, the same]; a query of number i sees the keys of its window of numbers lowest <= j <= i.
+        number: int [rows, the same]; None: the places in the order, 0, 1, ...
     """
 
     position: Tensor
-    number: Tensor
     lowest: Tensor
+    number: Tensor | None = None
 
 
 class Chunks(NamedTuple):
@@ -68,7 +66,7 @@ class Chunks(NamedTuple):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Chunks, mask: Mask | None) -> Tensor:
-    """Attend in one piece.
+    """Attend; gradients cannot be differentiated again.
 
     Args:
         query, key, value: [rows, length, d_head]; a row is a head of a lane. Keys are scaled.
@@ -77,33 +75,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Ch
     Returns:
         [rows, length, d_head].
     """
-    length = query.size(1)
-    order, numbers, lowest = (cut(x, chunks) for x in layout)
-    windows = around(layout.position, chunks).unfold(1, chunks.window, chunks.chunk_len)
-    key_numbers = around(layout.number, chunks).unfold(1, chunks.window, chunks.chunk_len)
-    keys, values = take(key, windows), take(value, windows)
-    scores = take(query, order) @ keys.transpose(-1, -2)
-    scores = hide(scores, numbers, lowest, key_numbers, chunks)
-    log_sums = scores.logsumexp(-1)
-    weights = (scores - log_sums[..., None]).exp()
-    if mask is not None:
-        seeds = chunk_seeds(mask.seeds, range(weights.size(1)))
-        weights = weights * drop(torch.ones_like(weights).flatten(0, 1), Mask(mask.p, seeds)).view_as(weights)
-    outputs = unsort((weights.to(values.dtype) @ values).flatten(1, 2), layout, chunks, length)
-    shares = unsort(log_sums.flatten(1)[..., None], layout, chunks, length).softmax(1)
-    return (outputs * shares.to(outputs.dtype)).sum(1)
-
-
-def attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Chunks, mask: Mask | None
-) -> Tensor:
-    """Attend block by block; arguments and result are those of `attend`."""
     output: Tensor = BlockedAttention.apply(query, key, value, layout, chunks, mask)  # type: ignore[no-untyped-call]
     return output
 
 
 class BlockedAttention(torch.autograd.Function):
-    """`attend` block by block.
+    """Attention to all windows of a query, and its gradients.
 
     Over all rounds it is one softmax, exp(s_ij - z_i) with z_i the logarithm of the sum over the windows of all rounds.
     So backward needs z and the output, and computes scores again (Dao et al. 2022, algorithm 4).
@@ -132,7 +109,8 @@ class BlockedAttention(torch.autograd.Function):
                 product = weights.to(values.dtype) @ part.cut_windows(block, values)
                 round_output[:, block.queries] = product.div_(total.to(product.dtype)).flatten(1, 2)
             part.add_round(round_output, round_sum, output[rows], log_sum[rows])
-        ctx.save_for_backward(query, key, value, output, log_sum, *layout, *(mask[1:] if mask else ()))
+        ctx.save_for_backward(query, key, value, output, log_sum, *(mask[1:] if mask else ()))
+        ctx.layout = layout
         ctx.chunks = chunks
         ctx.p = mask.p if mask else None
         return output
@@ -140,8 +118,8 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of query, key and value."""
-        query, key, value, output, log_sum, position, number, lowest, *seeds = ctx.saved_tensors
-        layout = Layout(position, number, lowest)
+        query, key, value, output, log_sum, *seeds = ctx.saved_tensors
+        layout: Layout = ctx.layout
         chunks: Chunks = ctx.chunks
         mask = Mask(ctx.p, *seeds) if seeds else None
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
@@ -167,7 +145,7 @@ class BlockedAttention(torch.autograd.Function):
                 part.add_to_windows(block, d_values, dropped.to(d_out.dtype).transpose(-1, -2) @ d_out)
                 d_scores = d_weights.sub_(part.cut(block, sorted_delta)).mul_(weights)
                 if not chunks.sees_itself:
-                    d_scores.masked_fill_(part.is_itself(block), 0.0)
+                    part.fill_itself(block, d_scores, 0.0)
                 d_scores = d_scores.to(keys.dtype)
                 sorted_d_query[:, block.queries] = (d_scores @ part.cut_windows(block, keys)).flatten(1, 2)
                 part.add_to_windows(block, d_keys, d_scores.transpose(-1, -2) @ part.cut(block, sorted_query))
@@ -206,15 +184,15 @@ class Round:
         self.length = length
         self.round_len = layout.position.size(1) // chunks.rounds
         self.start = number * self.round_len
-        index = layout.position[rows]
-        self.index = index[:, self.start : self.start + self.round_len]
-        self.window_index = self._windows_of(index)
-        numbers = layout.number if len(layout.number) == 1 else layout.number[rows]
-        lowest = layout.lowest if len(layout.lowest) == 1 else layout.lowest[rows]
-        self.numbers = numbers[:, self.start : self.start + self.round_len]
-        self.key_numbers = self._windows_of(numbers)
-        self.lowest = lowest[:, self.start : self.start + self.round_len]
-        self.undo = inverse(self.index[:, :length])
+        own = slice(self.start, self.start + self.round_len)
+        self.position = layout.position[rows, own]
+        self.window_position = self._windows_of(layout.position[rows])
+        self.lowest = layout.lowest[rows, own]
+        self.number = self.window_number = None
+        if layout.number is not None:
+            self.number = layout.number[rows, own]
+            self.window_number = self._windows_of(layout.number[rows])
+        self.undo = inverse(self.position[:, :length])
 
     def _windows_of(self, x: Tensor) -> Tensor:
         """Return what stands in the order of all rounds from the first window of this round to its end."""
@@ -227,7 +205,7 @@ class Round:
     def blocks(self) -> Iterator[Block]:
         """Yield blocks of BLOCK scores, or of one chunk."""
         chunk_len, reach = self.chunks.chunk_len, self.chunks.reach
-        count = max(1, BLOCK // (len(self.index) * chunk_len * self.chunks.window))
+        count = max(1, BLOCK // (len(self.position) * chunk_len * self.chunks.window))
         for first in range(0, self.round_len // chunk_len, count):
             start = first * chunk_len
             end = min(start + count * chunk_len, self.round_len)
@@ -235,11 +213,11 @@ class Round:
 
     def sorted(self, x: Tensor) -> Tensor:
         """Sort [all rows, length, width] of the text: [rows, round_len, width]."""
-        return take(x[self.rows], self.index)
+        return take(x[self.rows], self.position)
 
     def windows(self, x: Tensor) -> Tensor:
         """Sort [all rows, length, width] of the text, from the first window on: [rows, reach + round_len, width]."""
-        return take(x[self.rows], self.window_index)
+        return take(x[self.rows], self.window_position)
 
     def unsorted(self, x: Tensor) -> Tensor:
         """Return [rows, round_len, width] in the order of the text: [rows, length, width]."""
@@ -254,16 +232,33 @@ class Round:
         return x[:, block.keys].unfold(1, self.chunks.window, self.chunks.chunk_len).transpose(-1, -2)
 
     def scores(self, block: Block, sorted_query: Tensor, keys: Tensor) -> Tensor:
-        """Compute the scores of a block, [rows, chunks, chunk_len, window], in float32 at least."""
+        """Compute the scores of a block, [rows, chunks, chunk_len, window], in float32 at least; -inf: not seen."""
         scores = self.cut(block, sorted_query) @ self.cut_windows(block, keys).transpose(-1, -2)
-        numbers, lowest = (self.cut(block, x[..., None])[..., 0] for x in (self.numbers, self.lowest))
-        key_numbers = self.cut_windows(block, self.key_numbers[..., None])[..., 0]
-        return hide(scores.to(wide(scores.dtype)), numbers, lowest, key_numbers, self.chunks)
+        scores = scores.to(wide(scores.dtype))
+        scores.masked_fill_(self._hidden(block), -torch.inf)
+        if not self.chunks.sees_itself:
+            self.fill_itself(block, scores, SELF)
+        return scores
 
-    def is_itself(self, block: Block) -> Tensor:
-        """Return where a query meets its own key: [1 or rows, chunks, chunk_len, window]."""
-        numbers = self.cut(block, self.numbers[..., None])
-        return numbers == self.cut_windows(block, self.key_numbers[..., None])[..., 0][..., None, :]
+    def _hidden(self, block: Block) -> Tensor:
+        """Return which keys of its window a query does not see: [rows, chunks, chunk_len, window]."""
+        lowest = self.cut(block, self.lowest[..., None])
+        if self.number is None or self.window_number is None:
+            first = torch.arange(block.keys.start, block.keys.stop - self.chunks.reach, self.chunks.chunk_len)
+            first = first.to(lowest.device, lowest.dtype) + (self.start - self.chunks.reach)
+            at = torch.arange(self.chunks.window, dtype=lowest.dtype, device=lowest.device)
+            ahead = at > at[self.chunks.reach :, None]
+            return (at < lowest - first[:, None, None]) | ahead
+        keys = self.cut_windows(block, self.window_number[..., None]).transpose(-1, -2)
+        return (keys > self.cut(block, self.number[..., None])) | (keys < lowest)
+
+    def fill_itself(self, block: Block, scores: Tensor, value: float) -> None:
+        """Fill in a value where a query meets its own key."""
+        if self.number is None or self.window_number is None:
+            scores.diagonal(self.chunks.reach, -2, -1).fill_(value)
+            return
+        keys = self.cut_windows(block, self.window_number[..., None]).transpose(-1, -2)
+        scores.masked_fill_(keys == self.cut(block, self.number[..., None]), value)
 
     def factors(self, block: Block, weights: Tensor, mask: Mask) -> Tensor:
         """Draw what the weights of a block are multiplied by."""
@@ -285,7 +280,7 @@ class Round:
         reach = self.chunks.reach
         total += self.unsorted(windows[:, reach:])
         if self.chunks.around and reach:
-            index = self.window_index[:, :reach].long().clamp(max=self.length - 1)  # the gradient of padding is 0
+            index = self.window_position[:, :reach].long().clamp(max=self.length - 1)  # the gradient of padding is 0
             total.scatter_add_(1, index[..., None].expand(-1, -1, total.size(-1)), windows[:, :reach])
 
     def add_round(self, output: Tensor, log_sum: Tensor, total: Tensor, total_sum: Tensor) -> None:
@@ -311,20 +306,6 @@ def parts(query: Tensor, layout: Layout, chunks: Chunks) -> Iterator[tuple[slice
             yield slice(start, start + count), number
 
 
-def hide(scores: Tensor, numbers: Tensor, lowest: Tensor, key_numbers: Tensor, chunks: Chunks) -> Tensor:
-    """Replace the scores of keys that a query does not see, in place, and perhaps that of its own.
-
-    Args:
-        scores: [rows, chunks, chunk_len, window].
-        numbers, lowest: [1 or rows, chunks, chunk_len].
-        key_numbers: [1 or rows, chunks, window].
-    """
-    keys = key_numbers[..., None, :]
-    queries = numbers[..., None]
-    scores.masked_fill_((keys > queries) | (keys < lowest[..., None]), -torch.inf)
-    return scores if chunks.sees_itself else scores.masked_fill_(keys == queries, SELF)
-
-
 def chunk_seeds(seeds: Tensor, numbers: range) -> Tensor:
     """Return a seed for each chunk of each row: int64 [rows] -> [rows * chunks]."""
     chunk = mixed(torch.arange(numbers.start, numbers.stop, device=seeds.device))
@@ -335,11 +316,6 @@ def cut(x: Tensor, chunks: Chunks) -> Tensor:
     """Cut [rows, n, ...] into chunks: [rows, n / chunk_len, chunk_len, ...]."""
     pieces: Tensor = x.unflatten(1, (-1, chunks.chunk_len))
     return pieces
-
-
-def around(x: Tensor, chunks: Chunks) -> Tensor:
-    """Put the last positions in front, which the first windows have: [rows, n] -> [rows, reach + n]."""
-    return torch.cat([x[:, x.size(1) - chunks.reach :], x], dim=1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -354,15 +330,6 @@ def inverse(index: Tensor) -> Tensor:
     """Return the inverse permutation of each row: int [rows, n] -> int64 [rows, n]."""
     count = torch.arange(index.size(1), device=index.device).expand(index.shape)
     return torch.empty_like(count.contiguous()).scatter_(1, index.long(), count)
-
-
-def unsort(x: Tensor, layout: Layout, chunks: Chunks, length: int) -> Tensor:
-    """Return all rounds in the order of the text: [rows, rounds * round_len, w] -> [rows, rounds, length, w]."""
-    rounds = x.unflatten(1, (chunks.rounds, -1))
-    index = layout.position.unflatten(1, (chunks.rounds, -1))[:, :, :length]
-    undo = inverse(index.flatten(0, 1))
-    unsorted: Tensor = take(rounds.flatten(0, 1), undo).unflatten(0, (-1, chunks.rounds))
-    return unsorted
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,11 +16,13 @@ class Product(NamedTuple):
         forward: its operations in a forward.
         gradients: how many of its two factors need a gradient.
         visible: in attention the fraction of the keys, on average, that a query may see.
+        recomputed: how often backward computes it once more, to keep no result: this is no work of the model.
     """
 
     forward: float
     gradients: int = 2
     visible: float = 1.0
+    recomputed: int = 0
 
     @property
     def training(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from txl_dist.models.layers.chunked_attention import SELF, Chunks, Layout, attend, attend_blocks, wide
+from txl_dist.models.layers.chunked_attention import SELF, Chunks, Layout, attend, wide
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, LaneDropout, Mask, Noise, mixed
 from txl_dist.models.layers.hashing import (
@@ -55,7 +55,6 @@ class ChunkedAttention(nn.Module, ABC):
     Args:
         chunk_len: positions of a chunk.
         before: chunks before its own that a token may see.
-        stores_scores: compute in one piece, and keep everything for backward.
     """
 
     def __init__(
@@ -69,14 +68,12 @@ class ChunkedAttention(nn.Module, ABC):
         dropout: float,
         dropatt: float,
         eps: float,
-        stores_scores: bool,
     ):
         super().__init__()
         self.n_head = n_head
         self.d_head = d_head
         self.chunk_len = chunk_len
         self.before = before
-        self.stores_scores = stores_scores
         self.layer_norm = nn.LayerNorm(d_model, eps=eps)
         self.value = nn.Linear(d_model, n_head * d_head, bias=False)
         self.output = nn.Linear(n_head * d_head, d_model, bias=False)
@@ -103,8 +100,7 @@ class ChunkedAttention(nn.Module, ABC):
             heads = mixed(torch.arange(self.n_head, device=mask.seeds.device))
             mask = Mask(mask.p, (mask.seeds[:, None] ^ heads).flatten())
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-        keeps = self.stores_scores and torch.is_grad_enabled()
-        attended = (attend if keeps else attend_blocks)(query, key, value, *arrangement, mask)
+        attended = attend(query, key, value, *arrangement, mask)
         return self.leave(attended.unflatten(0, (len(stream), self.n_head)), noise), arrangement
 
     def read(self, stream: Tensor, view: View, cache: TextCache) -> Tensor:
@@ -114,7 +110,7 @@ class ChunkedAttention(nn.Module, ABC):
             arrangement = self.arrange(query, view, None)
             cache.append(key, value)
             rows = [x.flatten(0, 1) for x in (query, key, value)]
-            attended = attend_blocks(rows[0], rows[1], rows[2], *arrangement, None)
+            attended = attend(rows[0], rows[1], rows[2], *arrangement, None)
             self.remember(query, view, cache)
             return self.leave(attended.unflatten(0, (len(stream), self.n_head)))
         outputs = []
@@ -166,7 +162,8 @@ class ChunkedAttention(nn.Module, ABC):
         number = rounds * -(-length // self.chunk_len)
         window = (min(self.before, number - 1) + 1) * self.chunk_len
         attention = Product(2 * lanes * width * number * self.chunk_len * window, visible=visible)
-        return [Product(2 * lanes * length * d_model * width)] * (projections + 1) + [attention, attention]
+        scores = attention._replace(recomputed=1)
+        return [Product(2 * lanes * length * d_model * width)] * (projections + 1) + [scores, attention]
 
 
 class LocalAttention(ChunkedAttention):
@@ -293,14 +290,14 @@ class LSHAttention(ChunkedAttention):
         queries = torch.cat([key[:, :-1], query], dim=1)  # which hash as keys do: only their length differs
         start = view.start.new_zeros(1, length)
         arrangement = self.arrange(queries[None], view._replace(start=start), None)
-        return attend_blocks(queries, key, value, *arrangement, None)[None, :, -1:]
+        return attend(queries, key, value, *arrangement, None)[None, :, -1:]
 
     def products(self, lanes: int, length: int, rounds: int) -> list[Product]:
         """List the products of matrices when `lanes` read a segment; the visible fraction is that of even buckets."""
         if not self.strict and length <= self.chunk_len:
             width = self.output.in_features
             one = Product(2 * lanes * width * length * length, visible=(length + 1) / (2 * length))
-            return [*self.products_of(lanes, length, 1, 2, 1.0)[:3], one, one]
+            return [*self.products_of(lanes, length, 1, 2, 1.0)[:3], one._replace(recomputed=1), one]
         width = self.output.in_features
         directions = rounds * sum(self.n_buckets) // 2
         hashing = Product(2 * lanes * length * width * directions, gradients=0)

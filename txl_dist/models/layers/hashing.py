@@ -73,10 +73,9 @@ def sort_within_buckets(buckets: Tensor, start: Tensor, n_buckets: Sequence[int]
     begins = torch.ones_like(group, dtype=torch.bool)
     begins[..., 1:] = (group[..., 1:] != group[..., :-1]) | (first[..., 1:] != first[..., :-1])
     lowest = torch.maximum(torch.where(begins, rank, 0).cummax(-1).values, rank - chunks.reach)
-    padded = [pad(x, chunks) for x in (order, rank.expand_as(order), lowest)]
-    first_of_round = torch.arange(rounds, device=buckets.device)[:, None] * padded[0].size(-1)
-    position, number, lowest = padded[0], padded[1] + first_of_round, padded[2] + first_of_round
-    return Layout(*(x.flatten(0, 1).flatten(1).int() for x in (position, number, lowest)))
+    position, lowest = (pad(x, chunks) for x in (order, lowest))
+    lowest = lowest + torch.arange(rounds, device=buckets.device)[:, None] * lowest.size(-1)
+    return Layout(*(x.flatten(0, 1).flatten(1).int() for x in (position, lowest)))
 
 
 def sort_as_published(buckets: Tensor, start: Tensor, n_buckets: Sequence[int], chunks: Chunks) -> Layout:
@@ -87,8 +86,8 @@ def sort_as_published(buckets: Tensor, start: Tensor, n_buckets: Sequence[int], 
     """
     order = sort_stably(buckets, prod(n_buckets))
     lowest = start[:, None, None].expand(buckets.shape).gather(-1, order)
-    padded = (pad(x, chunks) for x in (order, order, lowest))
-    return Layout(*(x.flatten(0, 1).flatten(1).int() for x in padded))
+    position, lowest = (pad(x, chunks).flatten(0, 1).flatten(1).int() for x in (order, lowest))
+    return Layout(position, lowest, number=position)
 
 
 def pad(x: Tensor, chunks: Chunks) -> Tensor:
@@ -102,7 +101,7 @@ def unsorted(start: Tensor, n_head: int, chunks: Chunks) -> Layout:
     """Lay out one round in the order of the text, with `start` as in `sort_within_buckets`."""
     position = pad(torch.arange(start.size(1), dtype=torch.int32, device=start.device), chunks)
     lowest = pad(start.int(), chunks).repeat_interleave(n_head, dim=0)
-    return Layout(position.expand(lowest.shape), position[None], lowest)
+    return Layout(position.expand(lowest.shape), lowest)
 
 
 def sort_stably(buckets: Tensor, count: int) -> Tensor:
