@@ -11,6 +11,7 @@ It is computed block by block, a few chunks of a few heads, and in backward so a
 """
 
 from collections.abc import Iterator
+from math import e, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from txl_dist.models.layers.dropout import Mask, drop, mixed
 
 BLOCK = 1 << 18  # scores that are computed at once, if a chunk has no more
+HIDDEN = -1e9  # the score of a key that is not seen, or less
 SELF = -1e5  # the score of a token with itself where it may see itself only if it sees nothing else
+LOG2E = log2(e)  # scores are in bits within a block: powers of 2 are faster on a CPU
 
 
 class Layout(NamedTuple):
@@ -82,34 +85,38 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Ch
 class BlockedAttention(torch.autograd.Function):
     """Attention to all windows of a query, and its gradients.
 
-    Over all rounds it is one softmax, exp(s_ij - z_i) with z_i the logarithm of the sum over the windows of all rounds.
-    So backward needs z and the output, and computes scores again (Dao et al. 2022, algorithm 4).
+    Over all rounds it is one softmax, 2^(s_ij - z_i) with z_i the logarithm of the sum over the windows of all rounds.
+    So backward needs z, in two parts, and the output, and computes scores again (Dao et al. 2022, algorithm 4).
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, chunks: Chunks, mask: Mask | None
     ) -> Tensor:
-        """Keep arguments, output and the logarithms of the sums [rows, length]."""
+        """Keep arguments, output, largest scores and the logarithms of the sums beside those."""
         output = torch.zeros_like(query)
-        log_sum = query.new_full(query.shape[:2], -torch.inf, dtype=wide(query.dtype))
+        largest = query.new_full((*query.shape[:2], 1), -torch.inf, dtype=wide(query.dtype))
+        log_sum = torch.zeros_like(largest)
         for rows, number in parts(query, layout, chunks):
             part = Round(layout, chunks, rows, number, query.size(1))
-            sorted_query, keys, values = part.sorted(query), part.windows(key), part.windows(value)
+            sorted_query, keys, values = part.sorted(query) * LOG2E, part.windows(key), part.windows(value)
             round_output = torch.empty_like(sorted_query)
-            round_sum = log_sum.new_empty(sorted_query.shape[:2])
+            round_largest = largest.new_empty(*sorted_query.shape[:2], 1)
+            round_sum = torch.empty_like(round_largest)
             for block in part.blocks():
                 scores = part.scores(block, sorted_query, keys)
-                largest = scores.amax(-1, keepdim=True)
-                weights = scores.sub_(largest).exp_()
+                top = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(top).exp2_()
                 total = weights.sum(-1, keepdim=True)
-                round_sum[:, block.queries] = (largest + total.log()).flatten(1)
+                round_largest[:, block.queries] = top.flatten(1, 2)
+                round_sum[:, block.queries] = total.log2().flatten(1, 2)
                 if mask is not None:
                     weights *= part.factors(block, weights, mask)
                 product = weights.to(values.dtype) @ part.cut_windows(block, values)
                 round_output[:, block.queries] = product.div_(total.to(product.dtype)).flatten(1, 2)
-            part.add_round(round_output, round_sum, output[rows], log_sum[rows])
-        ctx.save_for_backward(query, key, value, output, log_sum, *(mask[1:] if mask else ()))
+            of_round = (part.unsorted(x) for x in (round_output, round_largest, round_sum))
+            merge((output[rows], largest[rows], log_sum[rows]), *of_round)
+        ctx.save_for_backward(query, key, value, output, largest, log_sum, *(mask[1:] if mask else ()))
         ctx.layout = layout
         ctx.chunks = chunks
         ctx.p = mask.p if mask else None
@@ -118,23 +125,22 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of query, key and value."""
-        query, key, value, output, log_sum, *seeds = ctx.saved_tensors
+        query, key, value, output, largest, log_sum, *seeds = ctx.saved_tensors
         layout: Layout = ctx.layout
         chunks: Chunks = ctx.chunks
         mask = Mask(ctx.p, *seeds) if seeds else None
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
-        delta = (d_output * output).sum(-1, dtype=log_sum.dtype)
+        delta = (d_output * output).sum(-1, keepdim=True, dtype=log_sum.dtype)
         for rows, round_number in parts(query, layout, chunks):
             part = Round(layout, chunks, rows, round_number, query.size(1))
-            sorted_query, keys, values = part.sorted(query), part.windows(key), part.windows(value)
+            sorted_query, keys, values = part.sorted(query) * LOG2E, part.windows(key), part.windows(value)
             sorted_d_output = part.sorted(d_output)
-            sorted_sum = part.sorted(log_sum[..., None])
-            sorted_delta = part.sorted(delta[..., None])
+            sorted_largest, sorted_sum, sorted_delta = (part.sorted(x) for x in (largest, log_sum, delta))
             sorted_d_query = torch.empty_like(sorted_query)
             d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
             for block in part.blocks():
                 weights = part.scores(block, sorted_query, keys)
-                weights = weights.sub_(part.cut(block, sorted_sum)).exp_()
+                weights.sub_(part.cut(block, sorted_largest)).sub_(part.cut(block, sorted_sum)).exp2_()
                 d_out = part.cut(block, sorted_d_output)
                 d_weights = (d_out @ part.cut_windows(block, values).transpose(-1, -2)).to(weights.dtype)
                 dropped = weights
@@ -150,7 +156,7 @@ class BlockedAttention(torch.autograd.Function):
                 sorted_d_query[:, block.queries] = (d_scores @ part.cut_windows(block, keys)).flatten(1, 2)
                 part.add_to_windows(block, d_keys, d_scores.transpose(-1, -2) @ part.cut(block, sorted_query))
             d_query[rows] += part.unsorted(sorted_d_query)
-            part.add_windows(d_keys, d_key[rows])
+            part.add_windows(d_keys.div_(LOG2E), d_key[rows])
             part.add_windows(d_values, d_value[rows])
         return d_query, d_key, d_value, None, None, None
 
@@ -232,25 +238,26 @@ class Round:
         return x[:, block.keys].unfold(1, self.chunks.window, self.chunks.chunk_len).transpose(-1, -2)
 
     def scores(self, block: Block, sorted_query: Tensor, keys: Tensor) -> Tensor:
-        """Compute the scores of a block, [rows, chunks, chunk_len, window], in float32 at least; -inf: not seen."""
+        """Compute the scores of a block, [rows, chunks, chunk_len, window], in float32 at least; HIDDEN: not seen."""
         scores = self.cut(block, sorted_query) @ self.cut_windows(block, keys).transpose(-1, -2)
         scores = scores.to(wide(scores.dtype))
-        scores.masked_fill_(self._hidden(block), -torch.inf)
+        lowest = self.cut(block, self.lowest[..., None])
+        if self.number is not None and self.window_number is not None:
+            number = self.cut_windows(block, self.window_number[..., None]).transpose(-1, -2)
+            scores.masked_fill_((number > self.cut(block, self.number[..., None])) | (number < lowest), HIDDEN)
+        else:  # ranks ahead are always the same; by arithmetic, which is faster than by comparisons
+            first = (
+                self.start
+                - self.chunks.reach
+                + torch.arange(block.queries.start, block.queries.stop, self.chunks.chunk_len, device=lowest.device)
+            )
+            at = torch.arange(self.chunks.window, dtype=scores.dtype, device=scores.device)
+            lowest_at = (lowest - first[:, None, None]).clamp_(min=0).to(scores.dtype)
+            scores.add_((at - lowest_at).clamp_(max=0), alpha=-HIDDEN)
+            scores.add_((at > at[self.chunks.reach :, None]).to(scores.dtype), alpha=HIDDEN)
         if not self.chunks.sees_itself:
             self.fill_itself(block, scores, SELF)
         return scores
-
-    def _hidden(self, block: Block) -> Tensor:
-        """Return which keys of its window a query does not see: [rows, chunks, chunk_len, window]."""
-        lowest = self.cut(block, self.lowest[..., None])
-        if self.number is None or self.window_number is None:
-            first = torch.arange(block.keys.start, block.keys.stop - self.chunks.reach, self.chunks.chunk_len)
-            first = first.to(lowest.device, lowest.dtype) + (self.start - self.chunks.reach)
-            at = torch.arange(self.chunks.window, dtype=lowest.dtype, device=lowest.device)
-            ahead = at > at[self.chunks.reach :, None]
-            return (at < lowest - first[:, None, None]) | ahead
-        keys = self.cut_windows(block, self.window_number[..., None]).transpose(-1, -2)
-        return (keys > self.cut(block, self.number[..., None])) | (keys < lowest)
 
     def fill_itself(self, block: Block, scores: Tensor, value: float) -> None:
         """Fill in a value where a query meets its own key."""
@@ -283,18 +290,23 @@ class Round:
             index = self.window_position[:, :reach].long().clamp(max=self.length - 1)  # the gradient of padding is 0
             total.scatter_add_(1, index[..., None].expand(-1, -1, total.size(-1)), windows[:, :reach])
 
-    def add_round(self, output: Tensor, log_sum: Tensor, total: Tensor, total_sum: Tensor) -> None:
-        """Merge a sorted round into the softmax over the rounds before it, which are in the order of the text."""
-        output = self.unsorted(output)
-        log_sum = self.unsorted(log_sum[..., None])[..., 0]
-        if self.chunks.rounds == 1:
-            total.copy_(output)
-            total_sum.copy_(log_sum)
-            return
-        merged = torch.logaddexp(total_sum, log_sum)
-        total *= (total_sum - merged).exp().to(total.dtype)[..., None]
-        total += output * (log_sum - merged).exp().to(total.dtype)[..., None]
-        total_sum.copy_(merged)
+
+def merge(total: tuple[Tensor, Tensor, Tensor], output: Tensor, largest: Tensor, log_sum: Tensor) -> None:
+    """Merge a round into the softmax over the rounds before it, in place.
+
+    Args:
+        total, and the others: output [rows, length, width], largest score, and the logarithm to the base 2 of the sum
+            beside that [rows, length, 1]. Their sum would lose what is behind the point where only SELF is seen.
+    """
+    all_output, all_largest, all_sum = total
+    most = torch.maximum(all_largest, largest)
+    before = all_sum + (all_largest - most)
+    here = log_sum + (largest - most)
+    merged = torch.logaddexp2(before, here)
+    all_output *= (before - merged).exp2().to(output.dtype)
+    all_output += output * (here - merged).exp2().to(output.dtype)
+    all_largest.copy_(most)
+    all_sum.copy_(merged)
 
 
 def parts(query: Tensor, layout: Layout, chunks: Chunks) -> Iterator[tuple[slice, int]]:
