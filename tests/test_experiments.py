@@ -1,5 +1,6 @@
 """The recipes of conf/experiment: each composes, builds, and has the published number of parameters."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -31,6 +32,8 @@ PUBLISHED = {
 }
 # Published parameters of XLNet, without the softmax's bias, for the vocabulary of 32,000 pieces.
 PUBLISHED_XLNET = {"xlnet_base": 116_718_336, "xlnet_large": 360_268_800, "xlnet_large_readme": 360_268_800}
+# Published parameters of the Reformer, for vocabularies of 258 and 256.
+PUBLISHED_REFORMER = {"reformer_enwik8": (56_406_786, 258), "reformer_imagenet64": (60.66e6, 256)}
 
 
 def composed(name):
@@ -41,7 +44,11 @@ def composed(name):
 
 def test_every_experiment_is_tested():
     names = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
-    assert names - {"quickstart", "ablation", "xlnet_small"} == {*PUBLISHED, *PUBLISHED_XLNET}
+    assert names - {"quickstart", "ablation", "xlnet_small", "reformer_small"} == {
+        *PUBLISHED,
+        *PUBLISHED_XLNET,
+        *PUBLISHED_REFORMER,
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -74,3 +81,19 @@ def test_without_the_data_the_error_names_the_command_that_makes_them(run, tmp_p
     printed = run("txl_dist.train", "+experiment=wt103_large", cwd=tmp_path, expect=2).stderr
     assert "python -m txl_dist.prepare corpus=wikitext103" in printed and "Traceback" not in printed
     assert len(printed.splitlines()) < 10
+
+
+@pytest.mark.parametrize("name", PUBLISHED_REFORMER)
+def test_it_has_the_published_number_of_parameters_of_a_reformer(name):
+    job = composed(name)
+    published, vocab_size = PUBLISHED_REFORMER[name]
+    assert not list(job.model.problems()) and job.run.dir == f"runs/{name}"
+    parameters = sum(prod(shape) for shape in parameter_shapes(job.model, vocab_size).values())
+    assert parameters == published if isinstance(published, int) else abs(parameters - published) < 5000
+
+
+def test_the_released_reformer_of_enwik8_has_its_number_of_parameters():
+    """google/reformer-enwik8, whose file has 597 MB."""
+    shape = {"d_model": 1024, "d_inner": 4096, "d_head": 128, "n_hashes": 4, "axial_widths": [256, 768]}
+    parameters = parameter_shapes(replace(composed("reformer_enwik8").model, **shape), 258)
+    assert sum(prod(shape) for shape in parameters.values()) == 149_182_722
