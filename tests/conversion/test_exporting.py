@@ -26,6 +26,7 @@ from tests.conversion.third_party import (
     refusal,
     save_folder,
 )
+from tests.conversion.xlnet_models import TOKENIZER as XLNET_TOKENIZER
 from txl_dist.checkpoint.format import latest
 from txl_dist.convert import convert
 from txl_dist.data import tokenizers
@@ -173,6 +174,17 @@ def test_other_attention_is_not_exported(run, small, tmp_path):
     run("txl_dist.train", *small, f"run.dir={tmp_path / 'run'}", "model.attention=shaw", "train.stop_at=1")
     message = refusal(None, tmp_path / "run", to=tmp_path / "out")
     assert "model.attention=shaw" in message and not (tmp_path / "out").exists()
+
+
+def test_tokenizers_without_code_are_neither_exported_nor_imported(runs, tmp_path):
+    shutil.copytree(runs["full softmax"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    XLNET_TOKENIZER.save(tmp_path / "run" / "tokenizer")
+    message = refusal(None, tmp_path / "run", to=tmp_path / "out")
+    assert "tokenizer.name=xlnet" in message and not (tmp_path / "out").exists()
+    convert(convert_job(run=runs["full softmax"], to=tmp_path / "out"))
+    (tmp_path / "out" / "tokenizer_config.json").write_text('{"tokenizer_class": "OtherTokenizer"}')
+    assert "tokenizer_class='OtherTokenizer': is none" in refusal(tmp_path / "out", tmp_path / "again")
 
 
 def test_a_damaged_checkpoint_is_not_exported(runs, tmp_path):

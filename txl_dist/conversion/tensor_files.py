@@ -19,8 +19,14 @@ from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
 # Keys under which training scripts keep a state dict or a module, and what modules that wrap others add to names.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "_orig_mod")
 WRAPPING = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-EMBEDDING_NAMES = ("word_emb.emb_layers.0.weight", "embedding.table_0", "word_embedding.weight")
-PREFIXED = re.compile(r"(^|\.)(dec_attn|crit|rel_attn)\.")  # names that have the prefix which the embedding's name has
+EMBEDDING_NAMES = (
+    "word_emb.emb_layers.0.weight",
+    "embedding.table_0",
+    "word_embedding.weight",
+    "embeddings.word_embeddings.weight",
+)
+# Names that have the prefix which the embedding's name has.
+PREFIXED = re.compile(r"(^|\.)(dec_attn|crit|rel_attn|reformer|lm_head)\.")
 
 
 def read_file(path: Path) -> Any:
@@ -71,8 +77,11 @@ def prefix_of_embedding(tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
+def read_folder(folder: Path, own_prefix: str) -> dict[str, Tensor]:
     """Read the tensors of a folder, from one file or from the parts that an index names.
+
+    Args:
+        own_prefix: as in `plain_names`.
 
     Raises:
         UserError: where there is neither.
@@ -81,9 +90,9 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         index = folder / f"{name}.index.json"
         if path.is_file():
-            return plain_names(unwrap(read_file(path)), own_prefix="transformer.")
+            return plain_names(unwrap(read_file(path)), own_prefix)
         if index.is_file():
-            return plain_names(read_parts(index), own_prefix="transformer.")
+            return plain_names(read_parts(index), own_prefix)
     raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of their parts")
 
 

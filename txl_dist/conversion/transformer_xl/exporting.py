@@ -9,8 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from txl_dist.checkpoint.format import save_tensors
-from txl_dist.conversion.exported_folder import HUB, Exporter, write_json, write_tokenizer_with_code
-from txl_dist.data.tokenizers import Tokenizer
+from txl_dist.conversion.exported_folder import (
+    HUB,
+    Exporter,
+    generation_config,
+    tokenizers_without_code,
+    write_json,
+    write_tokenizer_with_code,
+)
 from txl_dist.models.transformer_xl import TransformerXLConfig
 
 
@@ -27,6 +33,7 @@ class TransformerXLExporter(Exporter):
             yield f"model.attention={self.config.attention}: a folder is exported with relative attention only"
         if self.config.mem_len == 0:
             yield "model.mem_len=0: a folder generates with memory; give model.mem_len=..."
+        yield from tokenizers_without_code(self.tokenizer)
 
     def write(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write all files into an empty folder."""
@@ -49,12 +56,3 @@ def hub_config(config: TransformerXLConfig, vocab_size: int) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_transformer_xl.TransformerXLForCausalLM",
         },
     }
-
-
-def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the content of generation_config.json: the tokens at which generation begins and ends.
-
-    For words `<eos>` is the line end, and generation does not end there.
-    """
-    ends = {"eos_token_id": tokenizer.eos} if tokenizer.decode([tokenizer.eos]) == "" else {}
-    return {"bos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos} | ends

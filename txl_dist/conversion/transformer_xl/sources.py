@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from txl_dist.conversion import vocabularies
+from txl_dist.conversion.exported_folder import load_tokenizer
 from txl_dist.conversion.import_source import ImportSource
 from txl_dist.conversion.pickles import Inert
 from txl_dist.conversion.tensor_files import plain_names, read_folder
 from txl_dist.conversion.transformer_xl import weights
 from txl_dist.conversion.transformer_xl.weights import Naming
-from txl_dist.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
+from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.errors import ConfigError, UserError
-from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
+from txl_dist.files.parsing import shown
 from txl_dist.models.transformer_xl import TransformerXLConfig
 
 
@@ -53,18 +54,18 @@ def open_exported(path: Path, config: dict[str, Any]) -> ImportSource:
     hyper_parameters = {field.name: config[field.name] for field in fields(TransformerXLConfig) if field.name in config}
     return source(
         title="a folder of txl_dist",
-        tensors=read_folder(path),
+        tensors=read_folder(path, own_prefix="transformer."),
         naming=None,
         hyper_parameters=hyper_parameters,
         vocab_size=config["vocab_size"],
-        load_tokenizer=partial(exported_tokenizer, path),
+        load_tokenizer=partial(load_tokenizer, path),
     )
 
 
 def open_hugging_face(path: Path, config: dict[str, Any]) -> ImportSource:
     """Open a transfo-xl folder of a TransfoXLLMHeadModel or a TransfoXLModel, as save_pretrained writes it."""
     config = HUGGING_FACE_DEFAULTS | config
-    tensors = read_folder(path)
+    tensors = read_folder(path, own_prefix="transformer.")
     title = "Hugging Face's transfo-xl"
     if not any(name.startswith(("transformer.", "crit.")) for name in tensors):  # a TransfoXLModel
         tensors = {f"transformer.{name}": value for name, value in tensors.items()}
@@ -129,23 +130,6 @@ HUGGING_FACE_DEFAULTS: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
-
-
-def exported_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder that was exported from here.
-
-    Raises:
-        UserError: where it cannot be read.
-    """
-    try:
-        kind = read_json(folder / "tokenizer_config.json")["tokenizer_class"]
-    except (OSError, *PARSE_ERRORS) as error:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: names no tokenizer ({describe(error)})") from error
-    if kind == "WordTokenizer":
-        return WordTokenizer.open(folder / "vocab.txt")
-    if kind == "SentencePieceTokenizer":
-        return SentencePieceTokenizer.open(folder / "sentencepiece.model")
-    return BytesTokenizer()
 
 
 # --------------------------------------------------------------------------------------- the authors and NVIDIA

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from txl_dist.checkpoint.format import save_tensors
+from txl_dist.conversion import activations
 from txl_dist.conversion.exported_folder import Exporter, write_json
 from txl_dist.conversion.xlnet import vocabulary
 from txl_dist.conversion.xlnet.recipe import OWN_KEYS
@@ -14,8 +15,6 @@ from txl_dist.conversion.xlnet.tokenizer_json import SPECIAL_TOKENS, tokenizer_j
 from txl_dist.conversion.xlnet.weights import to_hugging_face
 from txl_dist.data.tokenizers import XLNetTokenizer
 from txl_dist.models.xlnet import XLNetConfig
-
-ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}
 
 
 class XLNetExporter(Exporter):
@@ -56,7 +55,7 @@ def hub_config(config: XLNetConfig, vocab_size: int, specials: dict[str, int]) -
         "model_type": "xlnet",
         "architectures": ["XLNetLMHeadModel"],
         "vocab_size": vocab_size,
-        "ff_activation": ACTIVATIONS[config.activation],
+        "ff_activation": activations.THEIRS[config.activation],
         "initializer_range": config.init_std,
         "mem_len": config.mem_len or None,
         "reuse_len": None,  # a memory of all that a call reads; with a number, of the first tokens of every call

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from txl_dist.conversion import activations
 from txl_dist.conversion.import_source import ImportSource
 from txl_dist.conversion.tensor_files import is_same, read_folder
 from txl_dist.conversion.xlnet import vocabulary, weights
@@ -32,7 +33,6 @@ DEFAULTS: dict[str, Any] = {
     "clamp_len": -1,
     "same_length": False,
 }
-ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
 def open_folder(path: Path, config: dict[str, Any]) -> ImportSource:
@@ -45,7 +45,7 @@ def open_folder(path: Path, config: dict[str, Any]) -> ImportSource:
     problems = unsupported(path / "config.json", config)
     if problems:
         raise ConfigError(problems)
-    tensors, notes = model_tensors(path, read_folder(path))
+    tensors, notes = model_tensors(path, read_folder(path, own_prefix="transformer."))
     spiece = path / vocabulary.FILE
     return ImportSource(
         title=", ".join(["Hugging Face's xlnet", *notes]),
@@ -65,9 +65,7 @@ def unsupported(path: Path, config: dict[str, Any]) -> list[str]:
         problems.append(f"{path}: attn_type={shown(config['attn_type'])}: must be bi, as XLNet was published")
     if config["same_length"] is not False:
         problems.append(f"{path}: same_length={shown(config['same_length'])}: must be false")
-    if config["ff_activation"] not in ACTIVATIONS:
-        activations = ", ".join(ACTIVATIONS)
-        problems.append(f"{path}: ff_activation={shown(config['ff_activation'])}: must be one of {activations}")
+    problems += activations.unknown_activation(path, config, "ff_activation")
     if config.get("tie_word_embeddings", True) is not True:
         problems.append(f"{path}: tie_word_embeddings=false: must be true; our softmax is tied to the embedding")
     return problems
@@ -77,7 +75,7 @@ def hyper_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Return what a config states, by our names; an exported one states what Hugging Face does not know, too."""
     values = {key: config[key] for key in ("n_layer", "d_model", "n_head", "d_inner", "layer_norm_eps", "dropout")}
     values["d_head"] = config.get("d_head") or config["d_model"] // config["n_head"]
-    values["activation"] = ACTIVATIONS[config["ff_activation"]]
+    values["activation"] = activations.OURS[config["ff_activation"]]
     values["init_std"] = config["initializer_range"]
     values["clamp_len"] = max(config["clamp_len"], 0) or -1
     values["dropatt"] = config["dropout"]
