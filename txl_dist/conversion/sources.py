@@ -7,9 +7,11 @@ from typing import Any
 from txl_dist.conversion import pickles
 from txl_dist.conversion.import_source import ImportSource
 from txl_dist.conversion.pickles import Inert
+from txl_dist.conversion.reformer import hugging_face as reformer
 from txl_dist.conversion.tensor_files import plain_names, read_file, unwrap
 from txl_dist.conversion.transformer_xl import sources as transformer_xl
-from txl_dist.conversion.xlnet import authors, hugging_face, tensor_bundle
+from txl_dist.conversion.xlnet import authors, tensor_bundle
+from txl_dist.conversion.xlnet import hugging_face as xlnet
 from txl_dist.errors import UserError
 from txl_dist.files.parsing import PARSE_ERRORS, describe, read_json, shown
 
@@ -58,7 +60,7 @@ def recognise(path: Path) -> ImportSource:
     tensors = plain_names(content)
     if "r_w_bias" in tensors:
         return transformer_xl.open_authors(path, tensors, None)
-    if any(".dec_attn." in name or ".rel_attn." in name for name in tensors):
+    if any(part in name for name in tensors for part in (".dec_attn.", ".rel_attn.", ".self_attention.")):
         raise UserError(
             f"from={path}: holds the weights of a Hugging Face folder; give the folder with its config.json"
         )
@@ -80,7 +82,10 @@ def open_folder(path: Path, config: dict[str, Any]) -> ImportSource:
     if kind == "transfo-xl":
         return transformer_xl.open_hugging_face(path, config)
     if kind == "xlnet":
-        return hugging_face.open_folder(path, config)
+        return xlnet.open_folder(path, config)
+    if kind == "reformer":
+        return reformer.open_folder(path, config)
     raise UserError(
-        f"{path / 'config.json'}: model_type={kind!s:.80}: must be transfo-xl, xlnet, or a folder exported from here"
+        f"{path / 'config.json'}: model_type={kind!s:.80}: must be transfo-xl, xlnet, reformer, or a folder exported "
+        "from here"
     )

@@ -1,0 +1,1 @@
+"""The Reformer: Hugging Face's checkpoints in and out."""
