@@ -7,6 +7,7 @@ from txl_dist.checkpoint.format import find_checkpoint
 from txl_dist.config.schema import ConvertJob
 from txl_dist.config.sections import changed_model, parse_model
 from txl_dist.conversion.exported_folder import Exporter
+from txl_dist.conversion.reformer.exporting import ReformerExporter
 from txl_dist.conversion.transformer_xl.exporting import TransformerXLExporter
 from txl_dist.conversion.xlnet.exporting import XLNetExporter
 from txl_dist.errors import ConfigError
@@ -14,7 +15,11 @@ from txl_dist.files.atomic import new_folder
 from txl_dist.files.lock import Lock
 from txl_dist.runs.load import load_tokenizer
 
-EXPORTERS: dict[str, type[Exporter]] = {"transformer_xl": TransformerXLExporter, "xlnet": XLNetExporter}
+EXPORTERS: dict[str, type[Exporter]] = {
+    "reformer": ReformerExporter,
+    "transformer_xl": TransformerXLExporter,
+    "xlnet": XLNetExporter,
+}
 
 
 def export_checkpoint(job: ConvertJob, target: Path, lock: Lock) -> None:
@@ -37,5 +42,7 @@ def export_checkpoint(job: ConvertJob, target: Path, lock: Lock) -> None:
     with new_folder(target, lock) as folder:
         exporter.write(folder, checkpoint.tensors("weights"))
     print(f"{job.to}: step {checkpoint.step:,} of {job.run}, for {exporter.readers}")
+    for note in exporter.notes():
+        print(f"Note: {note}")
     quoted = json.dumps(job.to, ensure_ascii=False)
     print(f"Next: {exporter.loader.format(quoted)}")
