@@ -40,7 +40,7 @@ def run(case):
         "ids": ids,
         "decoded": [tokenizer.decode(tokens[1:]) for tokens in ids],
         "generated": generated.size(1) - 20,
-        "ends": [model.generation_config.eos_token_id, model.generation_config.pad_token_id],
+        "ends": [values.eos_token_id for values in (model.config, model.generation_config)],
         "unexpected": sorted(
             map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
         ),
