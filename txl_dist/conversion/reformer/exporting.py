@@ -24,8 +24,8 @@ FORGOTTEN_BIASES = (
     "model.lm_head.decoder.bias = model.lm_head.bias"
 )
 AS_PUBLISHED = (
-    "transformers hashes as published, and this model is lsh=strict: its numbers are others there, and one of a token "
-    "depends on those behind it"
+    "transformers hashes as published, but this model is lsh=strict: it computes other numbers there, which depend on "
+    "later tokens, too"
 )
 MORE_AXES = "transformers 5 (as of 5.20.2) evaluates positions of two axes only; transformers 4 evaluates these"
 
