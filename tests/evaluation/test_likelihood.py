@@ -23,9 +23,11 @@ def build(make_config, **options):
     return TransformerXL(make_config(**options), VOCAB).double().eval()
 
 
-def by_hand(model, stream, position, context, start=0):
-    """Compute one loss by one forward over its context; before the first token of the stream stands <eos>."""
+def by_hand(model, stream, position, context, start=0, starts=()):
+    """Compute one loss by one forward over its context; before the first token of a document stands <eos>."""
     with_eos = [EOS, *stream]
+    for begin in starts:
+        with_eos[begin] = EOS
     begin = max(start, position - context + 1)
     inputs = torch.tensor([with_eos[begin : position + 1]])
     memory = [{"memory": torch.zeros(1, 0, model.config.d_model, dtype=torch.float64)} for _ in model.layers]
@@ -47,9 +49,11 @@ def test_a_token_sees_its_context_and_no_more(make_config, stream, attention, me
     assert losses == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_context_ends_with_its_document(make_config, stream):
+@pytest.mark.parametrize("reset, begins", [("document", [0, 10, 10, 13, 13]), ("never", [0] * 5)])
+def test_a_context_ends_with_its_document_where_memory_does(make_config, stream, reset, begins):
     starts, model = np.array([0, 10, 13, 40]), build(make_config)
-    losses = losses_in_context(model, stream, np.array([9, 10, 12, 13, 30]), 6, EOS, starts)
-    begins = [0, 10, 10, 13, 13]
-    expected = [by_hand(model, stream, p, 6, b) for p, b in zip([9, 10, 12, 13, 30], begins, strict=True)]
+    positions = [9, 10, 12, 13, 30]
+    losses = losses_in_context(model, stream, np.array(positions), 6, EOS, starts, reset)
+    pairs = zip(positions, begins, strict=True)
+    expected = [by_hand(model, stream, position, 6, begin, [0, 10, 13]) for position, begin in pairs]
     assert losses == pytest.approx(expected, rel=1e-12)

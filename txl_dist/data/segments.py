@@ -84,7 +84,7 @@ class SegmentLoader(ABC):
 
 
 class Segments(SegmentLoader):
-    """Loads each token with the one before it: what a causal language model reads.
+    """Loads each token with the one before it, or `<eos>` where it begins a document: what a causal model reads.
 
     If the reader fills in NOT_SCORED for tokens that are lost, the tokens after such a gap are read as if a document
     began there: no position looks back into the gap or beyond it.
@@ -122,6 +122,11 @@ class Segments(SegmentLoader):
                 tokens = self.reader.tokens(span.position - before, span.length + before)
                 targets[row, start:end] = tokens[before:]
                 inputs[row, start + 1 - before : end] = tokens[: span.length - 1 + before]
+                first, last = np.searchsorted(self.plan.starts, (span.position, span.position + span.length))
+                begins = self.plan.starts[first:last] - span.position
+                inputs[row, start + begins] = (
+                    self.eos
+                )  # where it does not stand in the stream, as with tokenizer.end=false
                 lookback[row, start:end] = np.arange(span.history, span.history + span.length)
                 start = end
             if self.reader.fill_value is not None:

@@ -67,11 +67,12 @@ def context_losses(job: ReclJob, run: str, contexts: range, advance: Callable[[i
     split = index.splits[job.split]
     stream = SampleReader(index, job.split).tokens(0, split.tokens).astype(np.int64)
     positions = np.linspace(0, split.tokens - 1, min(job.positions, split.tokens)).astype(np.int64)
-    starts = split.document_starts if checkpoint.config["data"]["reset_memory"] == "document" else None
+    starts = split.document_starts
+    reset = checkpoint.config["data"]["reset_memory"]
     batches = np.array_split(positions, -(-len(positions) // job.num_lanes))
     losses = []
     for context in contexts:
-        parts = [losses_in_context(model, stream, batch, context, index.eos, starts) for batch in batches]
+        parts = [losses_in_context(model, stream, batch, context, index.eos, starts, reset) for batch in batches]
         losses.append(np.concatenate(parts))
         advance(context)
     return losses

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from txl_dist.data.lanes import ResetMemory
 from txl_dist.data.segments import NOT_SCORED, Segment
 from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.state import State
@@ -61,6 +62,7 @@ def losses_in_context(
     context: int,
     eos: int,
     starts: np.ndarray | None = None,
+    reset_memory: ResetMemory = "never",
 ) -> np.ndarray:
     """Compute -log P(x_t | x_t-1, ..., x_t-context) for the tokens at some positions, each from scratch.
 
@@ -70,17 +72,23 @@ def losses_in_context(
         stream: int64 [tokens].
         positions: int64 [n], computed as one batch.
         context: in tokens.
-        eos: the token before the first one of the stream.
-        starts: of documents, int64 [documents]; then no context reaches back beyond the token's document.
+        eos: what is read before the first token of each document.
+        starts: uint64 [documents + 1], as Split.document_starts; None: the stream is one document.
+        reset_memory: "document": no context reaches back beyond the token's document.
 
     Returns:
         float64 [n], in nats.
     """
     padded = np.concatenate([np.full(context, eos), stream])
     offsets = np.arange(context)
-    inputs = torch.from_numpy(padded[positions[:, None] + offsets])
-    begin = 0 if starts is None else starts[np.searchsorted(starts, positions, side="right") - 1].astype(np.int64)
-    history = (positions - begin)[:, None] - (context - 1 - offsets)  # tokens before each input; negative: padding
+    before = padded[positions[:, None] + offsets]
+    following = positions[:, None] - (context - 1 - offsets)  # the token behind each input
+    # int64 whatever the file says: numpy would compare unsigned positions as floats.
+    begins = np.zeros(1, np.int64) if starts is None else np.asarray(starts).view(np.int64)
+    begin = begins[np.searchsorted(begins, following, side="right") - 1]
+    before[begin == following] = eos
+    inputs = torch.from_numpy(before)
+    history = following - (begin[:, -1:] if reset_memory == "document" else 0)  # tokens before each input
     lookback = torch.from_numpy(np.minimum(history, offsets).clip(min=0))
     targets = torch.from_numpy(stream[positions])[:, None]
 

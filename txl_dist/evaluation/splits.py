@@ -86,11 +86,11 @@ def score_by_sliding_window(
     Vanilla Transformers are evaluated this way (Dai et al. 2019, section 3.1).
     """
     stream = SampleReader(index, job.split).tokens(0, tokens).astype(np.int64)
-    starts = index.splits[job.split].document_starts if reset == "document" else None
+    starts = index.splits[job.split].document_starts
     batches = np.array_split(np.arange(tokens), -(-tokens // job.num_lanes))
     nats = 0.0
     for positions in with_progress(batches, job.split, len(batches)):
-        nats += losses_in_context(model, stream, positions, model.config.tgt_len, index.eos, starts).sum()
+        nats += losses_in_context(model, stream, positions, model.config.tgt_len, index.eos, starts, reset).sum()
     return Score(nats, tokens)
 
 
