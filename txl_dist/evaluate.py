@@ -9,8 +9,11 @@ from txl_dist.cli import command
 from txl_dist.config.schema import EvaluateJob
 from txl_dist.tracking.console import PlainConsole
 
-PHRASES = ["bits_per_byte", "bits_per_character", "word_perplexity", "tokens_per_second", "sliding_window"]
-COMPARED = ["step", "tgt_len", "mem_len", "loss", "word_perplexity", "bits_per_character"]
+PHRASES = ["bits_per_byte", "bits_per_character", "bits_per_dimension", "word_perplexity"]
+PHRASES += ["tokens_per_second", "sliding_window"]
+COMPARED = ["step", "tgt_len", "mem_len", "loss"]
+OF_TEXT = ["word_perplexity", "bits_per_character"]
+OF_IDS = ["bits_per_dimension"]
 
 
 def evaluate(job: EvaluateJob) -> None:
@@ -46,10 +49,13 @@ def show(score: dict[str, Any]) -> None:
 
 def compare(scores: list[dict[str, Any]]) -> None:
     """Print one row per run, and below the table why a run has no numbers in its row."""
-    columns = [Column(title(key), justify="right") for key in COMPARED]
+    are_ids = any(key in score for score in scores for key in OF_IDS)
+    are_text = any(key in score for score in scores for key in OF_TEXT) or not are_ids
+    compared = COMPARED + OF_TEXT * are_text + OF_IDS * are_ids
+    columns = [Column(title(key), justify="right") for key in compared]
     table = Table(Column("run", overflow="fold"), *columns, box=None, padding=(0, 2, 0, 0))
     for score in scores:
-        table.add_row(score["run"], *(number(score.get(key, "-")) for key in COMPARED))
+        table.add_row(score["run"], *(number(score.get(key, "-")) for key in compared))
     PlainConsole().print(table)
     for score in scores:
         if "error" in score:

@@ -33,7 +33,7 @@ def show(folder: Path) -> None:
         table.add_column(column, justify="right")
     for name, split in index.splits.items():
         numbers = (split.documents, split.bytes, split.tokens, len(split.shards))
-        table.add_row(name, *(f"{number:,}" for number in numbers))
+        table.add_row(name, *("-" if number is None else f"{number:,}" for number in numbers))
     PlainConsole().print(table)
     print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}")
     program = "torchrun --nproc_per_node=2 -m txl_dist.train"

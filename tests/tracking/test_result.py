@@ -81,6 +81,16 @@ def test_an_objective_without_bits_per_byte_shows_its_loss(tmp_path, capsys):
     assert "bits per byte" not in out and "  nan" not in out
 
 
+def test_numbers_have_bits_per_dimension(tmp_path, capsys):
+    write(
+        tmp_path,
+        [{"step": 3, "tokens": 384, "valid/loss": 2.0, "valid/perplexity": 7.389, "valid/bits_per_dimension": 2.9}],
+    )
+    show(tmp_path)
+    out = capsys.readouterr().out
+    assert "valid bits per dimension  2.900  (loss 2.0000 nats per token, perplexity 7.39)" in out
+
+
 @pytest.mark.parametrize("content", [None, "", "damaged\n", '{"step": 3, "tokens": 384, "valid/loss": "low"}\n'])
 def test_a_result_without_metrics_is_a_result(tmp_path, capsys, content):
     """Removed or edited by hand while the run was in its last step."""

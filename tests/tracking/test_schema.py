@@ -7,12 +7,26 @@ from txl_dist.tracking.schema import AXES, METRICS, PANELS, SECTIONS, find_metri
 
 @pytest.fixture(scope="module")
 def logged(run, small, metrics, tmp_path_factory):
-    """The keys of a run in which everything happens: a damaged sample, a skipped step, a known peak, watched layers."""
+    """The keys of a run in which everything happens: a damaged sample, a skipped step, a known peak, watched layers.
+
+    And of one of numbers that are not text.
+    """
     folder = tmp_path_factory.mktemp("everything")
     (folder / "skipped_steps.json").write_text('[{"step": 5, "why": "a test"}]')
     everything = ["engine.peak_tflops=1", "tracking.watch_every=10", "data.on_error=skip_sample"]
     run("txl_dist.train", *small, *everything, f"run.dir={folder}")
-    return {key for line in metrics(folder) for key in line}
+    numbers = tmp_path_factory.mktemp("numbers")
+    corpus = [
+        "corpus=duplication",
+        "corpus.length=16",
+        "corpus.num_train=64",
+        "corpus.num_valid=8",
+        "corpus.num_test=8",
+    ]
+    run("txl_dist.prepare", *corpus, f"data.dir={numbers}/data", "workers=1")
+    steps = ["train.max_steps=1", f"data.dir={numbers}/data"]
+    run("txl_dist.train", *small, *steps, f"run.dir={numbers}/run")
+    return {key for line in [*metrics(folder), *metrics(numbers / "run")] for key in line}
 
 
 def test_every_logged_key_is_declared_once(logged):

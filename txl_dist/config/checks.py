@@ -17,18 +17,26 @@ from txl_dist.config.identity import refused_changes
 from txl_dist.config.schema import (
     AssumeConfig,
     CheckpointConfig,
+    CorpusConfig,
     DataConfig,
+    DuplicationCorpusConfig,
     EngineConfig,
+    FilesCorpusConfig,
+    IdsTokenizerConfig,
     ModelChanges,
     ObjectiveConfig,
     OptimizerConfig,
     PermutationLMConfig,
     PlanJob,
+    PrepareJob,
     RunConfig,
     ScheduleConfig,
+    TokenizerConfig,
+    TokensCorpusConfig,
     TrackingConfig,
     TrainConfig,
     TrainJob,
+    ids_of,
     reuse_len_of,
 )
 from txl_dist.config.sections import changed_model
@@ -448,6 +456,38 @@ def device_is_known(device: str, assume: AssumeConfig) -> Iterator[str]:
         yield (f"device={device}: is not in the table of devices (tracking/gpu_peak.py); give {', '.join(missing)}")
 
 
+def tokenizer_fits_corpus(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> Iterator[str]:
+    """Check that numbers are the tokens of numbers, and that all of them are tokens."""
+    if not isinstance(corpus, TokensCorpusConfig | FilesCorpusConfig | DuplicationCorpusConfig):
+        if isinstance(tokenizer, IdsTokenizerConfig):
+            yield f"tokenizer=ids: corpus={corpus.name} is text; give another tokenizer, such as bytes"
+        return
+    if not isinstance(tokenizer, IdsTokenizerConfig):
+        yield f"tokenizer={tokenizer.name}: corpus={corpus.name} is numbers, not text; give tokenizer=ids"
+        return
+    needed = ids_of(corpus)
+    if None not in (tokenizer.vocab_size, needed) and tokenizer.vocab_size != needed:
+        yield (
+            f"tokenizer.vocab_size={tokenizer.vocab_size}: the numbers of corpus={corpus.name} are below {needed}; "
+            f"leave it out, or give {needed}"
+        )
+
+
+def files_can_be_read(corpus: CorpusConfig) -> Iterator[str]:
+    """Check that what is given of images and sounds is given where there are some, and that they can be read."""
+    if not isinstance(corpus, FilesCorpusConfig):
+        return
+    if corpus.read == "image":
+        if corpus.size is None:
+            yield "corpus.size: is missing; give [height,width], to which images are cut and scaled"
+        if not find_spec("PIL"):
+            yield "corpus.read=image: Pillow is not installed; pip install 'txl_dist[images]'"
+    elif corpus.size is not None:
+        yield f"corpus.size={corpus.size}: is for corpus.read=image, not {corpus.read}; leave it out"
+    if corpus.rate is not None and corpus.read != "audio":
+        yield f"corpus.rate={corpus.rate}: is for corpus.read=audio, not {corpus.read}; leave it out"
+
+
 Check = Callable[..., Iterator[str]]
 # What can be said of a run that starts elsewhere.
 PLANNED: list[Check] = [
@@ -467,6 +507,7 @@ PLANNED: list[Check] = [
     objective_fits_the_segment,
 ]
 CHECKS: dict[type, list[Check]] = {
+    PrepareJob: [tokenizer_fits_corpus, files_can_be_read],
     PlanJob: [*PLANNED, device_is_known],
     TrainJob: [
         *PLANNED,

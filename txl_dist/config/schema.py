@@ -77,6 +77,52 @@ class PublishedCorpusConfig:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class TokensCorpusConfig:
+    """Files of integers, in which each sequence is a document. key: of the sequence, in JSON objects."""
+
+    name: Literal["tokens"]
+    path: PathList | None
+    train: PathList | None
+    valid: PathList | None
+    test: PathList | None
+    key: str
+    valid_share: Fraction
+    test_share: Fraction
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class FilesCorpusConfig:
+    """Any files as documents of numbers from 0 to 255.
+
+    read: the bytes of a file; the pixels of an image, which is cut and scaled to `size`; the samples of a WAV file.
+    """
+
+    name: Literal["files"]
+    path: PathList | None
+    train: PathList | None
+    valid: PathList | None
+    test: PathList | None
+    read: Literal["bytes", "image", "audio"]
+    size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None
+    channels: Literal[1, 3]
+    rate: Size | None
+    valid_share: Fraction
+    test_share: Fraction
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class DuplicationCorpusConfig:
+    """Drawn sequences 0w0w (Kitaev et al. 2020, section 5.1): the second half can be known from the first."""
+
+    name: Literal["duplication"]
+    length: Annotated[int, Strict(), Field(ge=4, le=INT32_MAX, multiple_of=2)]
+    num_train: PositiveInt
+    num_valid: NonNegativeInt
+    num_test: NonNegativeInt
+    seed: Seed
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class BytesTokenizerConfig:
     """The 256 bytes as tokens."""
 
@@ -119,11 +165,40 @@ class XLNetTokenizerConfig:
     model: PathStr | None
 
 
-CorpusConfig = Annotated[StdlibCorpusConfig | TextCorpusConfig | PublishedCorpusConfig, Field(discriminator="name")]
-TokenizerConfig = Annotated[
-    BytesTokenizerConfig | WordTokenizerConfig | SentencePieceTokenizerConfig | XLNetTokenizerConfig,
+@dataclass(config=SCHEMA, frozen=True)
+class IdsTokenizerConfig:
+    """The numbers of sequences that are not text as tokens.
+
+    vocab_size: the numbers are below it, and `<eos>` is it; null: as the corpus needs. end: whether `<eos>` stands
+    behind every document; null: unless all have one length.
+    """
+
+    name: Literal["ids"]
+    vocab_size: Annotated[int, Strict(), Field(ge=1, lt=INT32_MAX)] | None
+    end: StrictBool | None
+
+
+PathsCorpusConfig = TextCorpusConfig | TokensCorpusConfig | FilesCorpusConfig  # of the user's own files
+IdsCorpusConfig = TokensCorpusConfig | FilesCorpusConfig | DuplicationCorpusConfig  # numbers, for tokenizer=ids
+CorpusConfig = Annotated[
+    StdlibCorpusConfig | PublishedCorpusConfig | PathsCorpusConfig | DuplicationCorpusConfig,
     Field(discriminator="name"),
 ]
+TokenizerConfig = Annotated[
+    BytesTokenizerConfig
+    | WordTokenizerConfig
+    | SentencePieceTokenizerConfig
+    | XLNetTokenizerConfig
+    | IdsTokenizerConfig,
+    Field(discriminator="name"),
+]
+
+
+def ids_of(corpus: IdsCorpusConfig) -> int | None:
+    """Return below which number all numbers of a corpus are; None where its files say it."""
+    if isinstance(corpus, TokensCorpusConfig):
+        return None
+    return 256 if isinstance(corpus, FilesCorpusConfig) else 128
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -137,7 +212,7 @@ class DatasetConfig:
 
 @dataclass(config=SCHEMA, frozen=True)
 class PrepareJob:
-    """Make a dataset of text."""
+    """Make a dataset."""
 
     corpus: CorpusConfig
     tokenizer: TokenizerConfig

@@ -10,6 +10,7 @@ from txl_dist.conversion.exported_folder import Exporter
 from txl_dist.conversion.reformer.exporting import ReformerExporter
 from txl_dist.conversion.transformer_xl.exporting import TransformerXLExporter
 from txl_dist.conversion.xlnet.exporting import XLNetExporter
+from txl_dist.data.tokenizers import IdsTokenizer
 from txl_dist.errors import ConfigError
 from txl_dist.files.atomic import new_folder
 from txl_dist.files.lock import Lock
@@ -36,6 +37,8 @@ def export_checkpoint(job: ConvertJob, target: Path, lock: Lock) -> None:
     if config.name not in EXPORTERS:
         raise ConfigError([f"run={job.run}: holds a model of {config.name}, for which there is no exported form"])
     exporter = EXPORTERS[config.name](config, load_tokenizer(job.run, checkpoint), checkpoint.data["vocab_size"])
+    if isinstance(exporter.tokenizer, IdsTokenizer):
+        raise ConfigError([f"run={job.run}: its tokens are no text, and transformers has no tokenizer for them"])
     problems = [*config.problems(), *exporter.problems()]
     if problems:
         raise ConfigError(problems)

@@ -56,11 +56,11 @@ class TokenizerEntry(BaseModel):
 
 
 class SplitEntry(BaseModel):
-    """One split in index.json; `files` maps the names of its tables to their SHA-256."""
+    """One split in index.json; `files` maps the names of its tables to their SHA-256. bytes: null without a text."""
 
     tokens: Size
     documents: Size
-    bytes: Size
+    bytes: Size | None
     characters: Size | None = None
     words: Size | None = None
     samples: Size

@@ -33,7 +33,7 @@ class Split:
 
     Attributes:
         tokens: the length of the stream.
-        bytes: the size of the text that it was made of.
+        bytes: the size of the text that it was made of; None if that is not text.
         characters, words: of that text; None if it is not UTF-8, or was prepared before they were counted.
         document_starts: uint64 [documents + 1], the position of each document's first token; the last entry is
             `tokens`. Mapped into memory, not read.
@@ -45,7 +45,7 @@ class Split:
 
     tokens: int
     documents: int
-    bytes: int
+    bytes: int | None
     samples: int
     shards: tuple[Shard, ...]
     document_starts: np.ndarray

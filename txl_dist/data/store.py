@@ -175,6 +175,6 @@ def check_url(url: str) -> None:
 def how_to_prepare(location: str) -> str:
     """Return the command that makes a dataset; prepare itself names it CORPUS-TOKENIZER."""
     corpus = Path(location).name.rpartition("-")[0]
-    known = ("stdlib", *get_args(get_type_hints(PublishedCorpusConfig)["name"]))
+    known = ("stdlib", "duplication", *get_args(get_type_hints(PublishedCorpusConfig)["name"]))
     overrides = [f"corpus={corpus}"] if corpus in known else []
     return command_to_paste("python -m txl_dist.prepare", *overrides, data__dir=location)

@@ -79,6 +79,15 @@ def size_of_text(index: Index, name: str, tokens: int) -> TextSize:
     return count_text(texts, cut_off=not is_all)
 
 
+def number_of_dimensions(index: Index, name: str, tokens: int) -> int | None:
+    """Return how many of the first `tokens` of a split are numbers of sequences, not `<eos>`; None if they are text."""
+    split = index.splits[name]
+    if split.bytes is not None:
+        return None
+    ended = int(np.searchsorted(split.document_starts[1:], tokens, side="right"))
+    return tokens - ended * index.tokenizer().ends_documents
+
+
 def number_of_words(split: Split, tokens: int) -> int | None:
     """Return how many words the first `tokens` of a split are, if each token is one.
 

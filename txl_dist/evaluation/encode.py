@@ -11,7 +11,7 @@ def encode_text(tokenizer: Tokenizer, text: str | bytes, key: str) -> list[int]:
         key: of the config, by which an error names the text.
 
     Raises:
-        UserError: where the text is not UTF-8, and the tokenizer reads nothing else.
+        UserError: where the text is not UTF-8, or not numbers, and the tokenizer reads nothing else.
     """
     try:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
@@ -25,3 +25,5 @@ def encode_text(tokenizer: Tokenizer, text: str | bytes, key: str) -> list[int]:
         raise UserError(
             f"{key}: character {error.start + 1:,} is half of a surrogate pair, which is not text; remove it"
         ) from error
+    except ValueError as error:
+        raise UserError(f"{key}: {error}; give numbers with spaces between them") from error

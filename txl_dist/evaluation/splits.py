@@ -13,7 +13,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.lanes import ResetMemory
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import whole_split
-from txl_dist.data.text_size import size_of_text
+from txl_dist.data.text_size import TextSize, number_of_dimensions, size_of_text
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.likelihood import losses_in_context, score
 from txl_dist.models.base import LanguageModel
@@ -43,20 +43,28 @@ def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
         result = score_split(job, model, index, tokens, checkpoint.config["data"]["reset_memory"])
     seconds = time.perf_counter() - start
     size = size_of_text(index, job.split, tokens)
+    dimensions = number_of_dimensions(index, job.split, tokens)
     return {
         "run": run,
         "split": job.split,
         "tokens": tokens,
-        **size._asdict(),
+        **(size._asdict() if dimensions is None else {"dimensions": dimensions}),
         "loss": result.loss,
         "perplexity": perplexity(result.loss),
-        "bits_per_byte": result.bits / size.bytes if size.bytes else None,
-        "bits_per_character": result.bits / size.characters if size.characters else None,
-        "word_perplexity": perplexity(result.nats / size.words) if size.words else None,
+        **(per_text(result, size) if dimensions is None else {"bits_per_dimension": result.bits / dimensions}),
         "tokens_per_second": tokens / seconds,
         "step": checkpoint.step,
         **{key: getattr(config, key) for key in config.read_otherwise()},
         "sliding_window": job.sliding_window,
+    }
+
+
+def per_text(result: Score, size: TextSize) -> dict[str, float | None]:
+    """Divide a loss by the sizes of the text; None for a size that is not known."""
+    return {
+        "bits_per_byte": result.bits / size.bytes if size.bytes else None,
+        "bits_per_character": result.bits / size.characters if size.characters else None,
+        "word_perplexity": perplexity(result.nats / size.words) if size.words else None,
     }
 
 

@@ -74,11 +74,12 @@ class Objective(ABC):
         weighted = self.counted(nats) * weight
         return weighted.mean(), weighted.detach().mean(dim=1)
 
-    def metrics(self, score: Score, num_bytes: int) -> dict[str, float]:
+    def metrics(self, score: Score, num_bytes: int | None, num_dimensions: int | None = None) -> dict[str, float]:
         """Return what is logged of an evaluation.
 
         Args:
-            num_bytes: of the text that was read.
+            num_bytes: of the text that was read; None if it was not text.
+            num_dimensions: numbers of sequences that were read, `<eos>` not counted; None if it was text.
         """
         return {"loss": score.loss, "perplexity": perplexity(score.loss)}
 

@@ -63,6 +63,11 @@ class CausalLM(Objective):
         """Return the positions that count in training, of [lanes, length]."""
         return targets[:, self.first_scored :]
 
-    def metrics(self, score: Score, num_bytes: int) -> dict[str, float]:
-        """Return loss (nats per token), perplexity, and bits per byte of the text."""
-        return super().metrics(score, num_bytes) | {"bits_per_byte": score.bits / num_bytes}
+    def metrics(self, score: Score, num_bytes: int | None, num_dimensions: int | None = None) -> dict[str, float]:
+        """Return loss (nats per token), perplexity, and bits per byte of the text or per number of the sequences."""
+        metrics = super().metrics(score, num_bytes, num_dimensions)
+        if num_bytes:
+            metrics["bits_per_byte"] = score.bits / num_bytes
+        if num_dimensions:
+            metrics["bits_per_dimension"] = score.bits / num_dimensions
+        return metrics

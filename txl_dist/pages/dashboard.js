@@ -5,7 +5,9 @@ const AXES = { tokens: "training tokens", step: "optimizer steps", seconds: "tim
 const AXIS_NAMES = { tokens: "Tokens", step: "Steps", seconds: "Time" };
 const UNITS = [[3600, "hours"], [60, "minutes"], [1, "seconds"]];
 const SMOOTHING = [["none", 0], ["light", 0.005], ["moderate", 0.02], ["strong", 0.06]];
-const TILES = ["valid/loss", "valid/bits_per_byte", "valid/perplexity", "memory/gain", "train/tokens_per_second"];
+const TILES = [
+  "valid/loss", "valid/bits_per_byte", "valid/bits_per_dimension", "valid/perplexity", "memory/gain", "train/tokens_per_second",
+];
 const REFRESH = 3000; // milliseconds between questions for new data
 
 class Page {

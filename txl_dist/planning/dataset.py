@@ -19,6 +19,8 @@ PUBLISHED: dict[str, tuple[int, int | None]] = {
     "(enwik8|text8)-bytes": (257, 90_000_000),
     ".*-sentencepiece": (2_048, None),
     ".*-xlnet": (32_000, None),
+    "files-ids": (257, None),
+    "duplication-ids": (129, 10_240_000),
 }
 
 

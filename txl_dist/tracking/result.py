@@ -57,7 +57,8 @@ def show_result(job: TrainJob, splits: Collection[str]) -> None:
     rows.append(("", command_to_paste("python -m txl_dist.generate", run=run_dir) + ' prompt="..."'))
     rows += [("", command) for command in wandb_commands(run_dir)]
     # Lines, not a rich table: that would cut or pad commands and paths that are longer than the screen is wide.
-    texts = [Text(f"{label:<22}").append(value) for label, value in rows]
+    width = max(22, *(len(label) + 2 for label, _ in rows))
+    texts = [Text(label.ljust(width)).append(value) for label, value in rows]
     with output_optional():
         PlainConsole(soft_wrap=True).print("", *texts, "", sep="\n")
 
@@ -67,11 +68,12 @@ def result_rows(lines: list[dict[str, Any]]) -> Iterator[Row]:
     for split in ("valid", "test"):
         evaluated = [line for line in lines if f"{split}/loss" in line]
         if evaluated:
-            keys = ("bits_per_byte", "loss", "perplexity")
-            bits, loss, perplexity = (evaluated[-1].get(f"{split}/{key}", math.nan) for key in keys)
-            if f"{split}/bits_per_byte" in evaluated[-1]:
+            loss, perplexity = (evaluated[-1].get(f"{split}/{key}", math.nan) for key in ("loss", "perplexity"))
+            unit = next((unit for unit in ("byte", "dimension") if f"{split}/bits_per_{unit}" in evaluated[-1]), None)
+            if unit:
                 more = f"  (loss {loss:.4f} nats per token, perplexity {perplexity:,.2f})"
-                yield f"{split} bits per byte", Text.assemble((f"{bits:.3f}", "bold"), more)
+                bits = evaluated[-1][f"{split}/bits_per_{unit}"]
+                yield f"{split} bits per {unit}", Text.assemble((f"{bits:.3f}", "bold"), more)
             else:  # of an objective that does not predict the text, token by token
                 more = f"  (nats per predicted token, perplexity {perplexity:,.2f})"
                 yield f"{split} loss", Text.assemble((f"{loss:.4f}", "bold"), more)

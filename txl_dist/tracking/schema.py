@@ -117,6 +117,21 @@ PANELS = (
             Metric("test/bits_per_byte", "test", "the same of the test split", console="test bits/byte {:.4f}"),
         ),
     ),
+    Panel(
+        "Bits per dimension",
+        "Loss",
+        "bits per number of a sequence",
+        "lower",
+        (
+            Metric(
+                "valid/bits_per_dimension",
+                "validation",
+                "the loss in bits, of `tokenizer=ids` in place of bits per byte; `<eos>` is not counted",
+                console="valid bits/dim {:.4f}",
+            ),
+            Metric("test/bits_per_dimension", "test", "the same of the test split", console="test bits/dim {:.4f}"),
+        ),
+    ),
     # ----------------------------------------------------------------------------------------------- optimization
     Panel(
         "Learning rate",

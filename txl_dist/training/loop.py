@@ -15,6 +15,7 @@ from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.data.segments import Segment, SegmentLoader
+from txl_dist.data.text_size import number_of_dimensions
 from txl_dist.distributed.preemption import Preempted, Preemption
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.distributed.watchdog import Watchdog
@@ -228,7 +229,9 @@ class Training:
         score = self.engine.evaluate(self.until_stopped(segments, name))
         if self.preemption.agreed:
             raise Preempted(f"in the evaluation of {name} after step {self.engine.step}")
-        metrics = self.engine.objective.metrics(score, self.index.splits[name].bytes)
+        split = self.index.splits[name]
+        num_dimensions = number_of_dimensions(self.index, name, split.tokens)
+        metrics = self.engine.objective.metrics(score, split.bytes, num_dimensions)
         return {f"{name}/{key}": value for key, value in metrics.items()}
 
     def until_stopped(self, segments: SegmentLoader, name: str) -> Iterator[Segment]:

@@ -10,7 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from txl_dist.config.schema import CorpusConfig, PublishedCorpusConfig, StdlibCorpusConfig, TextCorpusConfig
+from txl_dist.config.schema import (
+    CorpusConfig,
+    DuplicationCorpusConfig,
+    PathsCorpusConfig,
+    PublishedCorpusConfig,
+    StdlibCorpusConfig,
+)
 from txl_dist.data.preparing import paths, published
 from txl_dist.data.preparing.text_files import opened, start_of_text
 
@@ -52,6 +58,8 @@ def find(config: CorpusConfig, problems: list[str]) -> list[SourceFile]:
     """List the files of a corpus in their order; problems with the config are appended to `problems`."""
     if isinstance(config, PublishedCorpusConfig):
         return [SourceFile(path, file.base, file.role) for file, path in published.locate(config, problems)]
+    if isinstance(config, DuplicationCorpusConfig):
+        return []
     if config.valid_share + config.test_share >= 1:
         problems.append("corpus.valid_share + corpus.test_share: leave nothing to train on; choose less than 1")
     if isinstance(config, StdlibCorpusConfig):
@@ -66,7 +74,7 @@ def find(config: CorpusConfig, problems: list[str]) -> list[SourceFile]:
     return list(sources.values())
 
 
-def given_paths(config: TextCorpusConfig, problems: list[str]) -> list[tuple[str, str | None, list[str]]]:
+def given_paths(config: PathsCorpusConfig, problems: list[str]) -> list[tuple[str, str | None, list[str]]]:
     """List (key, split, paths) of every path key that was given; which of them fit together is checked."""
     keys: list[tuple[str, str | None, list[str]]] = []
     for split in SPLITS:

@@ -1,20 +1,32 @@
-"""Make a dataset of text: find and split the text, make the tokenizer, tokenize, and write shards and index.
+"""Make a dataset: find and split the text, make the tokenizer, tokenize, and write shards and index.
 
 The text is read up to three times: for its fingerprint, for the vocabulary, for the tokens. This process reads, cuts
 and writes; others tokenize. The dataset depends on the text and the settings alone, not on the number of processes.
+Sequences that are not text go the same way, by a plan of their own (`sequences`).
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from txl_dist.config.schema import BytesTokenizerConfig, PrepareJob, PublishedCorpusConfig
+from txl_dist.config.schema import (
+    BytesTokenizerConfig,
+    DuplicationCorpusConfig,
+    FilesCorpusConfig,
+    IdsTokenizerConfig,
+    PrepareJob,
+    PublishedCorpusConfig,
+    TokensCorpusConfig,
+)
 from txl_dist.data.index import Index
-from txl_dist.data.preparing import corpora, published, shards, splitting
+from txl_dist.data.preparing import corpora, published, sequences, shards, splitting
+from txl_dist.data.preparing.sequences import SequencePlan, encode_sequences
 from txl_dist.data.preparing.splitting import Plan
 from txl_dist.data.preparing.tokenizing import (
+    Encoded,
     encode_pieces,
     given_tokenizer,
     has_sentences,
@@ -76,12 +88,18 @@ def check_same(folder: Path, existing: Index, corpus: dict[str, Any]) -> None:
         raise UserError(f"{errors[0]}: delete {folder} first")
 
 
-def survey(job: PrepareJob, tokenizer: Tokenizer | None, workers: WorkerPool) -> tuple[Plan, dict[str, Any]]:
+def survey(
+    job: PrepareJob, tokenizer: Tokenizer | None, workers: WorkerPool
+) -> tuple[Plan | SequencePlan, dict[str, Any]]:
     """Find the text, downloaded if need be, and read it once; return how it is split, and its description.
 
     Args:
-        tokenizer: if it needs no training text.
+        tokenizer: if it needs nothing of the corpus.
     """
+    if isinstance(job.corpus, TokensCorpusConfig | FilesCorpusConfig | DuplicationCorpusConfig):
+        with workers.progress("reading", None) as advance:
+            found = sequences.survey(job.corpus, advance)
+        return found, describe(job, found, tokenizer)
     if isinstance(job.corpus, PublishedCorpusConfig):
         published.fetch(job.corpus, workers.progress)
     problems: list[str] = []
@@ -98,7 +116,7 @@ def survey(job: PrepareJob, tokenizer: Tokenizer | None, workers: WorkerPool) ->
     return plan, describe(job, plan, tokenizer)
 
 
-def describe(job: PrepareJob, plan: Plan, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def describe(job: PrepareJob, plan: Plan | SequencePlan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the text and the settings that decide the content of the dataset, and a fingerprint of them."""
     tokenizer_settings = asdict(job.tokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -107,6 +125,9 @@ def describe(job: PrepareJob, plan: Plan, tokenizer: Tokenizer | None) -> dict[s
         tokenizer_settings = {"name": tokenizer.kind, "model": tokenizer.sha256, "lower": tokenizer.lower}
     if isinstance(tokenizer, WordTokenizer):
         tokenizer_settings = {"name": tokenizer.kind, "vocab": sha256_of_json(tokenizer.words)}
+    if isinstance(plan, SequencePlan):
+        assert isinstance(job.tokenizer, IdsTokenizerConfig)
+        tokenizer_settings = plan.tokenizer_settings(job.tokenizer)
     settings: dict[str, Any] = {
         "document": plan.document,
         "split_by": plan.split_by,
@@ -117,6 +138,8 @@ def describe(job: PrepareJob, plan: Plan, tokenizer: Tokenizer | None) -> dict[s
     }
     if plan.vocabulary is not None:
         settings["vocabulary"] = plan.vocabulary.sha256
+    if isinstance(plan, SequencePlan):
+        settings["corpus"] = plan.corpus_settings
     files = [(file.source.split, file.source.name, file.size, file.sha256) for file, _ in plan.files]
     return {
         "name": job.corpus.name,
@@ -129,29 +152,32 @@ def describe(job: PrepareJob, plan: Plan, tokenizer: Tokenizer | None) -> dict[s
 
 def write_dataset(
     job: PrepareJob,
-    plan: Plan,
+    plan: Plan | SequencePlan,
     corpus: dict[str, Any],
     tokenizer: Tokenizer | None,
     folder: Path,
     workers: WorkerPool,
 ) -> None:
     """Write tokenizer, shards and index into an empty folder; train the tokenizer if none is given."""
-    tokenizer = tokenizer or train_tokenizer(job.tokenizer, job.corpus, plan, workers)
+    if isinstance(plan, SequencePlan):
+        assert isinstance(job.tokenizer, IdsTokenizerConfig)
+        tokenizer = plan.make_tokenizer(job.tokenizer, workers)
+    elif tokenizer is None:
+        tokenizer = train_tokenizer(job.tokenizer, job.corpus, plan, workers)
     tokenizer.save(folder / "tokenizer")
     splits = write_splits(job, plan, tokenizer, folder, workers)
     shards.write_index(folder, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits)
 
 
 def write_splits(
-    job: PrepareJob, plan: Plan, tokenizer: Tokenizer, folder: Path, workers: WorkerPool
+    job: PrepareJob, plan: Plan | SequencePlan, tokenizer: Tokenizer, folder: Path, workers: WorkerPool
 ) -> dict[str, dict[str, Any]]:
     """Tokenize all text into the shards of its splits; return the splits' entries in index.json."""
     load_tokenizer.cache_clear()  # a tokenizer of an earlier call could have the same path
-    sentences = has_sentences(plan, tokenizer)
-    encode = partial(encode_pieces, folder / "tokenizer", plan.shares, sentences)
+    sentences = isinstance(plan, Plan) and has_sentences(plan, tokenizer)
     writers: dict[str, shards.SplitWriter] = {}
     with ExitStack() as stack:
-        for batch in workers.map("tokenizing", encode, plan.pieces(), plan.size()):
+        for batch in tokenize(plan, folder / "tokenizer", sentences, workers):
             for split, encoded in batch.items():
                 if split not in writers:
                     writer = shards.SplitWriter(
@@ -159,6 +185,17 @@ def write_splits(
                     )
                     writers[split] = stack.enter_context(writer)
                 writers[split].add(*encoded)
-        if not isinstance(job.corpus, PublishedCorpusConfig):
+        if not isinstance(job.corpus, PublishedCorpusConfig | DuplicationCorpusConfig):
             splitting.check_splits(job.corpus, writers)
         return {split: writers[split].close() for split in corpora.SPLITS if split in writers}
+
+
+def tokenize(
+    plan: Plan | SequencePlan, tokenizer_folder: Path, sentences: bool, workers: WorkerPool
+) -> Iterator[dict[str, Encoded]]:
+    """Yield the tokens of all splits, batch by batch, in the order of the corpus."""
+    if isinstance(plan, SequencePlan):
+        encode_ids = partial(encode_sequences, tokenizer_folder, plan.shares, plan.config)
+        return workers.map("tokenizing", encode_ids, plan.pieces(), plan.size())
+    encode = partial(encode_pieces, tokenizer_folder, plan.shares, sentences)
+    return workers.map("tokenizing", encode, plan.pieces(), plan.size())

@@ -11,9 +11,9 @@ import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple, Protocol
 
-from txl_dist.config.schema import CorpusConfig, PublishedCorpusConfig, StdlibCorpusConfig, TextCorpusConfig
+from txl_dist.config.schema import PathsCorpusConfig, PublishedCorpusConfig, StdlibCorpusConfig, TextCorpusConfig
 from txl_dist.data.preparing.corpora import SPLITS, SourceFile, SurveyedFile
 from txl_dist.data.preparing.published import PUBLISHED, VOCABULARY, Corpus
 from txl_dist.data.preparing.text_files import opened
@@ -131,12 +131,19 @@ class Plan:
             yield data, self.document == "line" and data.endswith(b"\n")
 
 
-def may_hold(text: TextRange | Piece, split: str | None) -> bool:
+class HasSplit(Protocol):
+    """A part of a corpus, with its split; None: each document in it has its own."""
+
+    @property
+    def split(self) -> str | None: ...
+
+
+def may_hold(text: HasSplit, split: str | None) -> bool:
     """Return whether some text may hold text of `split`; None: of any."""
     return split is None or text.split in (None, split)
 
 
-def plan(config: CorpusConfig, files: list[SurveyedFile]) -> Plan:
+def plan(config: TextCorpusConfig | StdlibCorpusConfig | PublishedCorpusConfig, files: list[SurveyedFile]) -> Plan:
     """Decide which bytes of which file belong to which split.
 
     Raises:
@@ -188,7 +195,7 @@ def published_plan(corpus: Corpus, files: list[SurveyedFile]) -> Plan:
 
 
 def check_splits(
-    config: TextCorpusConfig | StdlibCorpusConfig, filled: Collection[str | None], split_by: str = "document"
+    config: PathsCorpusConfig | StdlibCorpusConfig, filled: Collection[str | None], split_by: str = "document"
 ) -> None:
     """Raise a UserError if a split that was wanted got no text."""
     given = [split for split in SPLITS if getattr(config, split, None) is not None]
@@ -206,7 +213,7 @@ def check_splits(
         raise UserError(f"corpus: no text falls to {' and '.join(lacking)}; {reason}give more text, or {shares}")
 
 
-def where_to_cut(config: TextCorpusConfig | StdlibCorpusConfig, lacking: list[str]) -> str:
+def where_to_cut(config: PathsCorpusConfig | StdlibCorpusConfig, lacking: list[str]) -> str:
     """Describe where line ends would give these splits, valid or test or both, a text of their own."""
     ends = {"valid": 100 * (1 - config.test_share), "test": 100.0}
     start = ends[lacking[0]] - 100 * getattr(config, f"{lacking[0]}_share")
@@ -217,13 +224,17 @@ def where_to_cut(config: TextCorpusConfig | StdlibCorpusConfig, lacking: list[st
 # ------------------------------------------------------------------------------------------------------- splits
 
 
-def splits_by_quota(names: list[str], shares: Shares) -> list[str]:
-    """Return the split of each document: by the order of their hashes the first are valid, the next test."""
+def splits_by_quota(names: list[str], shares: Shares, remedy: str = "use corpus.split_by=position,") -> list[str]:
+    """Return the split of each document: by the order of their hashes the first are valid, the next test.
+
+    Args:
+        remedy: what helps where they are too few.
+    """
     valid, test = (max(1, round(share * len(names))) if share else 0 for share in shares)
     if valid + test >= len(names):
         raise UserError(
             f"corpus: {len(names)} documents are too few to split between them: {valid} would be valid, {test} test "
-            "and none train; use corpus.split_by=position, or set corpus.valid_share and corpus.test_share to 0"
+            f"and none train; {remedy} or set corpus.valid_share and corpus.test_share to 0"
         )
     order = sorted(range(len(names)), key=lambda index: (name_hash(names[index]), index))
     splits = ["train"] * len(names)

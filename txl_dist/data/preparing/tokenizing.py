@@ -16,6 +16,7 @@ import numpy as np
 
 from txl_dist.config.schema import (
     CorpusConfig,
+    IdsTokenizerConfig,
     PublishedCorpusConfig,
     SentencePieceTokenizerConfig,
     TokenizerConfig,
@@ -41,7 +42,9 @@ load_tokenizer = lru_cache(maxsize=1)(tokenizers.load)  # once in each process
 
 
 def given_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
-    """Return the tokenizer if it needs no training text; else None."""
+    """Return the tokenizer if it needs nothing of the corpus; else None."""
+    if isinstance(config, IdsTokenizerConfig):
+        return None
     if isinstance(config, SentencePieceTokenizerConfig):
         return None if config.model is None else SentencePieceTokenizer.open(Path(config.model))
     if isinstance(config, XLNetTokenizerConfig):

@@ -8,20 +8,29 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from txl_dist.data.preparing import splitting
-from txl_dist.data.preparing.splitting import Piece
 from txl_dist.errors import RunError
 from txl_dist.tracking.console import PlainConsole
 
 Result = TypeVar("Result")
 
 
+class HasData(Protocol):
+    """A piece of a corpus."""
+
+    @property
+    def data(self) -> bytes: ...
+
+
+AnyPiece = TypeVar("AnyPiece", bound=HasData)
+
+
 class WorkerPool:
-    """Maps functions over pieces of text in several processes, and shows progress on standard error.
+    """Maps functions over pieces of a corpus in several processes, and shows progress on standard error.
 
     Args:
         workers: how many processes; None: one per CPU. With one, the work is done in this process.
@@ -40,7 +49,7 @@ class WorkerPool:
         self.pool.shutdown(cancel_futures=True)
 
     def map(
-        self, title: str, function: Callable[[list[Piece]], Result], pieces: Iterable[Piece], size: int
+        self, title: str, function: Callable[[list[AnyPiece]], Result], pieces: Iterable[AnyPiece], size: int
     ) -> Iterator[Result]:
         """Yield the results of batches of pieces, in their order; a bounded number is in progress at a time.
 
@@ -87,9 +96,9 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def batches(pieces: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[list[Piece]]:
+def batches(pieces: Iterable[AnyPiece], advance: Callable[[int], None]) -> Iterator[list[AnyPiece]]:
     """Put small pieces together, up to PIECE_BYTES."""
-    batch: list[Piece] = []
+    batch: list[AnyPiece] = []
     size = 0
     for piece in pieces:
         if batch and size + len(piece.data) > splitting.PIECE_BYTES:

@@ -30,12 +30,14 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: tokens are 0 .. vocab_size - 1.
         eos: the token that ends a document (words: a line).
+        ends_documents: whether `eos` stands in the data; what is read before a document's first token it is anyway.
         lines_are_sentences: whether each line of a text is taken as a sentence, whatever a document is.
     """
 
     kind: str
     vocab_size: int
     eos: int
+    ends_documents = True
     lines_are_sentences = False
 
     @property
@@ -54,6 +56,7 @@ class Tokenizer(ABC):
 
         Raises:
             UnicodeDecodeError: if the tokenizer reads characters and `data` are not UTF-8.
+            ValueError: if it reads numbers and `data` are none of its vocabulary.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ from typing import Any
 
 from txl_dist.data.tokenizers.base import Tokenizer
 from txl_dist.data.tokenizers.byte import BytesTokenizer
+from txl_dist.data.tokenizers.ids import IdsTokenizer
 from txl_dist.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from txl_dist.data.tokenizers.word import WordTokenizer
 from txl_dist.data.tokenizers.xlnet import MODEL_FILE, XLNetTokenizer
@@ -30,9 +31,11 @@ def load(folder: Path) -> Tokenizer:
             tokenizer = SentencePieceTokenizer((folder / "sentencepiece.model").read_bytes())
         elif facts["kind"] == "xlnet":
             tokenizer = XLNetTokenizer((folder / MODEL_FILE).read_bytes(), facts["lower"])
+        elif facts["kind"] == "ids":
+            tokenizer = IdsTokenizer.of_facts(facts)
         else:
             raise UserError(
-                f"{path}: kind {facts['kind']!r} is unknown here; it is bytes, word, sentencepiece or xlnet"
+                f"{path}: kind {facts['kind']!r} is unknown here; it is bytes, word, sentencepiece, xlnet or ids"
             )
         if (tokenizer.vocab_size, tokenizer.eos) != (facts["vocab_size"], facts["eos"]):
             raise UserError(f"{path}: its vocabulary has {tokenizer.vocab_size} tokens, not {facts['vocab_size']}")
