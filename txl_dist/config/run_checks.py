@@ -4,6 +4,7 @@ checkpoint.format is imported by the functions that need it: with it comes torch
 """
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -144,6 +145,22 @@ def page_has_a_place(to: str | None) -> Iterator[str]:
         yield f"to={to}: there is no folder {path.parent}; make it first, or give another"
 
 
+def continuation_has_a_place(format: str, out: str | None) -> Iterator[str]:
+    """Check that images and sounds go to a file, whose name says what it is, in a folder that is there."""
+    suffix = {"png": ".png", "wav": ".wav"}.get(format)
+    if format == "png" and not find_spec("PIL"):
+        yield "format=png: Pillow is not installed; pip install 'txl_dist[images]'"
+    if out is None:
+        if suffix:
+            yield f"out: is missing; format={format} is written to a file; give out=NAME{suffix}"
+        return
+    path = Path(out)
+    if path.is_dir() or (suffix and path.suffix.lower() != suffix):
+        yield f"out={out}: is not the name of a file for format={format}; give one that ends with {suffix or '.txt'}"
+    elif not path.parent.is_dir():
+        yield f"out={out}: there is no folder {path.parent}; make it first, or give another"
+
+
 def conversion_has_one_direction(
     run: str, from_: str | None, to: str | None, tokenizer_from: str | None
 ) -> Iterator[str]:
@@ -178,7 +195,7 @@ def measured_run_is_there(measured: str | None) -> Iterator[str]:
 Check = Callable[..., Iterator[str]]
 CHECKS: dict[type, list[Check]] = {
     EvaluateJob: [some_run_is_there, window_has_no_memory],
-    GenerateJob: [run_is_there, change_problems],
+    GenerateJob: [run_is_there, change_problems, continuation_has_a_place],
     InspectJob: [run_is_there],
     ScoreJob: [run_is_there, change_problems],
     LookJob: [run_is_there, change_problems, page_has_a_place],

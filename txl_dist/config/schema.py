@@ -530,11 +530,11 @@ class EvaluateJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class GenerateJob:
-    """Continue prompts; null: standard input is the prompt."""
+    """Continue prompts; null: standard input is the prompt. max_tokens: null: 300, or what an image lacks."""
 
     run: RunDir
     prompt: StrList | None
-    max_tokens: NonNegativeInt
+    max_tokens: NonNegativeInt | None
     temperature: NonNegative
     top_k: NonNegativeInt
     top_p: Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)]
@@ -542,6 +542,8 @@ class GenerateJob:
     checkpoint: CheckpointChoice
     average: StrictBool
     model: ModelChanges
+    format: Literal["text", "ids", "png", "wav"] = "text"
+    out: PathStr | None = None
 
 
 @dataclass(config=SCHEMA, frozen=True)

@@ -1,7 +1,7 @@
 """Sample continuations of prompts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import torch
@@ -25,12 +25,13 @@ BLOCK = 512  # weights that are drawn from as one, at first
 class Sampler:
     """Draws tokens at a temperature, among the `top_k` likeliest (0: all) and those that make up `top_p`.
 
-    Tokens as likely as the last one that belongs to them belong to them, too.
+    Tokens as likely as the last one that belongs to them belong to them, too. One token may be `never` drawn.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    never: int | None = None
 
     def draw(self, log_probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw a token for each lane, at temperature 0 the likeliest one.
@@ -42,6 +43,9 @@ class Sampler:
         Returns:
             int64 [lanes], on the device of log_probs.
         """
+        if self.never is not None:
+            log_probs = log_probs.clone()
+            log_probs[:, self.never] = -torch.inf
         if self.temperature < MIN_TEMPERATURE:
             return log_probs.argmax(-1)
         probabilities = (log_probs / self.temperature).softmax(-1)
@@ -127,6 +131,8 @@ def complete(
     model: LanguageModel, completions: Sequence["Completion"], sampler: Sampler, seed: int, max_tokens: int
 ) -> Iterator[list[str]]:
     """Continue prompts until all their documents have ended, or by `max_tokens`; yield the new text of each."""
+    if completions and completions[0].never_drawn is not None:
+        sampler = replace(sampler, never=completions[0].never_drawn)
     stream = continuations(model, [completion.prompt for completion in completions], sampler, seed)
     for tokens in islice(stream, max_tokens):
         yield [completion.add(token) for completion, token in zip(completions, tokens, strict=True)]
@@ -140,18 +146,22 @@ class Completion:
 
     Attributes:
         prompt: its tokens, after `<eos>` as at the start of a document.
+        tokens: those of the prompt, without this `<eos>`, and all that follow in its document.
         text: the prompt and all that has been decoded.
+        never_drawn: `<eos>`, where it does not stand in the data; else None.
         ended: whether the document has ended.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str | bytes):
         self.ended = False
-        self.prompt = [tokenizer.eos, *encode_text(tokenizer, prompt, "prompt")]
+        self.tokens = encode_text(tokenizer, prompt, "prompt")
+        self.prompt = [tokenizer.eos, *self.tokens]
+        self.never_drawn = None if tokenizer.ends_documents else tokenizer.eos
         # `<eos>` ends the text, unless it is the tokenizer's line end.
         self.end_token = tokenizer.eos if tokenizer.decode([tokenizer.eos]) == "" else None
         self.decoder = tokenizer.decoder()
         # The prompt is decoded, too, because what comes next may depend on it: a word wants a space before it.
-        decoded = "".join(self.decoder.feed(token) for token in self.prompt[1:])
+        decoded = "".join(self.decoder.feed(token) for token in self.tokens)
         try:
             self.text = prompt.decode() if isinstance(prompt, bytes) else prompt
             self.text.encode()
@@ -161,7 +171,10 @@ class Completion:
     def add(self, token: int) -> str:
         """Return the text that one more token has settled; a multi-byte character waits for its last byte."""
         self.ended = self.ended or token == self.end_token
-        return self._append("" if self.ended else self.decoder.feed(token))
+        if self.ended:
+            return ""
+        self.tokens.append(token)
+        return self._append(self.decoder.feed(token))
 
     def finish(self) -> str:
         """Return the rest of the text, with characters that are incomplete."""
