@@ -104,7 +104,8 @@ def test_images_are_written_in_their_size(run, trained_run, tmp_path):
     expected = [list(map(int, line.split()))[:SIZE] for line in numbers.splitlines() if line and "---" not in line]
     for number, pixels in enumerate(expected, 1):
         with Image.open(tmp_path / f"a-{number}.png") as image:
-            assert image.mode == "L" and np.asarray(image).reshape(-1).tolist() == pixels
+            assert image.mode == "L" and image.size == (WIDTH, HEIGHT)
+            assert np.asarray(image).reshape(-1).tolist() == pixels
     assert expected[1][:5] == [7] * 5
     assert done.stdout == f"{tmp_path}/a-1.png: 24 tokens\n{tmp_path}/a-2.png: 24 tokens\n"
 

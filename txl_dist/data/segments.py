@@ -122,11 +122,10 @@ class Segments(SegmentLoader):
                 tokens = self.reader.tokens(span.position - before, span.length + before)
                 targets[row, start:end] = tokens[before:]
                 inputs[row, start + 1 - before : end] = tokens[: span.length - 1 + before]
+                # It may not stand in the stream (tokenizer.end=false).
                 first, last = np.searchsorted(self.plan.starts, (span.position, span.position + span.length))
                 begins = self.plan.starts[first:last] - span.position
-                inputs[row, start + begins] = (
-                    self.eos
-                )  # where it does not stand in the stream, as with tokenizer.end=false
+                inputs[row, start + begins] = self.eos
                 lookback[row, start:end] = np.arange(span.history, span.history + span.length)
                 start = end
             if self.reader.fill_value is not None:

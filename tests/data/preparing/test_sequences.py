@@ -151,6 +151,16 @@ def test_the_vocabulary_is_that_of_the_training_split(tmp_path):
         prepared(tmp_path / "small", tokens_corpus(**paths), IdsTokenizerConfig("ids", 9, None))
 
 
+def test_the_vocabulary_leaves_out_documents_of_other_splits(tmp_path):
+    splits = [splitting.split_of_document("a.jsonl", number, (0.2, 0.2)) for number in range(50)]
+    large = splits.index("valid")
+    documents = [[1000] if number == large else [number % 7] for number in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    corpus = tokens_corpus(path=[str(tmp_path / "a.jsonl")], valid_share=0.2, test_share=0.2)
+    with pytest.raises(UserError, match=f"a.jsonl: line {large + 1}, number 1: 1000 is larger than 6"):
+        prepared(tmp_path / "data", corpus)
+
+
 class Harmful:
     def __reduce__(self):
         return print, ("unpickled",)
@@ -270,6 +280,16 @@ def test_the_middle_of_an_image_is_scaled(tmp_path):
     Image.fromarray(tall).save(tmp_path / "b.png")
     corpus = files_corpus(train=[str(tmp_path / "b.png")], read="image", size=[2, 2])
     assert read(prepared(tmp_path / "tall", corpus), "train") == [[0, 40, 0, 120, 0, 0, 0, 0, 80, 160, 160, 160]]
+
+
+def test_a_scaled_pixel_is_the_mean_of_what_it_covers(tmp_path):
+    Image.fromarray(np.array([[0, 40, 8, 8], [200, 100, 8, 16]], np.uint8)).save(tmp_path / "b.png")
+    small = files_corpus(train=[str(tmp_path / "b.png")], read="image", size=[1, 2], channels=1)
+    assert read(prepared(tmp_path / "small", small), "train") == [[85, 10]]
+    Image.fromarray(np.array([[0, 100, 8], [200, 100, 16]], np.uint8)).save(tmp_path / "a.png")
+    large = files_corpus(train=[str(tmp_path / "a.png")], read="image", size=[4, 6], channels=1)
+    rows = np.repeat(np.repeat([[0, 100, 8], [200, 100, 16]], 2, axis=0), 2, axis=1)
+    assert read(prepared(tmp_path / "large", large), "train") == [rows.reshape(-1).tolist()]
 
 
 def test_files_that_are_no_images_are_all_named(tmp_path):
