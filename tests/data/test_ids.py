@@ -8,7 +8,7 @@ import pytest
 from txl_dist.config.schema import DatasetConfig, DuplicationCorpusConfig, IdsTokenizerConfig, PrepareJob
 from txl_dist.data import tokenizers
 from txl_dist.data.index import Index
-from txl_dist.data.lanes import LanePlan, LaneSplit
+from txl_dist.data.lanes import BEGINNING, LanePlan, LaneSplit, Origin
 from txl_dist.data.mu_law import from_mu_law, mu_law
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segments, whole_split
@@ -53,6 +53,39 @@ def test_each_segment_is_a_document(aligned, order, reset):
             read.append(target)
     first_epoch = read[:24]
     assert sorted(first_epoch) == sorted(documents)
+
+
+@pytest.mark.parametrize("order", ["corpus", "documents"])
+@pytest.mark.parametrize("num_lanes", [5, 7, 24])
+def test_lanes_begin_with_documents_whatever_their_number(aligned, order, num_lanes):
+    """24 documents; a part has one more or less, and every document is read once in an epoch."""
+    starts = aligned.splits["train"].document_starts
+    for origin in (BEGINNING, Origin(step=0, tokens=LENGTH * 9 + 5)):
+        unit = aligned.aligned_length("train")
+        plan = LanePlan(starts, num_lanes, LENGTH, order=order, origin=origin, unit=unit)
+        assert unit == LENGTH
+        read = [plan.spans(lane, step) for lane in range(num_lanes) for step in range(len(plan.part(lane)) // LENGTH)]
+        assert all(len(spans) == 1 and spans[0].position % LENGTH == 0 for spans in read)
+        if origin is BEGINNING:
+            assert sorted(spans[0].position for spans in read) == starts[:-1].tolist()
+
+
+@pytest.mark.parametrize("num_lanes", [1, 4, 5, 8])
+@pytest.mark.parametrize("tokens", [None, 50])
+def test_evaluation_cuts_no_document(aligned, num_lanes, tokens):
+    """6 documents, or the first 50 numbers of them, also on more lanes than there are documents."""
+    segments = list(whole_split(aligned, "valid", num_lanes, LENGTH, "document", range(num_lanes), tokens=tokens))
+    rows = [(s.inputs[lane], s.targets[lane]) for s in segments for lane in range(num_lanes)]
+    rows = [(inputs, targets) for inputs, targets in rows if targets[0] != NOT_SCORED]
+    assert all(targets[0] == 0 and inputs[0] == aligned.eos for inputs, targets in rows)
+    assert sum((targets != NOT_SCORED).sum() for _, targets in rows) == (tokens or 6 * LENGTH)
+
+
+def test_other_datasets_have_the_lanes_that_they_had(tmp_path, aligned, dataset):
+    assert Index.open(str(dataset)).aligned_length("train") == 1
+    assert duplication(tmp_path / "end", end=True).aligned_length("train") == 1
+    few = LanePlan(aligned.splits["valid"].document_starts, 10, LENGTH, unit=LENGTH)  # 6 documents
+    assert [few.part(lane).start for lane in range(10)] == [lane * 96 // 10 for lane in range(10)]
 
 
 @pytest.mark.parametrize("reset", ["never", "document"])

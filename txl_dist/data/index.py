@@ -153,6 +153,17 @@ class Index:
                     errors.append(f"{path}: is missing; {self.store.remedy(path)}")
         return errors
 
+    def aligned_length(self, name: str) -> int:
+        """Return the length of the documents of a split, if all have one and no `<eos>` stands between them; else 1.
+
+        Lanes begin at multiples of it, so that segments of this length are documents.
+        """
+        split = self.splits[name]
+        if split.bytes is not None or self.tokenizer().ends_documents:
+            return 1
+        lengths = np.diff(split.document_starts.view(np.int64))
+        return int(lengths[0]) if (lengths == lengths[0]).all() else 1
+
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Load the tokenizer.
 

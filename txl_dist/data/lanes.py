@@ -103,6 +103,8 @@ class LanePlan:
             two pieces.
         reset_memory: "document" ends a lane's history where a document (or piece) starts; "never" lets it run on.
         origin: the lanes start at the share of the epoch that the run had read before, and without a history.
+        unit: lanes start at a multiple of it, where there are as many of them as lanes: the length of the documents, so
+            that none is cut (Index.aligned_length). Parts are then equal but for one unit.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class LanePlan:
         order: Literal["corpus", "documents"] = "corpus",
         reset_memory: ResetMemory = "never",
         origin: Origin = BEGINNING,
+        unit: int = 1,
     ):
         # int64 whatever the file says: numpy would compare unsigned positions as floats.
         self.starts = np.asarray(starts).view(np.int64)
@@ -124,18 +127,21 @@ class LanePlan:
         self.order = order
         self.reset_memory = reset_memory
         self.origin = origin
+        self.unit = unit if unit * num_lanes <= self.tokens else 1
         assert 0 < num_lanes <= self.tokens, (num_lanes, self.tokens)
         # An epoch's layout serves all its steps; where an epoch ends, two are in use.
         self._layout = lru_cache(maxsize=2)(self._lay_out)
 
     def part(self, lane: int) -> range:
         """Return the positions of the lane-th of num_lanes equal parts of an epoch's stream."""
-        return range(lane * self.tokens // self.num_lanes, (lane + 1) * self.tokens // self.num_lanes)
+        units = -(-self.tokens // self.unit)  # the last one may be shorter
+        start, stop = (number * units // self.num_lanes * self.unit for number in (lane, lane + 1))
+        return range(start, min(stop, self.tokens))
 
     def spans(self, lane: int, step: int) -> list[Span]:
         """Return the spans that `lane` reads at `step`; together they have tgt_len tokens."""
         history = (step - self.origin.step) * self.tgt_len
-        done = self.origin.tokens // self.num_lanes + history
+        done = self.origin.tokens // self.num_lanes // self.unit * self.unit + history
         pieces = self._corpus(lane, done) if self.order == "corpus" else self._documents(lane, done)
         spans = []
         for position, length, since_start in pieces:
@@ -188,11 +194,15 @@ class LanePlan:
 class EvaluationPlan(LanePlan):
     """One pass over the corpus in its order: every token is read exactly once, whatever num_lanes.
 
-    A lane ends with its part: its last segment may be short, or empty if other lanes' parts need one more step.
+    A lane ends with its part: its last segment may be short, or empty if other lanes' parts need one more step. With a
+    unit, a lane's whole part may be empty.
     """
 
-    def __init__(self, starts: np.ndarray, num_lanes: int, tgt_len: int, reset_memory: ResetMemory = "never"):
+    def __init__(
+        self, starts: np.ndarray, num_lanes: int, tgt_len: int, reset_memory: ResetMemory = "never", unit: int = 1
+    ):
         super().__init__(starts, num_lanes, tgt_len, reset_memory=reset_memory)
+        self.unit = unit
 
     @property
     def steps(self) -> int:

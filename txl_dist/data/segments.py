@@ -171,5 +171,5 @@ def whole_split(
     starts = index.splits[name].document_starts
     if tokens is not None:
         starts = np.append(starts[starts < tokens], np.uint64(tokens))
-    plan = EvaluationPlan(starts, num_lanes, tgt_len, reset_memory)
+    plan = EvaluationPlan(starts, num_lanes, tgt_len, reset_memory, index.aligned_length(name))
     return Segments(plan, SampleReader(index, name), lanes, index.eos, 0, plan.steps, workers)

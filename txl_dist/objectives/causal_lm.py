@@ -37,6 +37,7 @@ class CausalLM(Objective):
             order=job.data.order,
             reset_memory=job.data.reset_memory,
             origin=origin,
+            unit=index.aligned_length("train"),
         )
         reader = SampleReader(index, "train", fill_value=NOT_SCORED if job.data.on_error == "skip_sample" else None)
         return Segments(plan, reader, lanes, index.eos, start, stop, job.data.workers, job.model.lookback)
