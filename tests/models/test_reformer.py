@@ -251,7 +251,7 @@ def in_one_piece(query, key, value, layout, chunks, mask):
 @pytest.mark.parametrize("block", [1, 3000, 1 << 20])
 @pytest.mark.parametrize("lsh", ["strict", "published"])
 def test_blocks_have_the_gradients_of_the_formula(lsh, block, monkeypatch):
-    monkeypatch.setattr(chunked_attention, "BLOCK", block)
+    monkeypatch.setattr(chunked_attention, "CPU_BLOCK", block)
     length, rows = 61, 4
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(rows, length, 6, generator=generator, dtype=torch.float64) for _ in range(3)]

@@ -105,6 +105,10 @@ class ReformerConfig(ModelConfig):
         if any(factor % 2 for factor in self.n_buckets):
             yield f"{section}.n_buckets={self.n_buckets}: must be even, because a direction and its opposite are two"
 
+    def without_memory(self) -> "ReformerConfig":
+        """Return this model: it reads each segment alone."""
+        return self
+
 
 class Embedding(nn.Module):
     """The table of the vocabulary, and axial positions: a position's vector is joined from one for each axis."""

@@ -89,7 +89,10 @@ class Planner:
         self.objective = build_objective(job, dataset.vocab_size)
         self.targets = self.objective.num_targets(job.model.tgt_len)
         self.backend: str = job.engine.attention
-        if self.backend == "auto":
+        backends = job.model.attention_backends
+        if len(backends) < 2:
+            self.backend = backends[0] if backends else "its own way"
+        elif self.backend == "auto":
             device = torch.device("cuda" if self.on_gpu else "cpu")
             dropout = getattr(job.model, "dropatt", 0.0)
             self.backend = default_backend(device, DTYPES[self.precision], dropout)

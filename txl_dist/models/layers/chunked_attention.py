@@ -19,7 +19,7 @@ from torch import Tensor
 
 from txl_dist.models.layers.dropout import Mask, drop, mixed
 
-BLOCK = 1 << 18  # scores that are computed at once, if a chunk has no more
+CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 25  # scores that are computed at once, if a chunk has no more
 HIDDEN = -1e9  # the score of a key that is not seen, or less
 SELF = -1e5  # the score of a token with itself where it may see itself only if it sees nothing else
 LOG2E = log2(e)  # scores are in bits within a block: powers of 2 are faster on a CPU
@@ -209,9 +209,9 @@ class Round:
         return torch.cat([x[:, x.size(1) + self.start - reach :], x[:, :end]], dim=1)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield blocks of BLOCK scores, or of one chunk."""
+        """Yield blocks of a block's scores, or of one chunk."""
         chunk_len, reach = self.chunks.chunk_len, self.chunks.reach
-        count = max(1, BLOCK // (len(self.position) * chunk_len * self.chunks.window))
+        count = max(1, block_size(self.position.device) // (len(self.position) * chunk_len * self.chunks.window))
         for first in range(0, self.round_len // chunk_len, count):
             start = first * chunk_len
             end = min(start + count * chunk_len, self.round_len)
@@ -310,9 +310,9 @@ def merge(total: tuple[Tensor, Tensor, Tensor], output: Tensor, largest: Tensor,
 
 
 def parts(query: Tensor, layout: Layout, chunks: Chunks) -> Iterator[tuple[slice, int]]:
-    """Yield rows and rounds; of several rows together if they have no more than BLOCK scores."""
+    """Yield rows and rounds; of several rows together if they have no more scores than a block."""
     round_len = layout.position.size(1) // chunks.rounds
-    count = max(1, BLOCK // (round_len * chunks.window))
+    count = max(1, block_size(query.device) // (round_len * chunks.window))
     for start in range(0, len(query), count):
         for number in range(chunks.rounds):
             yield slice(start, start + count), number
@@ -342,6 +342,11 @@ def inverse(index: Tensor) -> Tensor:
     """Return the inverse permutation of each row: int [rows, n] -> int64 [rows, n]."""
     count = torch.arange(index.size(1), device=index.device).expand(index.shape)
     return torch.empty_like(count.contiguous()).scatter_(1, index.long(), count)
+
+
+def block_size(device: torch.device) -> int:
+    """Return how many scores are computed at once: on a CPU those that fit into its cache."""
+    return CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
