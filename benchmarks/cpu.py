@@ -45,8 +45,10 @@ from txl_dist.engine.optimizers import build_optimizer
 from txl_dist.engine.zero import ZeroEngine
 from txl_dist.evaluation.sampling import Sampler, continuations
 from txl_dist.files.atomic import atomic_file
+from txl_dist.models.base import Runtime
 from txl_dist.models.layers import backends, dropout
 from txl_dist.models.layers.dropout import Noise
+from txl_dist.models.reformer import Reformer, ReformerConfig
 from txl_dist.models.transformer_xl import TransformerXL, TransformerXLConfig
 from txl_dist.models.xlnet import XLNet, XLNetConfig
 from txl_dist.objectives.causal_lm import CausalLM
@@ -280,6 +282,61 @@ def their_pretraining(lanes: int, targets: int, vocab_size: int, **shape: Any) -
         optimizer.zero_grad()
 
     return rates(lanes * length, step)
+
+
+def our_reformer(length: int, n_hashes: int, reverses: bool) -> Rates:
+    """Train on one segment; `reverses`: keep no activations, as theirs does."""
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "model/reformer.yaml"))
+    keep_freed_memory()
+    shape = {"tgt_len": length, "axial_shape": [64, length // 64], "n_hashes": n_hashes, "n_buckets": length // 32}
+    config = ReformerConfig(**defaults | shape | {"dropout": 0.0, "dropatt": 0.0})
+    model = Reformer(config, 256, Runtime(activation_checkpointing=reverses)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    tokens = text(1, length, 256)
+    batch = {"inputs": tokens, "targets": tokens, "lookback": torch.full((1, length), 10**6)}
+    steps = itertools.count()
+
+    def step() -> None:
+        loss, _ = model(batch, model.empty_memory(1), Noise.of_step(0, next(steps), range(1)))
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(length, step)
+
+
+def their_reformer(length: int, n_hashes: int, **_: Any) -> Rates:
+    from transformers import ReformerConfig as TheirConfig
+    from transformers import ReformerModelWithLMHead
+
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "model/reformer.yaml"))
+    theirs = TheirConfig(
+        attn_layers=config["attn_layers"] * 3,
+        hidden_size=config["d_model"],
+        num_attention_heads=config["n_head"],
+        attention_head_size=config["d_head"],
+        feed_forward_size=config["d_inner"],
+        axial_pos_shape=[64, length // 64],
+        axial_pos_embds_dim=config["axial_widths"],
+        max_position_embeddings=length,
+        num_hashes=n_hashes,
+        num_buckets=length // 32,
+        hidden_dropout_prob=0.0,
+        local_attention_probs_dropout_prob=0.0,
+        lsh_attention_probs_dropout_prob=0.0,
+        vocab_size=256,
+        is_decoder=True,
+    )
+    model = ReformerModelWithLMHead(theirs).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    tokens = text(1, length, 256)
+
+    def step() -> None:
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rates(length, step)
 
 
 def our_reading(length: int, lanes: int = 1, **shape: Any) -> Rates:
@@ -534,6 +591,12 @@ ROWS = {
     "XLNet without dropout": Row(
         2, our_pretraining, their_pretraining, PIECES | {"dropout": 0.0, "dropatt": 0.0, "lanes": 4, "targets": 85}
     ),
+    **{
+        f"Reformer, 6 x 256, {rounds} rounds, {length:,}, {'reversed' if reverses else 'stored'}": Row(
+            1.5, our_reformer, their_reformer, {"length": length, "n_hashes": rounds, "reverses": reverses}
+        )
+        for rounds, length, reverses in itertools.product((2, 4), (4096, 16384), (False, True))
+    },
     "evaluation, 4 x 1024, 128 + 1,600": Row(3, our_reading, their_reading, LARGE | {"length": 128}),
     "generation, 4 x 512, 1 + 640": Row(7, our_reading, their_reading, MIDDLE | {"length": 1}),
     "generation, 4 x 1024, 1 + 1,600": Row(15, our_reading, their_reading, LARGE | {"length": 1}),

@@ -202,7 +202,7 @@ def test_attention_is_the_closed_form(lsh, before, length):
     query, value = (torch.randn(1, length, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     query[0, 5] = query[0, 3] = query[0, 40]  # so that some buckets have more than one, whatever is drawn
     chunks = Chunks(3, 8, before, sees_itself=False, around=lsh == "published")
-    buckets = hash_vectors(query[None], draw_rotations(1, 1, 6, 3, 4), [8])
+    buckets = hash_vectors(query[None], draw_rotations(torch.tensor(1), 1, 6, 3, 4), [8])
     document = torch.tensor([0] * 30 + [30] * (length - 30))[None]
     sort = sort_within_buckets if lsh == "strict" else sort_as_published
     layout = sort(buckets, document, [8], chunks)
@@ -257,7 +257,7 @@ def test_blocks_have_the_gradients_of_the_formula(lsh, block, monkeypatch):
     inputs = [torch.randn(rows, length, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
     upper = torch.randn(rows, length, 6, generator=generator, dtype=torch.float64)
     chunks = Chunks(2, 8, 1, sees_itself=False, around=lsh == "published")
-    buckets = hash_vectors(inputs[0][None], draw_rotations(1, rows, 6, 2, 4), [8])
+    buckets = hash_vectors(inputs[0][None], draw_rotations(torch.tensor(1), rows, 6, 2, 4), [8])
     sort = sort_within_buckets if lsh == "strict" else sort_as_published
     layout = sort(buckets, torch.zeros(1, length, dtype=torch.int64), [8], chunks)
     mask = Mask(0.3, torch.arange(rows) + 17)
@@ -410,11 +410,11 @@ def test_rotations_belong_to_step_layer_and_round():
 
 def test_opposite_vectors_are_in_opposite_buckets():
     vectors = torch.randn(1, 2, 50, 6, generator=torch.Generator().manual_seed(0))
-    rotations = draw_rotations(3, 2, 6, 4, 4)
+    rotations = draw_rotations(torch.tensor(3), 2, 6, 4, 4)
     buckets, opposite = hash_vectors(vectors, rotations, [8]), hash_vectors(-vectors, rotations, [8])
     assert torch.equal((buckets + 4) % 8, opposite)
     assert buckets.min() >= 0 and buckets.max() < 8 and len(buckets.unique()) == 8
-    factors = hash_vectors(vectors, draw_rotations(3, 2, 6, 4, 5), [4, 6])
+    factors = hash_vectors(vectors, draw_rotations(torch.tensor(3), 2, 6, 4, 5), [4, 6])
     assert factors.max() < 24 and len(factors.unique()) > 12
 
 

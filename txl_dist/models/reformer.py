@@ -231,21 +231,26 @@ class Reformer(LanguageModel):
                 nn.init.normal_(parameter, 0.0, self.config.init_std)
 
     def inputs_of(self, batch: Batch) -> Carry:
-        """Return the fields of a batch; positions count from the start of the segment where it says nothing else."""
-        tokens = batch["inputs"]
-        position = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
-        return tokens, batch["lookback"], batch.get("position", position)
-
-    def embed(self, inputs: Carry, noise: Noise | None = None) -> Carry:
-        """Embed tokens; both streams begin alike.
+        """Return the fields of a batch; positions count from the start of the segment where it says nothing else.
 
         Raises:
-            UserError: where the text is longer than there are positions.
+            UserError: where a text is longer than there are positions.
         """
+        tokens = batch["inputs"]
+        if "position" in batch:
+            position = batch["position"]
+            max_len = self.config.max_len
+            if int(position.max()) >= max_len:
+                raise UserError(
+                    f"model.axial_shape: has {max_len:,} positions, and the text more tokens; give less of it"
+                )
+        else:
+            position = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
+        return tokens, batch["lookback"], position
+
+    def embed(self, inputs: Carry, noise: Noise | None = None) -> Carry:
+        """Embed tokens; both streams begin alike."""
         tokens, lookback, position = inputs
-        max_len = self.config.max_len
-        if position.device.type == "cpu" and position.numel() and int(position.max()) >= max_len:
-            raise UserError(f"model.axial_shape: has {max_len:,} positions, and the text more tokens; give less of it")
         device = self.embedding.table.device
         embedded = self.embedding(to_device(tokens, device), to_device(position, device))
         stream = self.input_dropout(embedded, noise)

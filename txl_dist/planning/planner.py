@@ -91,7 +91,7 @@ class Planner:
         self.backend: str = job.engine.attention
         backends = job.model.attention_backends
         if len(backends) < 2:
-            self.backend = backends[0] if backends else "its own way"
+            self.backend = backends[0] if backends else "the model's own formula"
         elif self.backend == "auto":
             device = torch.device("cuda" if self.on_gpu else "cpu")
             dropout = getattr(job.model, "dropatt", 0.0)

@@ -253,14 +253,14 @@ class LSHAttention(ChunkedAttention):
 
     def rotations(self, view: View, noise: Noise | None) -> Tensor:
         """Draw the rotations of a step, the same for all lanes; those of evaluation are kept."""
+        sizes = self.n_head, self.d_head, view.rounds, sum(self.n_buckets) // 2
         place = self.dropatt.place
-        if place.is_meta:
-            return place.new_empty(self.n_head, self.d_head, view.rounds, sum(self.n_buckets) // 2, dtype=torch.float32)
-        seed = int(mixed(place ^ noise.shared if self.training and noise else place + view.draw))
-        known = (seed, view.rounds)
+        if self.training and noise is not None:
+            rotations: Tensor = draw_rotations(mixed(place ^ noise.shared), *sizes)
+            return rotations
+        known = view.draw, view.rounds
         if self._rotations is None or self._rotations[0] != known:
-            drawn = draw_rotations(seed, self.n_head, self.d_head, view.rounds, sum(self.n_buckets) // 2)
-            self._rotations = known, drawn.to(self.value.weight.device)
+            self._rotations = known, draw_rotations(mixed(place + view.draw), *sizes)
         return self._rotations[1]
 
     def remember(self, query: Tensor, view: View, cache: TextCache) -> None:

@@ -17,17 +17,23 @@ from txl_dist.models.layers.chunked_attention import Chunks, Layout
 ROTATED = 1 << 22  # numbers that are rotated at once
 
 
-def draw_rotations(seed: int, n_head: int, d_head: int, rounds: int, directions: int) -> Tensor:
+@torch.library.custom_op("txl_dist::rotations", mutates_args=())
+def draw_rotations(seed: Tensor, n_head: int, d_head: int, rounds: int, directions: int) -> Tensor:
     """Draw the rotations of a layer, float32 [n_head, d_head, rounds, directions]; more rounds begin with the same.
 
     Args:
-        seed: a signed number of 64 bits.
+        seed: int64, one number.
     """
     drawn = []
     for number in range(rounds):
-        generator = torch.Generator().manual_seed((seed + number) % 2**63)
+        generator = torch.Generator().manual_seed((int(seed) + number) % 2**63)
         drawn.append(torch.randn(n_head, d_head, directions, generator=generator))
-    return torch.stack(drawn, dim=2)
+    return torch.stack(drawn, dim=2).to(seed.device)
+
+
+@draw_rotations.register_fake
+def _(seed: Tensor, n_head: int, d_head: int, rounds: int, directions: int) -> Tensor:
+    return seed.new_empty(n_head, d_head, rounds, directions, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -104,6 +110,7 @@ def unsorted(start: Tensor, n_head: int, chunks: Chunks) -> Layout:
     return Layout(position.expand(lowest.shape), lowest)
 
 
+@torch.library.custom_op("txl_dist::sort_stably", mutates_args=())
 def sort_stably(buckets: Tensor, count: int) -> Tensor:
     """Return the order of int64 [..., length] below `count`: int64, equal ones as they stand.
 
@@ -112,3 +119,8 @@ def sort_stably(buckets: Tensor, count: int) -> Tensor:
     if buckets.device.type == "cpu" and count <= 1 << 16:
         return torch.from_numpy(np.argsort(buckets.numpy().astype(np.uint16), axis=-1, kind="stable"))
     return buckets.argsort(stable=True, dim=-1)
+
+
+@sort_stably.register_fake
+def _(buckets: Tensor, count: int) -> Tensor:
+    return torch.empty_like(buckets)
