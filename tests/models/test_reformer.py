@@ -129,6 +129,7 @@ def their_model(model, seed):
         {"n_hashes": 4},
         {"n_hashes": 2, "n_buckets": [4, 2]},
         {"n_hashes": 2, "lsh_chunks_before": 2, "local_chunks_before": 2},
+        {"n_hashes": 1, "lsh_chunks_before": 8},  # all, and its own once more
         {"n_hashes": 3, "local_chunks_before": 0, "lsh_chunk_len": 16},
         {"attn_layers": ["lsh"], "n_layer": 3, "activation": "relu"},
         {"lsh_chunk_len": 64, "n_hashes": 2},  # as long as the segment: nothing is hashed
@@ -422,7 +423,9 @@ def test_opposite_vectors_are_in_opposite_buckets():
 
 
 def test_what_does_not_fit_is_told():
-    config = make_config(mem_len=5, axial_widths=[12, 12], tgt_len=65, n_buckets=[7], attn_layers=["lsh"] * 3)
+    config = make_config(
+        mem_len=5, axial_widths=[12, 12], tgt_len=65, n_buckets=[7], attn_layers=["lsh"] * 3, lsh_chunks_before=0
+    )
     problems = "\n".join(config.problems())
     for part in ("model.mem_len=5: a Reformer has no memory", "add up to 24, not to model.d_model=32"):
         assert part in problems
@@ -430,6 +433,7 @@ def test_what_does_not_fit_is_told():
         "model.tgt_len=65: there are only 64 positions",
         "model.n_buckets=[7]: must be even",
         "names 3 layers",
+        "model.lsh_chunks_before=0: with model.lsh=strict",
     ):
         assert part in problems
     with pytest.raises(ConfigError, match="mem_len"):

@@ -102,6 +102,11 @@ class ReformerConfig(ModelConfig):
                 f"{section}.tgt_len={self.tgt_len}: there are only {self.max_len} positions, the product of "
                 f"{section}.axial_shape={self.axial_shape}"
             )
+        if self.lsh == "strict" and "lsh" in self.kinds and self.lsh_chunks_before == 0:
+            yield (
+                f"{section}.lsh_chunks_before=0: with {section}.lsh=strict tokens would see none but themselves; "
+                "give 1 or more"
+            )
         if any(factor % 2 for factor in self.n_buckets):
             yield f"{section}.n_buckets={self.n_buckets}: must be even, because a direction and its opposite are two"
 

@@ -202,11 +202,11 @@ class Round:
 
     def _windows_of(self, x: Tensor) -> Tensor:
         """Return what stands in the order of all rounds from the first window of this round to its end."""
-        reach = self.chunks.reach
+        begin = self.start - self.chunks.reach
         end = self.start + self.round_len
-        if self.start >= reach:
-            return x[:, self.start - reach : end]
-        return torch.cat([x[:, x.size(1) + self.start - reach :], x[:, :end]], dim=1)
+        if begin >= 0:
+            return x[:, begin:end]
+        return x[:, torch.arange(begin, end, device=x.device) % x.size(1)]
 
     def blocks(self) -> Iterator[Block]:
         """Yield blocks of a block's scores, or of one chunk."""
@@ -246,11 +246,8 @@ class Round:
             number = self.cut_windows(block, self.window_number[..., None]).transpose(-1, -2)
             scores.masked_fill_((number > self.cut(block, self.number[..., None])) | (number < lowest), HIDDEN)
         else:  # ranks ahead are always the same; by arithmetic, which is faster than by comparisons
-            first = (
-                self.start
-                - self.chunks.reach
-                + torch.arange(block.queries.start, block.queries.stop, self.chunks.chunk_len, device=lowest.device)
-            )
+            places = torch.arange(block.queries.start, block.queries.stop, self.chunks.chunk_len, device=lowest.device)
+            first = self.start - self.chunks.reach + places
             at = torch.arange(self.chunks.window, dtype=scores.dtype, device=scores.device)
             lowest_at = (lowest - first[:, None, None]).clamp_(min=0).to(scores.dtype)
             scores.add_((at - lowest_at).clamp_(max=0), alpha=-HIDDEN)
