@@ -24,6 +24,13 @@ def test_a_plan_is_one_screen(run):
     assert "limited by" in text and "assume.*: product_share=0.6" in text
 
 
+def test_a_model_with_one_way_of_attention_is_planned_on_a_gpu_and_on_a_cpu(run):
+    recipe = ["+experiment=reformer_enwik8", "model.tgt_len=1024", "gpus=8"]
+    assert "attention by the model's own formula" in plan(run, *recipe, "device=H100").stdout
+    planned = json.loads(plan(run, *recipe, "device=cpu", "format=json").stdout)
+    assert planned["fits"] and planned["step"]["total"] > 0
+
+
 def test_wrong_numbers_get_the_messages_of_training(run):
     refused = plan(run, *SMALL, "gpus=7", "engine.pipeline_stages=8", "device=A200", expect=2).stderr
     assert "engine.pipeline_stages=8: needs a multiple of 8 processes, not 7" in refused
