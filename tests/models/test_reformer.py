@@ -445,3 +445,11 @@ def test_a_text_beyond_the_positions_is_an_error():
     model = build(make_config()).eval()
     with pytest.raises(UserError, match="model.axial_shape: has 64 positions"):
         list(read(model, draw_tokens(65), Memory.empty(model, LANES)))
+
+
+def test_a_model_as_published_says_what_its_losses_mean():
+    said = "hashing as published is not causal: losses are no conditional probabilities"
+    for lsh, kinds, note in (("published", ["lsh"], said), ("published", ["local"], ""), ("strict", ["lsh"], "")):
+        model = build(make_config(lsh=lsh, attn_layers=kinds))
+        assert model.config.note == note
+        assert model.describe_runtime(torch.device("cpu"), torch.float32) == (f"{note}, " if note else "")

@@ -56,6 +56,7 @@ def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
         "step": checkpoint.step,
         **{key: getattr(config, key) for key in config.read_otherwise()},
         "sliding_window": job.sliding_window,
+        **({"note": config.note} if config.note else {}),
     }
 
 

@@ -260,7 +260,7 @@ class LanguageModel(nn.Module, ABC):
 
     def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return what people should know of how the model computes on a device, with a comma behind it; or nothing."""
-        return ""
+        return f"{self.config.note}, " if self.config.note else ""
 
     def store_long_rows(self) -> None:
         """Store every matrix with its longer side contiguous; values and shapes stay.

@@ -41,6 +41,11 @@ class ModelConfig:
         return 1
 
     @property
+    def note(self) -> str:
+        """Return what people should know of losses of this model; as a rule nothing."""
+        return ""
+
+    @property
     def fewest_tensors(self) -> int:
         """Return a lower limit of the number of parameter tensors, without building the model."""
         return self.n_layer

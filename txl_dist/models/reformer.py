@@ -72,6 +72,13 @@ class ReformerConfig(ModelConfig):
         return 0
 
     @property
+    def note(self) -> str:
+        """Return what losses mean where hashing is as published."""
+        if self.lsh == "strict" or "lsh" not in self.kinds:
+            return ""
+        return "hashing as published is not causal: losses are no conditional probabilities"
+
+    @property
     def kinds(self) -> list[str]:
         """Return the kind of attention of each layer."""
         return [self.attn_layers[number % len(self.attn_layers)] for number in range(self.n_layer)]
@@ -310,9 +317,3 @@ class Reformer(LanguageModel):
             assert isinstance(layer, Layer)
             layers.append([*layer.attention.products(lanes, config.tgt_len, config.n_hashes), inner, inner])
         return [[], *layers, [Product(2 * lanes * targets * 2 * config.d_model * self.vocab_size)]]
-
-    def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Return what losses mean where hashing is as published."""
-        if self.config.lsh == "strict" or "lsh" not in self.config.kinds:
-            return ""
-        return "attention by hashing as published (not causal: losses are no conditional probabilities), "
