@@ -389,6 +389,21 @@ def test_twelve_layers_are_computed_back_in_float32():
     near(torch.cat([first, second]), torch.cat(start), 1e-5)
 
 
+def test_streams_stay_in_float32_in_half_precision():
+    config = make_config(n_layer=6, init_std=0.02, **DROPOUT)
+    tokens, targets = draw_tokens(), draw_tokens(seed=1)
+    noise = Noise.of_step(1, 0, range(LANES))
+    gradients = []
+    for runtime in (Runtime(), REVERSIBLE):
+        torch.manual_seed(0)
+        model = Reformer(config, VOCAB, runtime).bfloat16()
+        assert model.embed(model.inputs_of(fields(tokens)), noise)[0].dtype == torch.float32
+        model(fields(tokens, targets), model.empty_memory(LANES), noise)[0].mean().backward()
+        assert all(parameter.dtype == parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double())
+    assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
+
+
 # ---------------------------------------------------------------------------------------------------------- hashing
 
 
