@@ -424,5 +424,6 @@ def test_a_damaged_tokenizer_is_named(copy, harm):
     harm(copy / "tokenizer/tokenizer.json")
     given = dict.fromkeys(["tgt_len", "mem_len", "clamp_len", "same_length"])
     job = {"run": str(copy), "prompt": "the", "max_tokens": 1, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 1}
+    job |= {"format": "text", "out": None}
     with pytest.raises(UserError, match="tokenizer"):
         generate(parse_config(GenerateJob, job | {"checkpoint": None, "average": False, "model": given}))
