@@ -8,6 +8,7 @@ reformer.json as soon as it is measured.
 
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -121,6 +122,7 @@ def measure(build: Callable[[int, int], Step], length: int, depth: int, results:
 
 
 def main() -> None:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory goes back: the peak is that of what is in use
     context = multiprocessing.get_context("spawn")
     console = Console()
     table = Table("tokens", "layers", title="peak MiB (seconds of the one step)")
