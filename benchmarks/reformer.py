@@ -2,7 +2,7 @@
 
 Beside it transformers 4.36.2's Reformer, and a plain Transformer with torch's attention and checkpointed layers, of
 the same sizes, one sequence, float32. Each is a process of its own; what counts is the peak above what it had before
-the model was built. Without lengths: 4096 and 16384; 65536 takes an hour, because of full attention. A row is added to
+the model was built. Without lengths: 4096 and 16384; 65536 takes long, because of full attention. A row is added to
 reformer.json as soon as it is measured.
 """
 

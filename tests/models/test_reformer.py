@@ -168,7 +168,7 @@ def test_published_is_the_model_of_transformers(changes, runtime, monkeypatch):
 # --------------------------------------------------------------------------------------------- against every pair
 
 
-def windows(position, number, chunks, length):
+def windows(position, chunks, length):
     """The pairs (query, key) that meet in the windows of an order, as often as they do."""
     n = len(position)
     pairs = []
@@ -210,7 +210,7 @@ def test_attention_is_the_closed_form(lsh, before, length):
     pairs = []
     if lsh == "published":
         order = layout.position[0].tolist()
-        met = windows(order, None, chunks, length)
+        met = windows(order, chunks, length)
         pairs = [(order[i], order[j]) for i, j in met if order[j] >= document[0, order[i]]]
     else:
         for of_round in buckets[0, 0].tolist():
