@@ -23,9 +23,9 @@ from txl_dist.config.types import ALWAYS, EVALUATION, SCHEMA, Fraction, Positive
 from txl_dist.errors import UserError
 from txl_dist.models.base import DEFAULT_RUNTIME, Batch, Carry, LanguageModel, Runtime, Shapes
 from txl_dist.models.config import ModelConfig
+from txl_dist.models.layers import cross_entropy
 from txl_dist.models.layers.activations import ACTIVATIONS
 from txl_dist.models.layers.cost import Product
-from txl_dist.models.layers.cross_entropy import cross_entropy, log_softmax
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.hashed_attention import ChunkedAttention, LocalAttention, LSHAttention, View
 from txl_dist.models.layers.reversible import add_layer, run_reversibly
@@ -293,10 +293,7 @@ class Reformer(LanguageModel):
         streams, _ = carry
         normed = self.layer_norm(streams.to(self.head.weight.dtype))
         logits = self.head(self.output_dropout(normed, noise))
-        if targets is None:
-            return log_softmax(logits)
-        flat = to_device(targets, logits.device).flatten()
-        return cross_entropy(logits.flatten(0, 1), flat).view_as(targets)
+        return cross_entropy.predict(logits, targets)
 
     def state_shapes(self) -> list[Shapes]:
         """Return nothing for each layer: no segment knows of the one before."""

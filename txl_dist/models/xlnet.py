@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from txl_dist.config.types import ALWAYS, EVALUATION, INT32_MAX, LANES, SCHEMA, Fraction, Positive, Size, SizeOrZero
 from txl_dist.models.base import DEFAULT_RUNTIME, Batch, Carry, LanguageModel, Runtime, Shapes
 from txl_dist.models.config import ModelConfig
+from txl_dist.models.layers import cross_entropy
 from txl_dist.models.layers.activations import ACTIVATIONS
 from txl_dist.models.layers.cost import Product
-from txl_dist.models.layers.cross_entropy import cross_entropy, log_softmax
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.state import State
 from txl_dist.models.layers.transfer import to_device
@@ -150,10 +150,7 @@ class Head(nn.Module):
             targets: int64 [lanes, queries], on any device; -100: not scored.
         """
         logits = F.linear(queries, self.table, self.bias)
-        if targets is None:
-            return log_softmax(logits)
-        flat = to_device(targets, logits.device).flatten()
-        return cross_entropy(logits.flatten(0, 1), flat).view_as(targets)
+        return cross_entropy.predict(logits, targets)
 
 
 class XLNet(LanguageModel):

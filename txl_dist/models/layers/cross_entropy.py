@@ -13,12 +13,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from txl_dist.models.layers.dropout import HAS_TRITON
+from txl_dist.models.layers.transfer import to_device
 
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Compute log-probabilities along the last dimension, in float32 at least."""
     log_probs: Tensor = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return log_probs
+
+
+def predict(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Compute what a head returns: the negative log-likelihood of targets, or all log-probabilities without them.
+
+    Args:
+        logits: [lanes, positions, size], for nothing but this.
+        targets: int64 [lanes, positions], on any device; -100: not scored.
+    """
+    if targets is None:
+        return log_softmax(logits)
+    flat = to_device(targets, logits.device).flatten()
+    return cross_entropy(logits.flatten(0, 1), flat).view_as(targets)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
