@@ -4,17 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.evaluation.answers import Span, Windows, find_answer
+from txl_dist.evaluation.answers import Span, find_answer, has_most_context
 from txl_dist.models.heads import SpanHead, SpanPredictions
 
-LENGTH = 8
 
-
-def windows(*rows, most_context=None):
+def windows(*rows):
     """Windows of positions that hold these tokens of the passage; "." is no token of it."""
-    token = np.array([[-1 if token == "." else int(token) for token in row] for row in rows])
-    marks = most_context or ["x" * LENGTH] * len(rows)
-    return Windows(token, np.array([[mark == "x" for mark in row] for row in marks]))
+    return np.array([[-1 if token == "." else int(token) for token in row] for row in rows])
 
 
 def predictions(*lanes):
@@ -49,17 +45,27 @@ def test_the_best_span_is_one_of_the_passage():
 
 
 def test_windows_that_overlap():
-    """Token 3 is in both; the first window has more context of it, so it is the one whose answers may start there."""
-    first = ({4: (-3.0, {4: -1.0})}, 0.25)
-    second = ({1: (-0.5, {2: -0.5})}, -0.75)
-    rows = windows(".0123...", "..345...")
-    rows.token[1, 1] = 3
-    rows.token[1, 2] = 4
-    rows = rows._replace(has_most_context=np.array([[True] * 8, [True, False] + [True] * 6]))
-    answer = find_answer(predictions(first, second), rows, 5)
-    assert answer.spans == [Span(-4.0, 3, 3)] and answer.no_answer == -0.75
-    rows.has_most_context[1, 1] = True
-    assert find_answer(predictions(first, second), rows, 5).spans == [Span(-1.0, 3, 4), Span(-4.0, 3, 3)]
+    """Token 4 is in both, with more context in the first one, so no answer of the second may start there."""
+    rows = windows(".01234567", "...456789")
+    first = ({5: (-3.0, {5: -1.0})}, 0.25)
+    for token, expected in {4: [Span(-4.0, 4, 4)], 6: [Span(-1.0, 6, 6), Span(-4.0, 4, 4)]}.items():
+        position = token - 1
+        second = ({position: (-0.5, {position: -0.5})}, -0.75)
+        answer = find_answer(predictions(first, second), rows, 5)
+        assert answer.spans == expected and answer.no_answer == -0.75
+
+
+def test_the_window_with_most_context():
+    """It is the one whose nearer end is farther away, else the longer one, else the first."""
+    rows = windows(".012345", "..23456", ".......", "6789...", "...6789")
+    marks = [".xxxx..", "....xxx", ".......", ".xxx...", "......."]
+    assert [["x" if most else "." for most in row] for row in has_most_context(rows)] == [list(row) for row in marks]
+
+
+def context_by_hand(row, token):
+    held = [other for other in row if other >= 0]
+    before, behind = sum(other < token for other in held), sum(other > token for other in held)
+    return min(before, behind) + 0.01 * len(held)
 
 
 def spans_by_hand(found, rows, max_answer_tokens):
@@ -67,10 +73,11 @@ def spans_by_hand(found, rows, max_answer_tokens):
     for window in range(len(found.start)):
         for beam, start in enumerate(found.start[window].tolist()):
             for rank, end in enumerate(found.end[window, beam].tolist()):
-                first, last = int(rows.token[window, start]), int(rows.token[window, end])
+                first, last = int(rows[window, start]), int(rows[window, end])
                 if first < 0 or last < first or last - first >= max_answer_tokens:
                     continue
-                if rows.has_most_context[window, start]:
+                contexts = [context_by_hand(row, first) if first in row else 0 for row in rows]
+                if contexts.index(max(contexts)) == window:
                     log_prob = found.start_log_prob[window, beam] + found.end_log_prob[window, beam, rank]
                     spans.append(Span(float(log_prob), first, last))
     return sorted(spans, key=lambda span: -span.log_prob)
@@ -79,13 +86,13 @@ def spans_by_hand(found, rows, max_answer_tokens):
 @pytest.mark.parametrize("seed", range(5))
 def test_all_windows_of_a_head(seed):
     torch.manual_seed(seed)
-    rows = windows("..012345", ".3456789", "...6789.", most_context=["xxxxxxx.", "xx.xxx..", "xxxx.xxx"])
-    possible = torch.from_numpy(rows.token >= 0).long()
+    rows = windows("..012345", ".3456789", "...6789.")
+    possible = torch.from_numpy(rows >= 0).long()
     possible[:, -1] = 1
     targets = torch.cat([torch.zeros(3, 2, dtype=torch.int64), possible], dim=1)
     head = SpanHead(width=4, beams=4)
     head.initialise(1.0)
-    found = SpanPredictions.unpack(head.outputs(torch.randn(3, LENGTH, 4), targets).detach())
+    found = SpanPredictions.unpack(head.outputs(torch.randn(*rows.shape, 4), targets).detach())
     answer = find_answer(found, rows, 3, n_best=100)
     expected = spans_by_hand(found, rows, 3)
     assert answer.spans == expected and len(expected) > 5

@@ -16,9 +16,10 @@ DEV = Path(__file__).parents[3] / "shared" / "data" / "squad2" / "dev.json"
 CASES = [
     ("case, articles, punctuation", ["The Eiffel Tower!"], "eiffel  tower", 0.1, 1, 1),
     ("the best of several", ["Paris, France", "Paris"], "the Paris", 0.4, 1, 1),
-    ("some words, one twice", ["a big big red car"], "big red red bus", 0.2, 0, 2 * 2 / (4 + 4)),
+    ("some words, one twice", ["a big big red car"], "big big bus bus", 0.2, 0, 2 * 2 / (4 + 4)),
     ("nothing in common", ["blue"], "red", 0.9, 0, 0),
     ("none given", ["blue"], "", 0.3, 0, 0),
+    ("an answer without a word is not one", ["the", "red"], "", 0.45, 0, 0),
     ("none, and none given", [], "", 0.8, 1, 1),
     ("none, but one given", [], "red", 0.6, 0, 0),
     ("none, and no word given", [], "the ...", 0.7, 1, 1),
@@ -45,23 +46,23 @@ def test_each_answer():
 def test_metrics_of_questions_with_and_without_answers():
     found = scores_of(CASES).metrics()
     assert found == {
-        "exact_match": pytest.approx(100 * 4 / 9),
-        "f1": pytest.approx(100 * 4.5 / 9),
-        "has_answer_exact_match": pytest.approx(100 * 2 / 6),
-        "has_answer_f1": pytest.approx(100 * 2.5 / 6),
+        "exact_match": pytest.approx(100 * 4 / 10),
+        "f1": pytest.approx(100 * 4.5 / 10),
+        "has_answer_exact_match": pytest.approx(100 * 2 / 7),
+        "has_answer_f1": pytest.approx(100 * 2.5 / 7),
         "no_answer_exact_match": pytest.approx(100 * 2 / 3),
         "no_answer_f1": pytest.approx(100 * 2 / 3),
     }
-    assert set(scores_of(CASES[:5]).metrics()) == {"exact_match", "f1"}
-    assert set(scores_of(CASES[5:8]).metrics()) == {"exact_match", "f1", "no_answer_exact_match", "no_answer_f1"}
+    assert set(scores_of(CASES[:6]).metrics()) == {"exact_match", "f1"}
+    assert set(scores_of(CASES[6:9]).metrics()) == {"exact_match", "f1", "no_answer_exact_match", "no_answer_f1"}
 
 
 def test_above_the_threshold_no_answer_is_given():
     """One at the threshold is given."""
     found = scores_of(CASES).metrics(threshold=0.5)
-    assert found["no_answer_f1"] == 100 and found["has_answer_f1"] == pytest.approx(100 * 2.5 / 6)
+    assert found["no_answer_f1"] == 100 and found["has_answer_f1"] == pytest.approx(100 * 2.5 / 7)
     found = scores_of(CASES).metrics(threshold=0.35)  # that of "the best of several" is 0.4
-    assert found["has_answer_exact_match"] == pytest.approx(100 * 1 / 6)
+    assert found["has_answer_exact_match"] == pytest.approx(100 * 1 / 7)
 
 
 def metrics_by_hand(scores, threshold, metric):
