@@ -59,6 +59,19 @@ class Tokenizer(ABC):
             ValueError: if it reads numbers and `data` are none of its vocabulary.
         """
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a text, and say of each token which characters it was made of.
+
+        Returns:
+            The tokens [n] of `encode(text.encode(), end=False)`, and int64 [n, 2]: the positions in `text` of each
+            token's first character and of the one behind its last. The tokens of one character all have its position;
+            a token that was made of nothing has two equal ones.
+
+        Raises:
+            NotImplementedError: if tokens are not made of text.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def decoder(self) -> Decoder:
         """Make a decoder that takes tokens one at a time."""
@@ -93,6 +106,12 @@ class Tokenizer(ABC):
     def facts(self) -> dict[str, Any]:
         """Return the content of tokenizer.json."""
         return {"kind": self.kind, "vocab_size": self.vocab_size, "eos": self.eos}
+
+
+def bytes_per_character(text: str) -> np.ndarray:
+    """Return how many bytes of UTF-8 each character of a text is: int64 [characters]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
 
 
 def begins_word(text: str) -> bool:

@@ -4,7 +4,7 @@ import codecs
 
 import numpy as np
 
-from txl_dist.data.tokenizers.base import Decoder, Tokenizer, begins_word
+from txl_dist.data.tokenizers.base import Decoder, Tokenizer, begins_word, bytes_per_character
 
 
 class BytesTokenizer(Tokenizer):
@@ -18,6 +18,10 @@ class BytesTokenizer(Tokenizer):
         tokens = np.full(len(data) + end, self.eos, self.dtype)
         tokens[: len(data)] = np.frombuffer(data, np.uint8)
         return tokens
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        characters = np.arange(len(text)).repeat(bytes_per_character(text))
+        return self.encode(text.encode(), False), np.stack([characters, characters + 1], axis=1)
 
     def decoder(self) -> Decoder:
         return BytesDecoder()

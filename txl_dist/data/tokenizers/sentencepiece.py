@@ -7,12 +7,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from txl_dist.config.schema import MIN_PIECES
-from txl_dist.data.tokenizers.base import BLOCK, EOS, Decoder, Tokenizer, begins_word
+from txl_dist.data.tokenizers.base import BLOCK, EOS, Decoder, Tokenizer, begins_word, bytes_per_character
 from txl_dist.data.tokenizers.byte import BytesDecoder
 from txl_dist.errors import UserError
 
@@ -101,6 +102,22 @@ class SentencePieceTokenizer(Tokenizer):
             tokens.extend(self._encode_lines(text))
         return np.array(tokens + [self.eos] * end, self.dtype)
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        tokens: list[int] = []
+        spans = []
+        position = 0
+        for number, part in enumerate(text.split(BLOCK) if self.block else [text]):
+            if number:
+                tokens.extend(self.block)
+                spans += [np.tile([position, position + 1], (len(self.block), 1))]
+                position += 1
+            for line in io.StringIO(part, newline="\n"):
+                ids, line_spans = encode_line_with_offsets(self.pieces, line)
+                tokens.extend(ids)
+                spans.append(line_spans + position)
+                position += len(line)
+        return np.array(tokens, self.dtype), np.concatenate([np.empty((0, 2), np.int64), *spans])
+
     def _encode_lines(self, text: str) -> Iterator[int]:
         # One by one: for a list, SentencePiece starts threads, which costs more than a line does.
         return itertools.chain.from_iterable(map(self.pieces.encode, io.StringIO(text, newline="\n")))
@@ -178,6 +195,38 @@ def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     except (RuntimeError, LookupError, UnicodeDecodeError) as error:
         raise ValueError("it is damaged, or is something else") from error
     return pieces
+
+
+# The numbers of fields in sentencepiece.proto: of SentencePieceText, and of its SentencePiece.
+PIECES = 2
+ID = 2
+BEGIN = 4
+END = 5
+
+
+def encode_line_with_offsets(pieces: sentencepiece.SentencePieceProcessor, line: str) -> tuple[list[int], np.ndarray]:
+    """Encode a line; return its tokens, and of each where its characters begin and end in the line: int64 [n, 2].
+
+    SentencePiece counts bytes of the line as it was before its normalisation. Of the byte pieces of a character only
+    the last has a length; here all have the whole character.
+    """
+    tokens: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for number, piece in protobuf_fields(pieces.encode(line, out_type="serialized_proto")):
+        if number == PIECES:
+            assert isinstance(piece, bytes)
+            fields: dict[int, Any] = dict(protobuf_fields(piece))
+            tokens.append(fields[ID])
+            spans.append((fields.get(BEGIN, 0), fields.get(END, 0)))
+    for index in range(len(spans) - 2, -1, -1):
+        begin, end = spans[index]
+        if begin == end and begin == spans[index + 1][0] and pieces.is_byte(tokens[index]):
+            spans[index] = spans[index + 1]
+    positions = np.array(spans, np.int64).reshape(-1, 2)
+    if not line.isascii():
+        ends = np.cumsum(bytes_per_character(line))
+        positions = np.searchsorted(ends, positions, side="right")
+    return tokens, positions
 
 
 # The numbers of fields in sentencepiece_model.proto: of ModelProto ...

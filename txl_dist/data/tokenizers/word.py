@@ -1,6 +1,7 @@
 """One token per word."""
 
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from txl_dist.data.tokenizers.base import EOS, UNK, Decoder, Tokenizer
 from txl_dist.errors import UserError
+
+LINE_END_OR_WORD = re.compile(r"\n|\S+")  # what becomes a token
 
 
 class WordTokenizer(Tokenizer):
@@ -112,6 +115,10 @@ class WordTokenizer(Tokenizer):
         if rest and end:
             tokens.append(self.eos)
         return np.array(tokens, self.dtype)
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        spans = [match.span() for match in LINE_END_OR_WORD.finditer(text)]
+        return self.encode(text.encode(), False), np.array(spans, np.int64).reshape(-1, 2)
 
     def decoder(self) -> Decoder:
         return WordDecoder(self)

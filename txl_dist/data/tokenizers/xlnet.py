@@ -5,6 +5,7 @@ The rules are those of prepro_utils.py of the authors' code (Yang et al. 2019, g
 
 import hashlib
 import io
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,13 @@ import sentencepiece
 
 from txl_dist.config.schema import MIN_XLNET_PIECES
 from txl_dist.data.tokenizers.base import BLOCK, Decoder, Tokenizer, begins_word
-from txl_dist.data.tokenizers.sentencepiece import SentencePieceDecoder, processor, sentences, vocabulary_problem
+from txl_dist.data.tokenizers.sentencepiece import (
+    SentencePieceDecoder,
+    encode_line_with_offsets,
+    processor,
+    sentences,
+    vocabulary_problem,
+)
 from txl_dist.errors import UserError
 
 MODEL_FILE = "spiece.model"  # in a saved tokenizer, and in the published models
@@ -27,6 +34,8 @@ UNK = SPECIALS["<unk>"]
 EOD = SPECIALS["<eod>"]
 IN_TEXT = "<eop>"  # the one special piece that a text may hold: the authors' mark of a paragraph's end
 USER_DEFINED = [IN_TEXT, *'.()"-–£€']  # pieces of the published model that are never part of a longer one
+
+NORMALISED = re.compile(r"\s+|``|''|\S")  # what `normalise` replaces, piece by piece
 
 
 class XLNetTokenizer(Tokenizer):
@@ -84,16 +93,15 @@ class XLNetTokenizer(Tokenizer):
         parts = {}
         for token, name in enumerate(names):
             if name.endswith(",") and name[-2:-1].isdigit():
-                parts[token] = self._resplit(name)
+                parts[token] = self.pieces.piece_to_id(self._resplit(name))
         return parts
 
-    def _resplit(self, name: str) -> list[int]:
+    def _resplit(self, name: str) -> list[str]:
         number: list[str] = self.pieces.encode(name[:-1].replace(BLOCK, ""), out_type=str)
         if not name.startswith(BLOCK) and number and number[0].startswith(BLOCK):
             first = number[0].removeprefix(BLOCK)  # the encoder puts a space in front, and the text has none
             number = [first, *number[1:]] if first else number[1:]
-        tokens: list[int] = self.pieces.piece_to_id([*number, ","])
-        return tokens
+        return [*number, ","]
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int, lower: bool) -> "XLNetTokenizer":
@@ -158,6 +166,35 @@ class XLNetTokenizer(Tokenizer):
                     tokens.extend(self.resplit.get(token, (token,)))
         return np.array(tokens + [self.eos] * end, self.dtype)
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        tokens: list[int] = []
+        spans: list[tuple[int, int]] = []
+        position = 0
+        for line in text.split("\n"):
+            normal, origins = normalise_with_offsets(line, self.lower)
+            ids, positions = encode_line_with_offsets(self.pieces, normal)
+            for token, (begin, end) in zip(ids, positions.tolist(), strict=True):
+                for part, start, stop in self._parts(token, begin, end):
+                    tokens.append(part)
+                    first = origins[start][0] if start < len(origins) else len(line)
+                    last = origins[stop - 1][1] if start < stop else first
+                    spans.append((position + first, position + last))
+            position += len(line) + 1
+        return np.array(tokens, self.dtype), np.array(spans, np.int64).reshape(-1, 2)
+
+    def _parts(self, token: int, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """Return what the comma rule makes of a piece of the characters [begin, end): each part, and its characters."""
+        if token not in self.resplit:
+            return [(token, begin, end)]
+        parts: list[tuple[int, int, int]] = []
+        names = self._resplit(self.pieces.id_to_piece(token))
+        for part, name in zip(reversed(self.resplit[token]), reversed(names), strict=True):
+            is_first = len(parts) == len(names) - 1
+            start = begin if is_first else max(begin, end - len(name))
+            parts.insert(0, (part, start, end))
+            end = start
+        return parts
+
     def decoder(self) -> Decoder:
         return SentencePieceDecoder(self.pieces)
 
@@ -191,3 +228,26 @@ def normalise(line: str, lower: bool) -> str:
         decomposed = unicodedata.normalize("NFKD", text)
         text = "".join(character for character in decomposed if not unicodedata.combining(character))
     return text.lower() if lower else text
+
+
+def normalise_with_offsets(line: str, lower: bool) -> tuple[str, list[tuple[int, int]]]:
+    """Return `normalise(line, lower)`, and of each of its characters from which characters of the line it was made.
+
+    A space was made of a whole run of white space; accents that are lost belong to the character before them.
+    """
+    characters: list[str] = []
+    origins: list[tuple[int, int]] = []
+    for match in NORMALISED.finditer(line.rstrip()):
+        begin, end = match.span()
+        if match[0].isspace():
+            characters += " " * (begin > 0)
+            origins += [(begin, end)] * (begin > 0)  # the line's first white space is lost
+            continue
+        for character in '"' if end - begin > 1 else unicodedata.normalize("NFKD", match[0]):
+            if not unicodedata.combining(character):
+                characters.append(character)
+                origins.append((begin, end))
+            elif origins:
+                origins[-1] = (origins[-1][0], end)
+    text = "".join(characters)
+    return text.lower() if lower else text, origins
