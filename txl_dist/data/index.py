@@ -11,11 +11,16 @@ from txl_dist.data import tokenizers
 from txl_dist.data.format import (
     DOCUMENT_TABLE,
     DOCUMENTS_FILE,
+    EXAMPLE_TABLES,
+    EXAMPLES_FILE,
+    PARAGRAPHS_FILE,
     SAMPLE_TABLE,
     SAMPLES_FILE,
     SENTENCE_TABLE,
     SENTENCES_FILE,
+    Examples,
     IndexFile,
+    Paragraph,
     Shard,
     SplitEntry,
     content_fingerprint,
@@ -41,6 +46,9 @@ class Split:
         sentence_starts: uint64 [sentences], the position of each sentence's first token, ascending from 0; every
             document begins with a sentence, and its `<eos>` belongs to its last one. Mapped into memory, too. None if
             the dataset knows no sentences.
+        examples: LABELLED or ANSWERED [documents], what is to be said of each document; mapped into memory, too. None
+            if documents are not examples.
+        paragraphs: the file that `Index.paragraphs` reads; None if examples are not answers.
     """
 
     tokens: int
@@ -53,6 +61,8 @@ class Split:
     characters: int | None = None
     words: int | None = None
     sentence_starts: np.ndarray | None = None
+    examples: np.ndarray | None = None
+    paragraphs: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +74,7 @@ class Index:
         corpus: the text and the settings that it was made of.
         tokenizer_files: name -> SHA-256.
         dtype: of the tokens in the shards.
+        examples: what the documents are examples of; None if they are none.
     """
 
     store: Store
@@ -76,6 +87,7 @@ class Index:
     sample_tokens: int
     shard_samples: int
     splits: dict[str, Split]
+    examples: Examples | None = None
 
     @classmethod
     def open(cls, location: str) -> "Index":
@@ -89,7 +101,9 @@ class Index:
         path = f"{store.location}/index.json"
         try:
             facts = IndexFile.model_validate(values)
-            if facts.fingerprint != content_fingerprint(facts.tokenizer.files, values["splits"]):
+            if facts.fingerprint != content_fingerprint(
+                facts.tokenizer.files, values["splits"], values.get("examples")
+            ):
                 raise UserError(f"{path}: its fingerprint is not that of its shards; {AGAIN}")
             for name in facts.names():
                 if not FILE_NAME.fullmatch(name):
@@ -104,7 +118,8 @@ class Index:
                 dtype=np.dtype(facts.dtype).newbyteorder("<"),
                 sample_tokens=facts.sample_tokens,
                 shard_samples=facts.shard_samples,
-                splits={name: open_split(store, name, entry) for name, entry in facts.splits.items()},
+                splits={name: open_split(store, name, entry, facts.examples) for name, entry in facts.splits.items()},
+                examples=facts.examples,
             )
             index.check()
         except PARSE_ERRORS as error:
@@ -116,8 +131,12 @@ class Index:
         path = f"{self.store.location}/index.json"
         if self.eos >= self.vocab_size:
             raise UserError(f"{path}: eos={self.eos} is not in its vocabulary of {self.vocab_size:,}; {AGAIN}")
+        if self.examples is not None and (self.examples.kind == "labels") != (len(set(self.examples.labels)) > 1):
+            raise UserError(f"{path}: its examples have the labels {shown(self.examples.labels)}; {AGAIN}")
         for name, split in self.splits.items():
             problem = self._contradiction(split) or table_problem(split, self.shard_samples)
+            if self.examples is not None:
+                problem = problem or examples_problem(split, self.examples)
             if problem:
                 raise UserError(f"{path}: split {name}: {problem}; {AGAIN}")
 
@@ -164,6 +183,26 @@ class Index:
         lengths = np.diff(split.document_starts.view(np.int64))
         return int(lengths[0]) if (lengths == lengths[0]).all() else 1
 
+    def paragraphs(self, name: str) -> list[Paragraph]:
+        """Read the passages of a split whose examples are answers, with their questions in the order of the examples.
+
+        Raises:
+            UserError: if the file is damaged, or has not one question per example.
+        """
+        split = self.splits[name]
+        assert split.paragraphs is not None, "only answers have paragraphs"
+        try:
+            with open(split.paragraphs, "rb") as lines:
+                paragraphs = [Paragraph.model_validate_json(line) for line in lines]
+        except (OSError, *PARSE_ERRORS) as error:
+            raise UserError(f"{split.paragraphs}: is damaged ({describe(error)}); {AGAIN}") from error
+        questions = sum(len(paragraph.questions) for paragraph in paragraphs)
+        if questions != split.documents:
+            raise UserError(
+                f"{split.paragraphs}: has {questions:,} questions for {split.documents:,} examples; {AGAIN}"
+            )
+        return paragraphs
+
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Load the tokenizer.
 
@@ -181,22 +220,25 @@ class Index:
         return tokenizer
 
 
-def open_split(store: Store, name: str, entry: SplitEntry) -> Split:
-    """Check the tables of a split and map them into memory."""
-    sentence_starts = None
-    if SENTENCES_FILE in entry.files:
-        sentence_starts = open_table(store.checked(f"{name}/{SENTENCES_FILE}", entry.files[SENTENCES_FILE]))
+def open_split(store: Store, name: str, entry: SplitEntry, examples: Examples | None) -> Split:
+    """Check the files of a split beside its shards, and map its tables into memory."""
+
+    def checked(file: str) -> Path:
+        return store.checked(f"{name}/{file}", entry.files[file])
+
     return Split(
         tokens=entry.tokens,
         documents=entry.documents,
         bytes=entry.bytes,
         samples=entry.samples,
         shards=entry.shards,
-        document_starts=open_table(store.checked(f"{name}/{DOCUMENTS_FILE}", entry.files[DOCUMENTS_FILE])),
-        sample_table=open_table(store.checked(f"{name}/{SAMPLES_FILE}", entry.files[SAMPLES_FILE])),
+        document_starts=open_table(checked(DOCUMENTS_FILE)),
+        sample_table=open_table(checked(SAMPLES_FILE)),
         characters=entry.characters,
         words=entry.words,
-        sentence_starts=sentence_starts,
+        sentence_starts=open_table(checked(SENTENCES_FILE)) if SENTENCES_FILE in entry.files else None,
+        examples=None if examples is None else open_table(checked(EXAMPLES_FILE)),
+        paragraphs=checked(PARAGRAPHS_FILE) if examples is not None and examples.kind == "answers" else None,
     )
 
 
@@ -235,4 +277,25 @@ def sentence_problem(starts: np.ndarray, tokens: int) -> str | None:
         return f"{SENTENCES_FILE} is not the table of its sentences"
     if starts[0] != 0 or starts[-1] >= tokens or (starts[1:] <= starts[:-1]).any():
         return f"{SENTENCES_FILE} has starts that do not ascend from 0 within its {tokens} tokens"
+    return None
+
+
+def examples_problem(split: Split, entry: Examples) -> str | None:
+    """Describe why a split has no table of examples, or one that is not of its documents; None if it is."""
+    table = split.examples
+    if table is None or table.shape != (split.documents,) or table.dtype != EXAMPLE_TABLES[entry.kind]:
+        return f"{EXAMPLES_FILE} is not the table of its examples"
+    lengths = np.diff(split.document_starts)
+    if (table["first"] < 1).any() or (table["first"] > lengths).any():
+        return f"{EXAMPLES_FILE} has first texts that are longer than their documents, or empty"
+    if entry.kind == "answers":
+        start = table["start"]
+        end = table["end"]
+        inside = (start >= 0) & (start <= end) & (end < table["first"])
+        if not (inside | ((start == -1) & (end == -1))).all():
+            return f"{EXAMPLES_FILE} has answers that are not in their passages"
+    elif not np.isfinite(table["value"]).all():
+        return f"{EXAMPLES_FILE} has values that are not finite"
+    elif entry.kind == "labels" and not np.isin(table["value"], np.arange(len(entry.labels))).all():
+        return f"{EXAMPLES_FILE} has values that are not the numbers of its {len(entry.labels)} labels"
     return None

@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,11 +19,15 @@ from txl_dist.data import tokenizers
 from txl_dist.data.format import (
     DOCUMENT_TABLE,
     DOCUMENTS_FILE,
+    EXAMPLE_TABLES,
+    EXAMPLES_FILE,
     FORMAT,
+    PARAGRAPHS_FILE,
     SAMPLE_TABLE,
     SAMPLES_FILE,
     SENTENCE_TABLE,
     SENTENCES_FILE,
+    Examples,
     Shard,
     content_fingerprint,
 )
@@ -66,6 +70,7 @@ class SplitWriter:
         sample_tokens: tokens in a sample.
         shard_samples: samples in a shard.
         sentences: whether a table of the sentences is written.
+        examples: what documents are examples of; None: they are none.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class SplitWriter:
         sample_tokens: int,
         shard_samples: int,
         sentences: bool = False,
+        examples: Examples | None = None,
     ):
         self.folder = folder
         self.split = split
@@ -85,6 +91,12 @@ class SplitWriter:
         self.sample_table = NpyWriter(folder / split / SAMPLES_FILE, SAMPLE_TABLE)
         self.documents = NpyWriter(folder / split / DOCUMENTS_FILE, DOCUMENT_TABLE)
         self.sentences = NpyWriter(folder / split / SENTENCES_FILE, SENTENCE_TABLE) if sentences else None
+        self.examples: NpyWriter | None = None
+        self.paragraphs: BinaryIO | None = None
+        if examples is not None:
+            self.examples = NpyWriter(folder / split / EXAMPLES_FILE, EXAMPLE_TABLES[examples.kind])
+            if examples.kind == "answers":
+                self.paragraphs = open(folder / split / PARAGRAPHS_FILE, "wb")  # noqa: SIM115
         self.tokens = 0  # added so far
         self.size = TextSize(0, 0, 0)  # of their text
         self.rest = np.empty(0, dtype)  # tokens that are not in a sample yet
@@ -101,19 +113,29 @@ class SplitWriter:
 
     def __exit__(self, *error: object) -> None:
         """Close the files that `close` has not; a full disk is reported by the error that ended the writing."""
-        tables = [table for table in (self.sample_table, self.documents, self.sentences) if table is not None]
-        for file in (self.tar, *(table.stream for table in tables)):
+        tables = (self.sample_table, self.documents, self.sentences, self.examples)
+        for file in (self.tar, self.paragraphs, *(table.stream for table in tables if table is not None)):
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
 
-    def add(self, tokens: np.ndarray, starts: list[int], size: TextSize, sentences: Sequence[int] = ()) -> None:
+    def add(
+        self,
+        tokens: np.ndarray,
+        starts: list[int],
+        size: TextSize,
+        sentences: Sequence[int] = (),
+        examples: np.ndarray | None = None,
+        paragraphs: bytes = b"",
+    ) -> None:
         """Append tokens [n].
 
         Args:
             starts: the positions in `tokens` at which documents start; one without a token is not counted.
             size: of the text that the tokens were made of.
             sentences: the positions in `tokens` at which sentences start; one without a token is not counted.
+            examples: the rows of the documents that start in `tokens`, where documents are examples.
+            paragraphs: lines of paragraphs.jsonl.
         """
         if self.sentences is not None:
             self._add_sentences(self.sentences, np.array(sentences, np.int64) + self.tokens, self.tokens + len(tokens))
@@ -122,6 +144,10 @@ class SplitWriter:
         self.rest = np.concatenate([self.rest, tokens])
         self.tokens += len(tokens)
         self.size = self.size.plus(size)
+        if self.examples is not None and examples is not None:
+            self.examples.append(examples)
+        if self.paragraphs is not None:
+            self.paragraphs.write(paragraphs)
         while len(self.rest) >= self.sample_tokens:
             self._write_sample(self.rest[: self.sample_tokens])
             self.rest = self.rest[self.sample_tokens :]
@@ -136,8 +162,15 @@ class SplitWriter:
         tables = {SAMPLES_FILE: self.sample_table, DOCUMENTS_FILE: self.documents}
         if self.sentences is not None:
             tables[SENTENCES_FILE] = self.sentences
+        if self.examples is not None:
+            assert self.examples.length == documents, "every document is one example"
+            tables[EXAMPLES_FILE] = self.examples
         for table in tables.values():
             table.close()
+        names = list(tables)
+        if self.paragraphs is not None:
+            self.paragraphs.close()
+            names.append(PARAGRAPHS_FILE)
         return {
             "tokens": self.tokens,
             "documents": documents,
@@ -145,7 +178,7 @@ class SplitWriter:
             "characters": self.size.characters,
             "words": self.size.words,
             "samples": self.sample_table.length,
-            "files": {name: sha256_of_file(self.folder / self.split / name) for name in tables},
+            "files": {name: sha256_of_file(self.folder / self.split / name) for name in names},
             "shards": [shard._asdict() for shard in self.shards],
         }
 
@@ -209,18 +242,21 @@ def write_index(
     sample_tokens: int,
     shard_samples: int,
     splits: Mapping[str, dict[str, Any]],
+    examples: Examples | None = None,
 ) -> None:
     """Write index.json of a folder that holds the tokenizer and the shards.
 
     Args:
         corpus: the text and the settings that the dataset is made of.
         splits: what each split's `SplitWriter.close` returned.
+        examples: what documents are examples of.
     """
+    entry = None if examples is None else examples.model_dump()
     files = {path.name: sha256_of_file(path) for path in sorted((folder / "tokenizer").iterdir())}
     index = {
         **FORMAT,
         "written_by": {"txl_dist": __version__},
-        "fingerprint": content_fingerprint(files, splits),
+        "fingerprint": content_fingerprint(files, splits, entry),
         "corpus": corpus,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -233,5 +269,7 @@ def write_index(
         "shard_samples": shard_samples,
         "splits": splits,
     }
+    if entry is not None:
+        index["examples"] = entry
     index["sha256"] = sha256_of_json(index)
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
