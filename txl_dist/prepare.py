@@ -1,12 +1,20 @@
 """Turn text into a dataset: python -m txl_dist.prepare corpus=text corpus.path=books tokenizer=sentencepiece"""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from txl_dist.config.quoting import command_to_paste
 from txl_dist.config.schema import PrepareJob
 from txl_dist.tracking.console import PlainConsole
+
+if TYPE_CHECKING:
+    from txl_dist.data.index import Index
+
+
+EXPERIMENTS = {"labels": "sst2", "scores": "sst2", "answers": "squad2"}  # for each kind of examples
 
 
 def prepare(job: PrepareJob) -> None:
@@ -24,20 +32,44 @@ def prepare(job: PrepareJob) -> None:
 
 
 def show(folder: Path) -> None:
-    """Print the size of each split, and the command that trains on the dataset."""
+    """Print the size of each split, how often each label occurs, and the command that trains on the dataset."""
     from txl_dist.data.index import Index
 
     index = Index.open(str(folder))
-    table = Table("split")
-    for column in ("documents", "bytes", "tokens", "shards"):
-        table.add_column(column, justify="right")
-    for name, split in index.splits.items():
-        numbers = (split.documents, split.bytes, split.tokens, len(split.shards))
-        table.add_row(name, *("-" if number is None else f"{number:,}" for number in numbers))
-    PlainConsole().print(table)
+    console = PlainConsole()
+    console.print(size_table(index))
+    if index.examples is not None and index.examples.kind != "scores":
+        console.print(label_table(index))
     print(f"{folder}: vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint[:12]}")
     program = "torchrun --nproc_per_node=2 -m txl_dist.train"
-    print(f"Next: {command_to_paste(program, '+experiment=quickstart', data__dir=folder)}")
+    experiment = "quickstart" if index.examples is None else EXPERIMENTS[index.examples.kind]
+    print(f"Next: {command_to_paste(program, f'+experiment={experiment}', data__dir=folder)}")
+
+
+def size_table(index: "Index") -> Table:
+    """Return how much each split holds; no bytes of examples, because a passage stands in many of them."""
+    columns = {"documents": "documents", "bytes": "bytes", "tokens": "tokens"}
+    if index.examples is not None:
+        columns = {"examples": "documents", "tokens": "tokens"}
+    table = Table("split", *right_aligned([*columns, "shards"]))
+    for name, split in index.splits.items():
+        numbers = [*(getattr(split, attribute) for attribute in columns.values()), len(split.shards)]
+        table.add_row(name, *("-" if number is None else f"{number:,}" for number in numbers))
+    return table
+
+
+def label_table(index: "Index") -> Table:
+    """Return how many examples of each split have each label, or an answer."""
+    counts = [index.label_counts(name) for name in index.splits]
+    table = Table("label", *right_aligned(index.splits))
+    for label in counts[0]:
+        table.add_row(label, *(f"{split[label]:,}" for split in counts))
+    return table
+
+
+def right_aligned(names: Iterable[str]) -> list[Column]:
+    """Return columns of numbers with these names."""
+    return [Column(name, justify="right") for name in names]
 
 
 def main() -> None:

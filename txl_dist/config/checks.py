@@ -21,6 +21,7 @@ from txl_dist.config.schema import (
     DataConfig,
     DuplicationCorpusConfig,
     EngineConfig,
+    ExamplesCorpusConfig,
     FilesCorpusConfig,
     IdsTokenizerConfig,
     ModelChanges,
@@ -488,6 +489,28 @@ def files_can_be_read(corpus: CorpusConfig) -> Iterator[str]:
         yield f"corpus.rate={corpus.rate}: is for corpus.read=audio, not {corpus.read}; leave it out"
 
 
+def columns_are_named(corpus: CorpusConfig) -> Iterator[str]:
+    """Check that the columns to read are among those that are given, and that the format has columns at all."""
+    if not isinstance(corpus, ExamplesCorpusConfig):
+        return
+    if corpus.format in ("jsonl", "label_text") and corpus.columns is not None:
+        yield f"corpus.columns: is for tsv and csv; corpus.format={corpus.format} has none, leave it out"
+    if corpus.format == "label_text" and corpus.text_pair is not None:
+        yield f"corpus.text_pair={corpus.text_pair}: corpus.format=label_text has one text per line; leave it out"
+    keys = [key for key in ("text", "text_pair", "label") if getattr(corpus, key) is not None]
+    if len({getattr(corpus, key) for key in keys}) < len(keys):
+        given = ", ".join(f"corpus.{key}={getattr(corpus, key)}" for key in keys)
+        yield f"{given}: name one column twice; give another to each"
+    if corpus.columns is None:
+        return
+    if len(set(corpus.columns)) < len(corpus.columns):
+        yield f"corpus.columns={corpus.columns}: names a column twice; give each a name of its own"
+    for key in keys:
+        name = getattr(corpus, key)
+        if name not in corpus.columns:
+            yield f"corpus.{key}={name}: is not among corpus.columns={corpus.columns}; give one of them"
+
+
 Check = Callable[..., Iterator[str]]
 # What can be said of a run that starts elsewhere.
 PLANNED: list[Check] = [
@@ -507,7 +530,7 @@ PLANNED: list[Check] = [
     objective_fits_the_segment,
 ]
 CHECKS: dict[type, list[Check]] = {
-    PrepareJob: [tokenizer_fits_corpus, files_can_be_read],
+    PrepareJob: [tokenizer_fits_corpus, files_can_be_read, columns_are_named],
     PlanJob: [*PLANNED, device_is_known],
     TrainJob: [
         *PLANNED,

@@ -123,6 +123,41 @@ class DuplicationCorpusConfig:
 
 
 @dataclass(config=SCHEMA, frozen=True)
+class ExamplesCorpusConfig:
+    """Files of labelled texts, or pairs of texts.
+
+    columns: of files without a header. text, text_pair, label: the columns, or keys of JSON objects, that are read.
+    """
+
+    name: Literal["examples"]
+    path: PathList | None
+    train: PathList | None
+    valid: PathList | None
+    test: PathList | None
+    format: Literal["auto", "tsv", "csv", "jsonl", "label_text"]
+    columns: Annotated[list[str], Field(min_length=1)] | None
+    text: str
+    text_pair: str | None
+    label: str
+    kind: Literal["labels", "scores"]
+    valid_share: Fraction
+    test_share: Fraction
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class SquadCorpusConfig:
+    """Files of questions about passages in SQuAD's JSON."""
+
+    name: Literal["squad"]
+    path: PathList | None
+    train: PathList | None
+    valid: PathList | None
+    test: PathList | None
+    valid_share: Fraction
+    test_share: Fraction
+
+
+@dataclass(config=SCHEMA, frozen=True)
 class BytesTokenizerConfig:
     """The 256 bytes as tokens."""
 
@@ -178,7 +213,10 @@ class IdsTokenizerConfig:
     end: StrictBool | None
 
 
-PathsCorpusConfig = TextCorpusConfig | TokensCorpusConfig | FilesCorpusConfig  # of the user's own files
+LabelledCorpusConfig = ExamplesCorpusConfig | SquadCorpusConfig  # for fine-tuning
+PathsCorpusConfig = (  # of the user's own files
+    TextCorpusConfig | TokensCorpusConfig | FilesCorpusConfig | LabelledCorpusConfig
+)
 IdsCorpusConfig = TokensCorpusConfig | FilesCorpusConfig | DuplicationCorpusConfig  # numbers, for tokenizer=ids
 CorpusConfig = Annotated[
     StdlibCorpusConfig | PublishedCorpusConfig | PathsCorpusConfig | DuplicationCorpusConfig,

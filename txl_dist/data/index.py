@@ -131,8 +131,10 @@ class Index:
         path = f"{self.store.location}/index.json"
         if self.eos >= self.vocab_size:
             raise UserError(f"{path}: eos={self.eos} is not in its vocabulary of {self.vocab_size:,}; {AGAIN}")
-        if self.examples is not None and (self.examples.kind == "labels") != (len(set(self.examples.labels)) > 1):
-            raise UserError(f"{path}: its examples have the labels {shown(self.examples.labels)}; {AGAIN}")
+        labels = [] if self.examples is None else self.examples.labels
+        has_classes = self.examples is not None and self.examples.kind == "labels"
+        if len(set(labels)) < len(labels) or has_classes != (len(labels) > 1):
+            raise UserError(f"{path}: its examples have the labels {shown(labels)}; {AGAIN}")
         for name, split in self.splits.items():
             problem = self._contradiction(split) or table_problem(split, self.shard_samples)
             if self.examples is not None:
@@ -202,6 +204,17 @@ class Index:
                 f"{split.paragraphs}: has {questions:,} questions for {split.documents:,} examples; {AGAIN}"
             )
         return paragraphs
+
+    def label_counts(self, name: str) -> dict[str, int]:
+        """Count the examples of a split with each label, or those that are answered and those that are not."""
+        table = self.splits[name].examples
+        assert self.examples is not None and table is not None, "only examples have labels"
+        assert self.examples.kind != "scores", "scores are not counted"
+        if self.examples.kind == "answers":
+            answered = int((table["start"] >= 0).sum())
+            return {"answered": answered, "not answered": len(table) - answered}
+        counts = np.bincount(table["value"].astype(np.int64), minlength=len(self.examples.labels))
+        return dict(zip(self.examples.labels, counts.tolist(), strict=True))
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Load the tokenizer.

@@ -2,7 +2,7 @@
 
 The text is read up to three times: for its fingerprint, for the vocabulary, for the tokens. This process reads, cuts
 and writes; others tokenize. The dataset depends on the text and the settings alone, not on the number of processes.
-Sequences that are not text go the same way, by a plan of their own (`sequences`).
+Sequences that are not text, and labelled examples, go the same way by plans of their own (`sequences`, `examples`).
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,17 @@ from typing import Any
 from txl_dist.config.schema import (
     BytesTokenizerConfig,
     DuplicationCorpusConfig,
+    ExamplesCorpusConfig,
     FilesCorpusConfig,
     IdsTokenizerConfig,
     PrepareJob,
     PublishedCorpusConfig,
+    SquadCorpusConfig,
     TokensCorpusConfig,
 )
 from txl_dist.data.index import Index
-from txl_dist.data.preparing import corpora, published, sequences, shards, splitting
+from txl_dist.data.preparing import corpora, examples, published, sequences, shards, splitting
+from txl_dist.data.preparing.examples import ExamplePlan, encode_examples
 from txl_dist.data.preparing.sequences import SequencePlan, encode_sequences
 from txl_dist.data.preparing.splitting import Plan
 from txl_dist.data.preparing.tokenizing import (
@@ -37,6 +40,8 @@ from txl_dist.data.preparing.workers import WorkerPool
 from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, XLNetTokenizer
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import is_empty, lock_of_new_folder, new_folder, sha256_of_json
+
+AnyPlan = Plan | SequencePlan | ExamplePlan
 
 
 def make_dataset(job: PrepareJob) -> bool:
@@ -88,17 +93,20 @@ def check_same(folder: Path, existing: Index, corpus: dict[str, Any]) -> None:
         raise UserError(f"{errors[0]}: delete {folder} first")
 
 
-def survey(
-    job: PrepareJob, tokenizer: Tokenizer | None, workers: WorkerPool
-) -> tuple[Plan | SequencePlan, dict[str, Any]]:
+def survey(job: PrepareJob, tokenizer: Tokenizer | None, workers: WorkerPool) -> tuple[AnyPlan, dict[str, Any]]:
     """Find the text, downloaded if need be, and read it once; return how it is split, and its description.
 
     Args:
         tokenizer: if it needs nothing of the corpus.
     """
+    found: AnyPlan
     if isinstance(job.corpus, TokensCorpusConfig | FilesCorpusConfig | DuplicationCorpusConfig):
         with workers.progress("reading", None) as advance:
             found = sequences.survey(job.corpus, advance)
+        return found, describe(job, found, tokenizer)
+    if isinstance(job.corpus, ExamplesCorpusConfig | SquadCorpusConfig):
+        with workers.progress("reading", None) as advance:
+            found = examples.survey(job.corpus, advance)
         return found, describe(job, found, tokenizer)
     if isinstance(job.corpus, PublishedCorpusConfig):
         published.fetch(job.corpus, workers.progress)
@@ -116,7 +124,7 @@ def survey(
     return plan, describe(job, plan, tokenizer)
 
 
-def describe(job: PrepareJob, plan: Plan | SequencePlan, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def describe(job: PrepareJob, plan: AnyPlan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the text and the settings that decide the content of the dataset, and a fingerprint of them."""
     tokenizer_settings = asdict(job.tokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -138,7 +146,7 @@ def describe(job: PrepareJob, plan: Plan | SequencePlan, tokenizer: Tokenizer | 
     }
     if plan.vocabulary is not None:
         settings["vocabulary"] = plan.vocabulary.sha256
-    if isinstance(plan, SequencePlan):
+    if isinstance(plan, SequencePlan | ExamplePlan):
         settings["corpus"] = plan.corpus_settings
     files = [(file.source.split, file.source.name, file.size, file.sha256) for file, _ in plan.files]
     return {
@@ -152,7 +160,7 @@ def describe(job: PrepareJob, plan: Plan | SequencePlan, tokenizer: Tokenizer | 
 
 def write_dataset(
     job: PrepareJob,
-    plan: Plan | SequencePlan,
+    plan: AnyPlan,
     corpus: dict[str, Any],
     tokenizer: Tokenizer | None,
     folder: Path,
@@ -166,23 +174,24 @@ def write_dataset(
         tokenizer = train_tokenizer(job.tokenizer, job.corpus, plan, workers)
     tokenizer.save(folder / "tokenizer")
     splits = write_splits(job, plan, tokenizer, folder, workers)
-    shards.write_index(folder, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits)
+    entry = plan.entry if isinstance(plan, ExamplePlan) else None
+    shards.write_index(folder, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits, entry)
 
 
 def write_splits(
-    job: PrepareJob, plan: Plan | SequencePlan, tokenizer: Tokenizer, folder: Path, workers: WorkerPool
+    job: PrepareJob, plan: AnyPlan, tokenizer: Tokenizer, folder: Path, workers: WorkerPool
 ) -> dict[str, dict[str, Any]]:
     """Tokenize all text into the shards of its splits; return the splits' entries in index.json."""
     load_tokenizer.cache_clear()  # a tokenizer of an earlier call could have the same path
     sentences = isinstance(plan, Plan) and has_sentences(plan, tokenizer)
+    entry = plan.entry if isinstance(plan, ExamplePlan) else None
+    cut = (tokenizer.dtype, job.data.sample_tokens, job.data.shard_samples)
     writers: dict[str, shards.SplitWriter] = {}
     with ExitStack() as stack:
         for batch in tokenize(plan, folder / "tokenizer", sentences, workers):
             for split, encoded in batch.items():
                 if split not in writers:
-                    writer = shards.SplitWriter(
-                        folder, split, tokenizer.dtype, job.data.sample_tokens, job.data.shard_samples, sentences
-                    )
+                    writer = shards.SplitWriter(folder, split, *cut, sentences, entry)
                     writers[split] = stack.enter_context(writer)
                 writers[split].add(*encoded)
         if not isinstance(job.corpus, PublishedCorpusConfig | DuplicationCorpusConfig):
@@ -191,11 +200,14 @@ def write_splits(
 
 
 def tokenize(
-    plan: Plan | SequencePlan, tokenizer_folder: Path, sentences: bool, workers: WorkerPool
+    plan: AnyPlan, tokenizer_folder: Path, sentences: bool, workers: WorkerPool
 ) -> Iterator[dict[str, Encoded]]:
     """Yield the tokens of all splits, batch by batch, in the order of the corpus."""
     if isinstance(plan, SequencePlan):
         encode_ids = partial(encode_sequences, tokenizer_folder, plan.shares, plan.config)
         return workers.map("tokenizing", encode_ids, plan.pieces(), plan.size())
+    if isinstance(plan, ExamplePlan):
+        encode_labelled = partial(encode_examples, tokenizer_folder, plan.entry)
+        return workers.map("tokenizing", encode_labelled, plan.examples(), plan.size())
     encode = partial(encode_pieces, tokenizer_folder, plan.shares, sentences)
     return workers.map("tokenizing", encode, plan.pieces(), plan.size())

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from txl_dist.config.schema import (
 )
 from txl_dist.data import tokenizers
 from txl_dist.data.preparing import published, splitting
+from txl_dist.data.preparing.corpora import SurveyedFile
 from txl_dist.data.preparing.splitting import Piece, Plan, Shares
 from txl_dist.data.preparing.workers import WorkerPool
 from txl_dist.data.text_size import TextSize, count_text
@@ -54,7 +55,18 @@ def given_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
     return BytesTokenizer()
 
 
-def train_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, plan: Plan, workers: WorkerPool) -> Tokenizer:
+class TextPlan(Protocol):
+    """What a tokenizer is trained on: a `splitting.Plan`, or another plan whose documents are text."""
+
+    @property
+    def shares(self) -> Shares: ...
+    @property
+    def vocabulary(self) -> SurveyedFile | None: ...
+    def size(self, split: str | None = None) -> int: ...
+    def pieces(self, split: str | None = None) -> Iterator[Piece]: ...
+
+
+def train_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, plan: TextPlan, workers: WorkerPool) -> Tokenizer:
     """Learn the vocabulary from the training split, and from nothing else."""
     if isinstance(config, WordTokenizerConfig):
         counts = count_all_words(plan, workers)
@@ -74,7 +86,7 @@ def train_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, plan: Plan, w
     return SentencePieceTokenizer.train(lines, config.vocab_size, config.type)
 
 
-def count_all_words(plan: Plan, workers: WorkerPool) -> Counter[str]:
+def count_all_words(plan: TextPlan, workers: WorkerPool) -> Counter[str]:
     """Count the words of the training split, or read the counts that the corpus was published with."""
     if plan.vocabulary is not None:
         return WordTokenizer.read_counts(plan.vocabulary.source.path)
@@ -107,12 +119,21 @@ def sample_lines(shares: Shares, rate: float, pieces: list[Piece]) -> list[str]:
 
 
 class Encoded(NamedTuple):
-    """Tokens [n] of a split, the positions in them at which documents and sentences start, and their text's size."""
+    """Tokens [n] of a split, and what `SplitWriter.add` takes beside them.
+
+    Attributes:
+        starts, sentences: the positions in them at which documents and sentences start.
+        size: of their text.
+        examples: the rows of the documents, where those are examples.
+        paragraphs: lines of paragraphs.jsonl.
+    """
 
     tokens: np.ndarray
     starts: list[int]
     size: TextSize
     sentences: list[int]
+    examples: np.ndarray | None = None
+    paragraphs: bytes = b""
 
 
 def has_sentences(plan: Plan, tokenizer: Tokenizer) -> bool:
