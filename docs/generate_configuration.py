@@ -14,6 +14,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from txl_dist.config import schema
+from txl_dist.config.initial_model import INIT_FROM
 from txl_dist.config.sections import AnyModel
 from txl_dist.config.types import MayChange
 from txl_dist.models import registry
@@ -29,6 +30,7 @@ COMMANDS = {
     "evaluate": schema.EvaluateJob,
     "generate": schema.GenerateJob,
     "score": schema.ScoreJob,
+    "predict": schema.PredictJob,
     "look": schema.LookJob,
     "recl": schema.ReclJob,
     "inspect": schema.InspectJob,
@@ -133,7 +135,7 @@ def find_type(kind: Any, key: str) -> Any:
 def find_class(kind: Any, choice: str) -> Any:
     """Return the config class of a group's choice, among those that an annotation offers."""
     if kind == AnyModel:
-        return registry.find(choice).Config
+        return ModelConfig if choice == INIT_FROM else registry.find(choice).Config
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     classes = get_args(kind) if is_union(kind) else [kind]

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 from rich.table import Column, Table
 
 from txl_dist.cli import command
@@ -10,10 +11,13 @@ from txl_dist.config.schema import EvaluateJob
 from txl_dist.tracking.console import PlainConsole
 
 PHRASES = ["bits_per_byte", "bits_per_character", "bits_per_dimension", "word_perplexity"]
-PHRASES += ["tokens_per_second", "sliding_window"]
+PHRASES += ["tokens_per_second", "sliding_window", "examples_per_second", "exact_match", "answer_f1", "best_threshold"]
+PHRASES += [f"{part}_{metric}" for part in ("has_answer", "no_answer") for metric in ("exact_match", "f1")]
+PHRASES += ["best_exact_match", "best_answer_f1"]
 COMPARED = ["step", "tgt_len", "mem_len", "loss"]
 OF_TEXT = ["word_perplexity", "bits_per_character"]
 OF_IDS = ["bits_per_dimension"]
+OF_TASKS = ["accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "answer_f1"]
 
 
 def evaluate(job: EvaluateJob) -> None:
@@ -43,15 +47,22 @@ def show(score: dict[str, Any]) -> None:
     """Print all numbers of one run, one per line."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for key, value in score.items():
-        table.add_row(title(key), number(value))
-    PlainConsole().print(table)
+        if key not in ("labels", "confusions"):
+            table.add_row(title(key), number(value))
+    console = PlainConsole()
+    console.print(table)
+    if "confusions" in score:
+        from txl_dist.evaluation.example_metrics import confusion_table
+
+        console.print("", confusion_table(np.array(score["confusions"]), score["labels"]))
 
 
 def compare(scores: list[dict[str, Any]]) -> None:
     """Print one row per run, and below the table why a run has no numbers in its row."""
     are_ids = any(key in score for score in scores for key in OF_IDS)
-    are_text = any(key in score for score in scores for key in OF_TEXT) or not are_ids
-    compared = COMPARED + OF_TEXT * are_text + OF_IDS * are_ids
+    of_tasks = [key for key in OF_TASKS if any(key in score for score in scores)]
+    are_text = any(key in score for score in scores for key in OF_TEXT) or not (are_ids or of_tasks)
+    compared = COMPARED + OF_TEXT * are_text + OF_IDS * are_ids + of_tasks
     columns = [Column(title(key), justify="right") for key in compared]
     table = Table(Column("run", overflow="fold"), *columns, box=None, padding=(0, 2, 0, 0))
     for score in scores:

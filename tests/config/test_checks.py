@@ -25,6 +25,7 @@ from txl_dist.config.schema import (
     InspectJob,
     LookJob,
     PermutationLMConfig,
+    PredictJob,
     PrepareJob,
     ReclJob,
     ScoreJob,
@@ -395,7 +396,7 @@ def test_a_checkpoint_is_a_step_or_the_best_or_the_latest():
         )
 
 
-SCHEMAS = JOBS | {"score": ScoreJob, "look": LookJob, "inspect": InspectJob, "recl": ReclJob}
+SCHEMAS = JOBS | {"score": ScoreJob, "predict": PredictJob, "look": LookJob, "inspect": InspectJob, "recl": ReclJob}
 SCHEMAS |= {"dashboard": DashboardJob, "convert": ConvertJob}
 # A number can be a name; and whether a step exists is checked with the run.
 TRACKING = [f"tracking.{key}" for key in ("project", "name", "entity", "group", "job_type", "tags", "notes", "prompts")]

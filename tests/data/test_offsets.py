@@ -25,7 +25,9 @@ if SPIECE.exists():
     ALL["published"] = XLNetTokenizer.open(SPIECE)
     ALL["given"] = SentencePieceTokenizer(SPIECE.read_bytes())  # has a normalisation of its own, and no bytes
 every_tokenizer = pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL)
-any_text = st.text(st.one_of(st.sampled_from(" \n\t\r\u2581a1,`'\x00é\u0301日\u3000İΣ¨ﬁ"), st.characters(codec="utf-8")))
+any_text = st.text(
+    st.one_of(st.sampled_from(" \n\t\r\u2581a1,`'\x00é\u0301日\u3000İΣ¨ﬁ"), st.characters(codec="utf-8"))
+)
 
 
 def checked_offsets(tokenizer: Tokenizer, text: str) -> list[list[int]]:

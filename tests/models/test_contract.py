@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = sorted([*TESTS.parent.glob("conf/model/*.yaml"), *TESTS.glob("other_package/*/conf/model/*.yaml")])
+CONFIGS = [path for path in CONFIGS if path.stem != "init_from"]  # which is no architecture
 SMALL = {"n_layer": 3, "d_model": 24, "n_head": 2, "d_head": 10, "d_inner": 50, "tgt_len": 5, "mem_len": 12}
 LANES, VOCAB, LENGTH = 4, 40, 12
 TOKENS = torch.randint(VOCAB, (LANES, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -255,7 +255,7 @@ def test_it_is_scored_per_predicted_token():
     nats = torch.arange(12.0).view(2, 6)
     loss, by_lane = objective.loss(nats, 1.0)
     assert loss.item() == 5.5 and by_lane.tolist() == [2.5, 8.5]
-    assert objective.metrics(Score(20.0, 10), 1000) == {"loss": 2.0, "perplexity": pytest.approx(np.exp(2.0))}
+    assert objective.metrics(Score(20.0, 10), None, "valid") == {"loss": 2.0, "perplexity": pytest.approx(np.exp(2.0))}
 
 
 def test_without_pairs_no_special_pieces_are_needed():

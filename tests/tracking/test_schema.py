@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.examples import write_labels, write_scores, write_squad
 from txl_dist.tracking.schema import AXES, METRICS, PANELS, SECTIONS, find_metric
 
 
@@ -9,7 +10,7 @@ from txl_dist.tracking.schema import AXES, METRICS, PANELS, SECTIONS, find_metri
 def logged(run, small, metrics, tmp_path_factory):
     """The keys of a run in which everything happens: a damaged sample, a skipped step, a known peak, watched layers.
 
-    And of one of numbers that are not text.
+    And of one of numbers that are not text, and of one of each kind of examples.
     """
     folder = tmp_path_factory.mktemp("everything")
     (folder / "skipped_steps.json").write_text('[{"step": 5, "why": "a test"}]')
@@ -26,7 +27,19 @@ def logged(run, small, metrics, tmp_path_factory):
     run("txl_dist.prepare", *corpus, f"data.dir={numbers}/data", "workers=1")
     steps = ["train.max_steps=1", f"data.dir={numbers}/data"]
     run("txl_dist.train", *small, *steps, f"run.dir={numbers}/run")
-    return {key for line in [*metrics(folder), *metrics(numbers / "run")] for key in line}
+    lines = [*metrics(folder), *metrics(numbers / "run")]
+    for name, write in (("labels", write_labels), ("scores", write_scores), ("answers", write_squad)):
+        examples = tmp_path_factory.mktemp(name)
+        corpus = "squad" if name == "answers" else "examples"
+        given = [f"corpus={corpus}", *write(examples), "tokenizer=bytes", f"data.dir={examples}/data", "workers=1"]
+        run("txl_dist.prepare", *given)
+        task = ["objective=classification"]
+        if name == "answers":
+            task = ["objective=span_qa", "objective.passage_first=false", "objective.max_question_tokens=8"]
+        more = ["data.reset_memory=document", "model.tgt_len=32", f"data.dir={examples}/data", "train.max_steps=1"]
+        run("txl_dist.train", *small, *task, *more, f"run.dir={examples}/run")
+        lines += metrics(examples / "run")
+    return {key for line in lines for key in line}
 
 
 def test_every_logged_key_is_declared_once(logged):

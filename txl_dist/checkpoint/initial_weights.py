@@ -13,7 +13,8 @@ class InitialWeights:
 
     Attributes:
         origin: where they come from, for people.
-        read: returns at least the parameters of these names, in float32.
+        read: returns at least the parameters of these names, in float32; but for those of the head of a task, which
+            keep their drawn values.
     """
 
     origin: str
@@ -25,4 +26,5 @@ class InitialWeights:
         weights = self.read(parameters)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+                if name in weights:
+                    parameter.copy_(weights[name])

@@ -41,6 +41,7 @@ from txl_dist.config.schema import (
     reuse_len_of,
 )
 from txl_dist.config.sections import changed_model
+from txl_dist.config.task_checks import language_model_is_planned, task_fits_the_rest, task_has_its_data
 from txl_dist.data.index import Index
 from txl_dist.data.two_way import CLASSIFIER, SEPARATOR
 from txl_dist.errors import ConfigError, UserError
@@ -425,7 +426,9 @@ def run_continues_itself(
     yield from refused_changes(checkpoint.config, run, data, model, optimizer, objective)
 
 
-def initial_weights_fit(run: RunConfig, data: DataConfig, model: ModelConfig) -> Iterator[str]:
+def initial_weights_fit(
+    run: RunConfig, data: DataConfig, model: ModelConfig, objective: ObjectiveConfig
+) -> Iterator[str]:
     """Check that a run that begins with the weights of another model can; a run that resumes does not."""
     if run.init_from is None:
         return
@@ -434,7 +437,7 @@ def initial_weights_fit(run: RunConfig, data: DataConfig, model: ModelConfig) ->
     if not steps(run.dir):
         from txl_dist.runs.initial_weights import problems_of
 
-        yield from problems_of(run.init_from, model, data.dir)
+        yield from problems_of(run.init_from, model, objective, data.dir)
 
 
 def skipped_steps_can_be_read(run: RunConfig) -> Iterator[str]:
@@ -528,16 +531,18 @@ PLANNED: list[Check] = [
     run_dir_can_be_printed,
     objective_fits_the_rest,
     objective_fits_the_segment,
+    task_fits_the_rest,
 ]
 CHECKS: dict[type, list[Check]] = {
     PrepareJob: [tokenizer_fits_corpus, files_can_be_read, columns_are_named],
-    PlanJob: [*PLANNED, device_is_known],
+    PlanJob: [*PLANNED, device_is_known, language_model_is_planned],
     TrainJob: [
         *PLANNED,
         tracking_is_accepted,
         data_are_there,
         prompts_can_be_encoded,
         objective_has_its_data,
+        task_has_its_data,
         run_continues_itself,
         initial_weights_fit,
         skipped_steps_can_be_read,

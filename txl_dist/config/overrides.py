@@ -26,7 +26,7 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 
 TEXT_KEYS = {"prompt", "text", "tracking.prompts", "tracking.notes"}
 CORPUS_KEYS = {"corpus.path", "corpus.train", "corpus.valid", "corpus.test"}
-PATH_KEYS = {"run", "run.dir", "data.dir", "data_dir", "from", "to", "out", "tokenizer_from"} | CORPUS_KEYS
+PATH_KEYS = {"run", "run.dir", "data.dir", "data_dir", "file", "from", "to", "out", "tokenizer_from"} | CORPUS_KEYS
 PATH_KEYS |= {"tokenizer.vocab", "tokenizer.model"}
 PATH_KEYS |= {f"tracking.{key}" for key in ("project", "name", "entity", "group", "job_type", "tags")}
 LIST_KEYS = {"prompt", "run", "tracking.prompts", "tracking.tags"} | CORPUS_KEYS

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from txl_dist.config import checks, run_checks
+from txl_dist.config.initial_model import resolve_model
 from txl_dist.config.schema import PlanJob
 from txl_dist.config.sections import describe_unknown_key, parse_section
 from txl_dist.distributed.launcher import launcher_env
@@ -25,6 +26,11 @@ def parse_config(schema: type[Job], values: Any) -> Job:
     field_of = {field.removesuffix("_"): field for field in get_type_hints(schema)}
     sections = {field.removesuffix("_"): kind for field, kind in get_type_hints(schema, include_extras=True).items()}
     problems = [describe_unknown_key(str(key), sections) for key in values if key not in sections]
+    try:
+        values = resolve_model(values)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        sections.pop("model")
     parsed: dict[str, Any] = {}
     for name, kind in sections.items():
         may_be_null = type(None) in get_args(kind)  # such a key is never missing: there "???" is a text

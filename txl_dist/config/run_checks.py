@@ -17,6 +17,7 @@ from txl_dist.config.schema import (
     LookJob,
     ModelChanges,
     PlanJob,
+    PredictJob,
     ReclJob,
     ScoreJob,
 )
@@ -120,6 +121,12 @@ def page_is_written_or_served(to: str | None, serve: bool) -> Iterator[str]:
         yield f"to={to}: with serve=true no file is written; leave one of them out"
 
 
+def file_is_there(file: str | None) -> Iterator[str]:
+    """Check that what is to be read is a file."""
+    if file is not None and not Path(file).is_file():
+        yield f"file={file}: there is no such file"
+
+
 def there_are_two_contexts(step: int, max_context: int) -> Iterator[str]:
     """Check that there is a longer context to compare the shortest one with."""
     if max_context < 2 * step:
@@ -198,6 +205,7 @@ CHECKS: dict[type, list[Check]] = {
     GenerateJob: [run_is_there, change_problems, continuation_has_a_place],
     InspectJob: [run_is_there],
     ScoreJob: [run_is_there, change_problems],
+    PredictJob: [run_is_there, change_problems, file_is_there],
     LookJob: [run_is_there, change_problems, page_has_a_place],
     ReclJob: [all_runs_are_there, there_are_two_contexts],
     DashboardJob: [recorded_runs_are_there, page_is_written_or_served, page_has_a_place],

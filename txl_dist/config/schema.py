@@ -12,6 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from txl_dist.config.sections import AnyModel, changed_model
 from txl_dist.config.types import (
+    ALWAYS,
+    FLOAT32_MAX,
     INT32_MAX,
     LANES,
     NEVER,
@@ -328,12 +330,51 @@ class PermutationLMConfig:
         return round(self.num_predict * reuse_len / tgt_len)
 
 
+@dataclass(config=SCHEMA, frozen=True)
+class ClassificationConfig:
+    """Say the class or the score of each example of a dataset of examples.
+
+    max_tokens: longer examples are cut, marks included; null: they are read segment by segment, with memory.
+    dropout: of the head; null: as that of the model.
+    """
+
+    name: Annotated[Literal["classification"], NEVER]
+    max_tokens: Annotated[Size | None, NEVER]
+    dropout: Annotated[Fraction | None, ALWAYS]
+
+    def stride(self, model: ModelConfig) -> int:
+        """Return how many positions a lane moves on by in a step."""
+        return model.tgt_len
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class SpanQAConfig:
+    """Answer questions by a span of a passage.
+
+    head: beam: the end is found after the start, and whether there is an answer apart (XLNet's). simple: both from
+    each position alone. passage_first: what stands first, passage or question. doc_stride: tokens from one window on a
+    long passage to the next; null: as many as a window holds.
+    """
+
+    name: Annotated[Literal["span_qa"], NEVER]
+    head: Annotated[Literal["beam", "simple"], NEVER]
+    passage_first: Annotated[StrictBool, NEVER]
+    doc_stride: Annotated[Size | None, NEVER]
+    max_question_tokens: Annotated[Size, NEVER]
+    max_answer_tokens: Annotated[Size, ALWAYS]
+
+    def stride(self, model: ModelConfig) -> int:
+        """Return how many positions a lane moves on by in a step."""
+        return model.tgt_len
+
+
 def reuse_len_of(model: ModelConfig) -> int:
     """Return how many tokens of a segment a model remembers, where it reads others ahead; 0 for a model that cannot."""
     return getattr(model, "reuse_len", 0)
 
 
-ObjectiveConfig = Annotated[CausalLMConfig | PermutationLMConfig, Field(discriminator="name")]
+TaskConfig = ClassificationConfig | SpanQAConfig  # of what is said of examples
+ObjectiveConfig = Annotated[CausalLMConfig | PermutationLMConfig | TaskConfig, Field(discriminator="name")]
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -341,7 +382,8 @@ class OptimizerConfig:
     """The optimizer, the clipping of gradients and the averaging of weights.
 
     lr_scale: regular expression -> factor of the learning rate, for the parameters whose name the expression finds; the
-    first that does counts. average_from: keep the mean of the weights after each step from this one on; null: none.
+    first that does counts. layer_decay: factor of the learning rate from each layer to the one below it. average_from:
+    keep the mean of the weights after each step from this one on; null: none.
     """
 
     name: Literal["adam", "adamw", "lamb"]
@@ -352,6 +394,7 @@ class OptimizerConfig:
     clip: NonNegative  # largest norm of the gradient of all parameters; 0: no clipping
     lr_scale: dict[str, Positive]
     average_from: Annotated[PositiveInt | None, NEVER]
+    layer_decay: Share = 1.0
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -606,6 +649,24 @@ class ScoreJob:
     context: Literal["left", "both"]
     next: NonNegativeInt
     format: Literal["table", "json"]
+    checkpoint: CheckpointChoice
+    average: StrictBool
+    model: ModelChanges
+
+
+@dataclass(config=SCHEMA, frozen=True)
+class PredictJob:
+    """Say the class or the score of the examples of a file (null: standard input), or answer its questions.
+
+    threshold: no answer is given to a question whose no_answer is above it; null: one is always given.
+    """
+
+    run: RunDir
+    file: PathStr | None
+    input: Literal["auto", "lines", "json"]
+    output: Literal["json", "squad"]
+    threshold: Annotated[float, Strict(), Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)] | None
+    num_lanes: Size
     checkpoint: CheckpointChoice
     average: StrictBool
     model: ModelChanges

@@ -150,6 +150,15 @@ class LanePlan:
             history += length
         return spans
 
+    def describe(self, lane: int, step: int) -> str:
+        """Say which documents of the training split a lane reads at a step."""
+        spans = self.spans(lane, step)
+        begin = spans[0].position
+        end = spans[-1].position + spans[-1].length - 1
+        first, last = (int(np.searchsorted(self.starts, position, side="right")) - 1 for position in (begin, end))
+        text = f"document {first:,} of train from its token {begin - int(self.starts[first]):,} on"
+        return text if first == last else f"{text}, to document {last:,}"
+
     # Both orders yield (position, length, tokens since the document or piece started), for a lane that has read `done`
     # tokens.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 
@@ -35,10 +36,18 @@ class Segment:
     lookback: np.ndarray
 
 
+class Plan(Protocol):
+    """What each lane reads at each step, whoever reads it: a `LanePlan`, or an `ExamplePlan`."""
+
+    def describe(self, lane: int, step: int) -> str:
+        """Say what of the training split a lane reads at a step."""
+
+
 class SegmentLoader(ABC):
     """Iterates over the segments of `lanes` for the steps from `start` up to `stop`, which threads read ahead.
 
     Args:
+        reader: of the split that is read; None: what is read is from none.
         workers: threads that read ahead; their number changes nothing in the segments.
 
     Attributes:
@@ -49,7 +58,13 @@ class SegmentLoader(ABC):
     """
 
     def __init__(
-        self, plan: LanePlan, reader: SampleReader, lanes: Sequence[int], start: int, stop: int, workers: int = 1
+        self,
+        plan: Plan,
+        reader: SampleReader | None,
+        lanes: Sequence[int],
+        start: int,
+        stop: int,
+        workers: int = 1,
     ):
         self.plan = plan
         self.reader = reader
@@ -92,6 +107,9 @@ class Segments(SegmentLoader):
     Args:
         mem_len: how many tokens before a segment are searched for gaps: those that a model may remember.
     """
+
+    plan: LanePlan
+    reader: SampleReader
 
     def __init__(
         self,

@@ -21,13 +21,12 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from txl_dist.checkpoint.format import Checkpoint
 from txl_dist.config.schema import GuardConfig
-from txl_dist.data.lanes import LanePlan
+from txl_dist.data.segments import Plan
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine.skipped_steps import SKIPPED_FILE, read_skipped_steps, write_skipped_steps
 from txl_dist.errors import UserError, describe_os_error
@@ -238,11 +237,11 @@ def worst_lanes(by_rank: list[list[LaneLoss]]) -> list[LaneLoss]:
     return not_finite or lanes[:3]
 
 
-def describe_bad_step(bad_step: BadStep, plan: LanePlan, config: GuardConfig, latest: Checkpoint | None) -> str:
+def describe_bad_step(bad_step: BadStep, plan: Plan, config: GuardConfig, latest: Checkpoint | None) -> str:
     """Say what is wrong with a step, in which lanes, what they read there, and what happens now; a line each."""
     lines = [f"step {bad_step.step:,}: {bad_step.why}"]
     for lane, loss in bad_step.lanes[:LANES_SHOWN]:
-        lines.append(f"lane {lane}, loss {loss:.4f}: reads {describe_text(plan, lane, bad_step.step)}")
+        lines.append(f"lane {lane}, loss {loss:.4f}: reads {plan.describe(lane, bad_step.step - 1)}")
     not_shown = len(bad_step.lanes) - LANES_SHOWN
     if not_shown > 0:
         lines.append(f"and {not_shown} more lanes")
@@ -260,13 +259,3 @@ def describe_consequence(bad_step: BadStep, config: GuardConfig, latest: Checkpo
     if bad_step.action == "rollback":
         return f"Training resumes {start}, and skips step {bad_step.step:,}: it makes no update."
     return f"The same command resumes {start}; with guard.on_bad_step=skip or rollback it skips such steps."
-
-
-def describe_text(plan: LanePlan, lane: int, step: int) -> str:
-    """Say which documents of the training split a lane reads at a step, numbered as in the log."""
-    spans = plan.spans(lane, step - 1)
-    begin = spans[0].position
-    end = spans[-1].position + spans[-1].length - 1
-    first, last = (int(np.searchsorted(plan.starts, position, side="right")) - 1 for position in (begin, end))
-    text = f"document {first:,} of train from its token {begin - int(plan.starts[first]):,} on"
-    return text if first == last else f"{text}, to document {last:,}"

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -33,9 +34,9 @@ from txl_dist.engine.sharded_state import ShardedState
 from txl_dist.engine.watch import LayerWatch
 from txl_dist.evaluation.memory_use import ShowAttention, ShowLosses
 from txl_dist.models import registry
-from txl_dist.models.base import DTYPES, Batch, LanguageModel, Runtime
+from txl_dist.models.base import DTYPES, Batch, HeadBuilder, LanguageModel, Runtime
 from txl_dist.models.layers.dropout import HAS_TRITON, Noise
-from txl_dist.objectives.base import Objective, Score
+from txl_dist.objectives.base import Objective, Prediction, Score
 
 Start = Checkpoint | InitialWeights | None  # what a run resumes from or begins with; None: with random weights
 
@@ -162,10 +163,11 @@ class Engine(ABC):
 
     @abstractmethod
     def score(self, segments: Iterable[Segment], show: ShowLosses | None = None) -> tuple[float | Tensor, int]:
-        """Read segments with memories of their own; return this rank's share of the nats, and of their tokens.
+        """Read segments with memories of their own; return this rank's share of the nats, and of their targets.
 
         Args:
-            show: is called, where the losses are computed, with those of some lanes, [lanes, targets], and their batch.
+            show: is called, where the losses are computed, with what the model returns for some lanes, as the losses
+                [lanes, targets], and with their batch.
         """
 
     def __str__(self) -> str:
@@ -203,8 +205,8 @@ class Engine(ABC):
         seed_step(self.job.run.seed, self.step, self.group.rank)
         self._set_learning_rate()
         batch = self.objective.batch(segment)
-        if self.job.data.on_error == "skip_sample":
-            self._count_dropped_tokens(segment, batch["targets"])
+        if self.job.data.on_error == "skip_sample" or self.objective.reads_examples:
+            self._count_targets(segment, batch["targets"])
         self.guard.start_step(self.step + 1)
         with self.watch.step(self.step + 1):
             loss = self.forward_backward_step(batch)
@@ -243,18 +245,19 @@ class Engine(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_scale"]
 
-    def _count_dropped_tokens(self, segment: Segment, targets: Tensor) -> None:
+    def _count_targets(self, segment: Segment, targets: Tensor) -> None:
         """Set `dropped_tokens` and `loss_weight`; every rank must call it, with its rows and their targets.
 
-        The ranks add up their counts, on the CPU: so every scored token weighs the same, whoever reads it, and the loss
-        is the same under every split. It is 0 where all tokens of a step are lost.
+        The ranks add up their counts, on the CPU: so every target weighs the same, whoever reads it, and the loss is
+        the same under every split. It is 0 where a step has no target at all.
         """
         scored = torch.from_numpy(segment.targets != NOT_SCORED)
-        in_loss = self.objective.counted(targets) != NOT_SCORED
+        in_loss = self.objective.is_scored(self.objective.counted(targets))
         counts = torch.tensor([scored.numel(), scored.sum(), in_loss.numel(), in_loss.sum()])
         torch.distributed.all_reduce(counts)  # a pipeline's first and last stage count each token: all are doubled
         tokens, tokens_kept, positions, positions_kept = counts.tolist()
-        self.dropped_tokens = (tokens - tokens_kept) * self.job.tokens_per_step // tokens
+        if not self.objective.reads_examples:  # there a lane that has no target has lost nothing
+            self.dropped_tokens = (tokens - tokens_kept) * self.job.tokens_per_step // tokens
         self.loss_weight = positions / max(positions_kept, 1)
 
     def _prepare_update(self) -> bool:
@@ -303,9 +306,16 @@ class Engine(ABC):
 
         Memories are new ones: those of training stay as they are.
         """
+        predictions: list[Prediction] = []
+
+        def collect(result: Tensor, batch: Batch) -> None:
+            predictions.extend(self.objective.predictions(result, batch))
+
+        reads_examples = self.objective.reads_examples
         with self._evaluating():
-            nats, tokens = self.group.sum(*self.score(segments))
-        return Score(nats, int(tokens))
+            nats, tokens = self.group.sum(*self.score(segments, collect if reads_examples else None))
+        of_ranks = self.group.all_gather(predictions) if reads_examples else []
+        return Score(nats, int(tokens), list(chain.from_iterable(of_ranks)))
 
     def show(self, segments: Iterable[Segment], losses: ShowLosses, attention: ShowAttention | None) -> None:
         """Read segments as `evaluate` does, and show losses and attention of this rank's lanes and layers."""
@@ -384,11 +394,15 @@ def lane_split(job: TrainJob, group: ProcessGroup) -> LaneSplit:
     return LaneSplit(job.data.num_lanes, group.size, job.engine.gradient_accumulation, job.engine.pipeline_stages)
 
 
-def build_model(job: TrainJob, vocab_size: int, start: Start) -> LanguageModel:
-    """Build the whole model on the CPU, with given weights or those that run.seed draws."""
+def build_model(job: TrainJob, vocab_size: int, start: Start, head: HeadBuilder | None = None) -> LanguageModel:
+    """Build the whole model on the CPU, with given weights or those that run.seed draws.
+
+    Args:
+        head: as of `registry.build`.
+    """
     torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
     runtime = Runtime(job.engine.attention, job.engine.activation_checkpointing, resolve_compile(job.engine))
-    model = registry.build(job.model, vocab_size, runtime)
+    model = registry.build(job.model, vocab_size, runtime, head)
     if start:
         start.load_weights(model)
     return model

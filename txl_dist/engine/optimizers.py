@@ -24,9 +24,10 @@ def build_optimizer(
         parameters: of this part, by name.
         names: of all parameters of the whole model.
     """
-    groups: dict[float, list[nn.Parameter]] = {lr_scale(name, config.lr_scale): [] for name in names}
+    scales = lr_scales(config, list(names))
+    groups: dict[float, list[nn.Parameter]] = {scale: [] for scale in scales.values()}
     for name, parameter in parameters.items():
-        groups[lr_scale(name, config.lr_scale)].append(parameter)
+        groups[scales[name]].append(parameter)
     scaled = []
     for scale, members in groups.items():
         scaled.append({"params": members or [nn.Parameter(torch.zeros(1))], "lr_scale": scale})
@@ -45,9 +46,27 @@ def build_optimizer(
     return kind(scaled, fused=True, **options)
 
 
-def lr_scale(name: str, scales: dict[str, float]) -> float:
-    """Return the factor of the first pattern that occurs in a parameter's name, 1 where none does."""
-    return next((scale for pattern, scale in scales.items() if re.search(pattern, name)), 1.0)
+def lr_scales(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
+    """Return the factor of the learning rate of each parameter of a model.
+
+    It is that of the first pattern of lr_scale that occurs in its name, 1 where none does, times layer_decay for each
+    layer above its own (Yang et al. 2019, table 8): of n layers, counted from 0, layer l has layer_decay^(n - 1 - l),
+    the embedding below them layer_decay^n, and what stands behind them 1.
+    """
+    depths = layer_depths(names)
+    scales = {}
+    for name in names:
+        scale = next((scale for pattern, scale in config.lr_scale.items() if re.search(pattern, name)), 1.0)
+        scales[name] = scale * config.layer_decay ** depths[name]
+    return scales
+
+
+def layer_depths(names: list[str]) -> dict[str, int]:
+    """Return how many layers stand above that of each parameter of a model; none above what is no layer's."""
+    layer_of = {name: int(name.split(".")[1]) for name in names if name.startswith("layers.")}
+    n_layer = 1 + max(layer_of.values(), default=-1)
+    depths = {name: n_layer - 1 - layer for name, layer in layer_of.items()}
+    return {name: depths.get(name, n_layer if name.startswith("embedding") else 0) for name in names}
 
 
 def keep_average(optimizer: torch.optim.Optimizer, steps: Callable[[], int]) -> None:

@@ -23,7 +23,7 @@ from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
 from txl_dist.config.schema import TrainJob
-from txl_dist.data.segments import NOT_SCORED, Segment
+from txl_dist.data.segments import Segment
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.engine.deepspeed_internals import (
     expect_other_lengths,
@@ -50,7 +50,7 @@ class Stage(nn.Module):
             only, so `forward` runs once for each micro-batch.
         loss_weight: that of the engine.
         lane_losses: to which the last stage appends the losses of a micro-batch's lanes.
-        evaluated: to which the last stage appends, in evaluation, the losses [lanes, targets] of a micro-batch.
+        evaluated: to which the last stage appends, in evaluation, what the model returns for a micro-batch.
     """
 
     def __init__(self, model: LanguageModel, layers: range, is_first: bool, is_last: bool, objective: Objective):
@@ -89,11 +89,11 @@ class Stage(nn.Module):
     def loss(self, stage_output: StageInput, targets: Tensor) -> Tensor:
         """Return a micro-batch's loss: in training the weighted mean over targets, in evaluation the sum of nats."""
         *carry, rows = stage_output
-        nats = self.model.predict(tuple(carry), targets, self.noise and self.noise.of_rows(rows))
+        result = self.model.predict(tuple(carry), targets, self.noise and self.noise.of_rows(rows))
         if not self.training:
-            self.evaluated.append(nats)
-            return nats.double().sum()
-        loss, lane_losses = self.objective.loss(nats, self.loss_weight)
+            self.evaluated.append(result)
+            return self.objective.losses(result).double().sum()
+        loss, lane_losses = self.objective.loss(result, self.loss_weight)
         self.lane_losses.append(lane_losses)
         return loss
 
@@ -146,7 +146,7 @@ class PipelineEngine(Engine):
     ):
         split = lane_split(job, group)
         number = split.stage(group.rank)
-        model = build_model(job, vocab_size, start)
+        model = build_model(job, vocab_size, start, objective.head)
         names = parameter_names(model)
         targets = objective.num_targets(job.model.tgt_len)
         costs = model.flops(split.micro_batch, targets)
@@ -187,7 +187,7 @@ class PipelineEngine(Engine):
             memory.commit()
             if self.stage.is_last:
                 nats += torch.stack(losses).sum()
-                tokens += int((batch["targets"] != NOT_SCORED).sum())
+                tokens += int(self.objective.is_scored(batch["targets"]).sum())
                 if show:
                     show(torch.cat(self.stage.evaluated), batch)
         expect_other_lengths(self.deepspeed)

@@ -96,10 +96,11 @@ class ShardedState:
             self._set(parameter, None, weights[name])  # DeepSpeed made its fp32 copies from rounded weights
 
     def restore_weights(self, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> None:
-        """Set the weights alone, to those that a function returns for their names."""
+        """Set the weights alone, to those that a function returns for their names; others stay."""
         weights = read(self.parameters)
         for name, parameter in self.parameters.items():
-            self._set(parameter, None, weights[name])  # as in `restore`
+            if name in weights:
+                self._set(parameter, None, weights[name])  # as in `restore`
 
     def _restore_numbers(self, numbers: dict[str, dict[str, float]], keys: list[str]) -> None:
         """Restore what `numbers` returned, and make room for the optimizer's tensors of these names."""

@@ -28,7 +28,7 @@ class ZeroEngine(Engine):
         start: Start,
     ):
         forget_pipeline_grid()
-        model = build_model(job, vocab_size, start)
+        model = build_model(job, vocab_size, start, objective.head)
         targets = objective.num_targets(job.model.tgt_len)
         training_flops = model.training_flops(job.data.num_lanes, targets)
         layers = range(len(model.layers))

@@ -40,7 +40,7 @@ def find_answer(predictions: SpanPredictions, tokens: np.ndarray, max_answer_tok
     Args:
         predictions: of all windows of the passage, on the CPU.
         tokens: int64 [windows, length], for each position the number of its token in the passage, or -1.
-        max_answer_tokens: longer parts are no answers.
+        max_answer_tokens: longer parts are not answers.
         n_best: how many to return at most.
     """
     start_log_prob, start, end_log_prob, end, no_answer = (field.numpy() for field in predictions)

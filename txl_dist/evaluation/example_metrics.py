@@ -3,8 +3,6 @@
 A quotient without a denominator, such as the correlation with predictions that are all the same, is 0.
 """
 
-from collections import Counter
-
 import numpy as np
 from rich.table import Table
 
@@ -61,22 +59,31 @@ def quotient(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator else 0.0
 
 
-def confusion_table(predicted: np.ndarray, true: np.ndarray, labels: list[str]) -> Table:
-    """Show how often which class was predicted for which; of many classes only the most frequent confusions.
+def count_confusions(predicted: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count how often each class (row) is taken for which (column): int64 [num_classes, num_classes].
 
     Args:
         predicted, true: int [examples], class numbers.
+    """
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (true, predicted), 1)
+    return counts
+
+
+def confusion_table(counts: np.ndarray, labels: list[str]) -> Table:
+    """Show how often which class was predicted for which; of many classes only the most frequent confusions.
+
+    Args:
+        counts: those of `count_confusions`.
         labels: the names of all classes, in the order of their numbers.
     """
-    numbers = range(len(labels))
-    count_of = Counter(zip(true.tolist(), predicted.tolist(), strict=True))
     if len(labels) <= WHOLE_TABLE:
         headings = ["true \\ predicted", *labels]
-        rows = [[labels[row], *(f"{count_of[row, column]:,}" for column in numbers)] for row in numbers]
+        rows = [[label, *(f"{count:,}" for count in row)] for label, row in zip(labels, counts.tolist(), strict=True)]
     else:
         headings = ["true", "predicted", "examples"]
-        confusions = [(-count, pair) for pair, count in count_of.items() if pair[0] != pair[1]]
-        most_frequent = sorted(confusions)[:MOST_FREQUENT]
+        confusions = [(-int(counts[pair]), pair) for pair in np.ndindex(*counts.shape) if pair[0] != pair[1]]
+        most_frequent = [(count, pair) for count, pair in sorted(confusions)[:MOST_FREQUENT] if count]
         rows = [[labels[row], labels[column], f"{-count:,}"] for count, (row, column) in most_frequent]
     table = Table(*headings, box=None, padding=(0, 3, 0, 0))
     for cells in rows:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from txl_dist.data.lanes import ResetMemory
-from txl_dist.data.segments import NOT_SCORED, Segment
+from txl_dist.data.segments import Segment
 from txl_dist.models.base import Batch, Carry, LanguageModel
 from txl_dist.models.layers.state import State
 from txl_dist.objectives.base import Objective, Score, micro_batches
@@ -36,21 +36,22 @@ def read_segments(
         forward: runs the model, as `LanguageModel.forward`.
         caches: the empty memory of each micro-batch; they are used up.
         device: of the losses.
-        show: is called with the losses [lanes, targets] of each micro-batch, and with the micro-batch.
+        show: is called with what the model returns for each micro-batch, as the losses [lanes, targets], and with the
+            micro-batch.
 
     Returns:
-        The nats, float64, and how many tokens are scored.
+        The nats, float64, and how many targets are scored.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for segment in segments:
         batch = objective.batch(segment)
         for number, (_, micro_batch) in enumerate(micro_batches(batch, len(caches))):
-            losses, caches[number] = forward(micro_batch, caches[number])
-            nats += losses.double().sum()
+            result, caches[number] = forward(micro_batch, caches[number])
+            nats += objective.losses(result).double().sum()
             if show:
-                show(losses, micro_batch)
-        tokens += int((batch["targets"] != NOT_SCORED).sum())
+                show(result, micro_batch)
+        tokens += int(objective.is_scored(batch["targets"]).sum())
     return nats, tokens
 
 

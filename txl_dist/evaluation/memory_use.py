@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from txl_dist.data.lanes import LanePlan
 from txl_dist.data.segments import NOT_SCORED, Segment, SegmentLoader
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.models.base import Batch
@@ -33,6 +34,7 @@ def measure_memory_use(read: Read, loader: SegmentLoader, lookback: int, group: 
         lookback: how many tokens before a segment the memory may hold.
     """
     plan = loader.plan
+    assert isinstance(plan, LanePlan)
     whole_segments = min(len(plan.part(lane)) for lane in range(plan.num_lanes)) // plan.tgt_len
     loader.stop = min(-(-lookback // plan.tgt_len) + MEASURED, whole_segments)
     filling = max(1, loader.stop - MEASURED)

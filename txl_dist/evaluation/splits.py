@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from rich.progress import track
 
+from txl_dist.checkpoint.format import find_checkpoint
 from txl_dist.config.run_checks import run_problems
-from txl_dist.config.schema import EvaluateJob
+from txl_dist.config.schema import EvaluateJob, TaskConfig
+from txl_dist.data.examples import ExampleSource
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import ResetMemory
 from txl_dist.data.samples import SampleReader
@@ -16,9 +19,10 @@ from txl_dist.data.segments import whole_split
 from txl_dist.data.text_size import TextSize, number_of_dimensions, size_of_text
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.evaluation.likelihood import losses_in_context, score
+from txl_dist.evaluation.predicting import score_examples
 from txl_dist.models.base import LanguageModel
 from txl_dist.objectives.base import Score, perplexity
-from txl_dist.runs.load import load_model, open_data
+from txl_dist.runs.load import load_model, load_task, objective_of, open_data
 from txl_dist.tracking.console import PlainConsole
 
 Step = TypeVar("Step")
@@ -27,10 +31,14 @@ Step = TypeVar("Step")
 def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
     """Score one run's checkpoint: its loss in nats per token, what follows from it, the sizes of the text, the lengths.
 
+    Of a run that has learnt a task the metrics are those of `evaluate_task`.
+
     Raises:
         UserError: where the checkpoint or its data cannot be read.
         ConfigError: where the model cannot be read so, or the data are not those of the run.
     """
+    if isinstance(objective_of(find_checkpoint(run, job.checkpoint)), TaskConfig):
+        return evaluate_task(job, run)
     model, checkpoint = load_model(run, job.checkpoint, job.model, job.average)
     config = model.config.without_memory() if job.sliding_window else model.config
     if config is None:
@@ -60,6 +68,34 @@ def evaluate_run(job: EvaluateJob, run: str) -> dict[str, Any]:
     }
 
 
+def evaluate_task(job: EvaluateJob, run: str) -> dict[str, Any]:
+    """Measure what one run's checkpoint says of the examples of a split, and of classes which it takes for which.
+
+    Raises:
+        UserError: where the checkpoint or its data cannot be read.
+        ConfigError: where the model cannot be read so, or the data are not those of the run.
+    """
+    given = [key for key in ("max_tokens", "sliding_window") if getattr(job, key)]
+    if given:
+        raise ConfigError([f"{key}: is for models that predict text; {run} has learnt a task" for key in given])
+    model, objective, checkpoint = load_task(run, job.checkpoint, job.model, job.average)
+    index = open_data(run, checkpoint, job.split, job.data_dir)
+    source = ExampleSource.of_split(index, job.split)
+    start = time.perf_counter()
+    score = score_examples(model, objective, source, job.num_lanes, partial(with_progress, title=job.split))
+    seconds = time.perf_counter() - start
+    return {
+        "run": run,
+        "split": job.split,
+        "examples": len(source),
+        **objective.metrics(score, index, job.split),
+        **objective.confusions(list(score.predictions), source),
+        "examples_per_second": len(source) / seconds,
+        "step": checkpoint.step,
+        **{key: getattr(model.config, key) for key in model.config.read_otherwise()},
+    }
+
+
 def per_text(result: Score, size: TextSize) -> dict[str, float | None]:
     """Divide a loss by the sizes of the text; None for a size that is not known."""
     return {
@@ -84,7 +120,7 @@ def score_with_memory(job: EvaluateJob, model: LanguageModel, index: Index, toke
     lanes = range(min(job.num_lanes, tokens))
     segments = whole_split(index, job.split, len(lanes), model.config.tgt_len, reset, lanes, tokens=tokens)
     device = next(model.parameters()).device
-    return score(model, with_progress(segments, job.split, len(segments)), device, len(lanes))
+    return score(model, with_progress(segments, len(segments), job.split), device, len(lanes))
 
 
 def score_by_sliding_window(
@@ -98,12 +134,12 @@ def score_by_sliding_window(
     starts = index.splits[job.split].document_starts
     batches = np.array_split(np.arange(tokens), -(-tokens // job.num_lanes))
     nats = 0.0
-    for positions in with_progress(batches, job.split, len(batches)):
+    for positions in with_progress(batches, len(batches), job.split):
         nats += losses_in_context(model, stream, positions, model.config.tgt_len, index.eos, starts, reset).sum()
     return Score(nats, tokens)
 
 
-def with_progress(steps: Iterable[Step], title: str, total: int) -> Iterable[Step]:
+def with_progress(steps: Iterable[Step], total: int, title: str) -> Iterable[Step]:
     """Show a progress bar on standard error where that is a terminal."""
     console = PlainConsole(stderr=True)
     return track(steps, title, total, console=console, transient=True, disable=not console.is_terminal)

@@ -47,7 +47,8 @@ class AnswerScores:
             no_answer: by id, what a threshold decides by.
             answers: by id; [] where there is none.
         """
-        exact_match, f1 = [], []
+        exact_match = []
+        f1 = []
         for name, true in answers.items():
             words = normalised_words(predictions[name])
             true_words = [normalised_words(answer) for answer in true]

@@ -2,7 +2,7 @@
 
     carry = embed(inputs of a batch)                    the embedding
     carry, state = layer(carry, state, shared)          each layer, with what it remembers of every lane
-    nats = predict(carry, targets)                      the head
+    nats = predict(carry, targets)                      the head: predict_tokens, or a task's (models/heads.py)
 
 A pipeline cuts it between two layers, and the carry crosses. A state never does.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from txl_dist.models.config import ModelConfig
+from txl_dist.models.heads import TaskHead
 from txl_dist.models.layers.attention_weights import AttentionWeights, ObservableAttention
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Noise, assign_places
@@ -45,6 +46,8 @@ class Runtime:
 
 
 DEFAULT_RUNTIME = Runtime()
+TASK_HEAD = "task_head"  # the name of the module, in place of that of `token_head`
+INIT_STD = 0.02  # of the heads of models that have no init_std
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
 
 
@@ -59,6 +62,8 @@ class LanguageModel(nn.Module, ABC):
         Config: the architecture's section of the config.
         inputs: the fields of a batch that `embed` takes.
         first_only, last_only: the names of the modules that only the first or the last stage of a pipeline needs.
+        token_head: of these the module that predicts tokens.
+        task_head: what predicts something else in its place; None: tokens are predicted.
         config: the hyper-parameters; those of `ModelConfig.read_otherwise` may be others from one segment to the next.
         vocab_size: of the distribution that it predicts.
         layers: those that are here; a pipeline stage has some of them.
@@ -70,6 +75,8 @@ class LanguageModel(nn.Module, ABC):
     inputs: tuple[str, ...] = ("inputs", "lookback")
     first_only: tuple[str, ...] = ("embedding",)
     last_only: tuple[str, ...] = ("softmax",)
+    token_head: str = "softmax"
+    task_head: TaskHead | None
     layers: nn.ModuleList
     activation_observer: Callable[[int, Tensor], None] | None = None
 
@@ -78,6 +85,7 @@ class LanguageModel(nn.Module, ABC):
         self.config = config
         self.vocab_size = vocab_size
         self.runtime = runtime
+        self.task_head = None
 
     def complete(self) -> None:
         """Identify the dropouts, draw all weights, and compile the layers if the runtime says so."""
@@ -154,9 +162,33 @@ class LanguageModel(nn.Module, ABC):
             result = layer(carry, state, shared, noise)
         return result
 
-    @abstractmethod
     def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Turn the carry behind the last layer into the first result of `forward`."""
+        """Turn the carry behind the last layer into the first result of `forward`.
+
+        That of a task are the losses [lanes, 1], in evaluation followed by what is predicted, [lanes, 1 + width].
+        """
+        hidden = self.output(carry, noise)
+        if self.task_head is None:
+            return self.predict_tokens(hidden, targets)
+        assert targets is not None, "the head of a task is asked by its targets"
+        losses: Tensor = self.task_head(hidden, targets, noise)
+        return losses if self.training else torch.cat([losses, self.task_head.outputs(hidden, targets)], dim=1)
+
+    @abstractmethod
+    def output(self, carry: Carry, noise: Noise | None = None) -> Tensor:
+        """Return the hidden states that a head reads, [lanes, positions, output_width], after their dropout.
+
+        The positions are those of the batch, or of its queries where it has some.
+        """
+
+    @property
+    @abstractmethod
+    def output_width(self) -> int:
+        """Return how many numbers `output` has at a position."""
+
+    @abstractmethod
+    def predict_tokens(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+        """Turn what `output` returns into the first result of `forward`."""
 
     @contextmanager
     def reading_as(self, config: ModelConfig) -> Iterator[None]:
@@ -219,7 +251,7 @@ class LanguageModel(nn.Module, ABC):
         """
         return self.empty_cache(lanes, device)
 
-    # ------------------------------------------------------------------------------------------- pipelines and cost
+    # ------------------------------------------------------------------------------------ tasks, pipelines and cost
 
     def keep_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
         """Leave out what other stages of a pipeline compute; the first has the embedding, the last the head."""
@@ -234,13 +266,33 @@ class LanguageModel(nn.Module, ABC):
         last = [parameter for name in self.last_only for parameter in getattr(self, name).parameters()]
         return [parameter for parameter in last if parameter in first]
 
-    @abstractmethod
+    def replace_head(self, head: TaskHead) -> None:
+        """Have the head of a task in place of the one that predicts tokens; before a pipeline cuts the model."""
+        delattr(self, self.token_head)
+        self.last_only = (*(name for name in self.last_only if name != self.token_head), TASK_HEAD)
+        self.task_head = head
+        head.initialise(getattr(self.config, "init_std", INIT_STD))
+        assign_places(self)
+
     def products(self, lanes: int, targets: int) -> list[list[Product]]:
         """List the products of the embedding, of each layer and of the head, when `lanes` read one segment.
 
         Args:
-            targets: how many positions of each lane are predicted.
+            targets: how many positions of each lane are predicted; 0 for a task, of which a segment has one target.
         """
+        if self.task_head is None:
+            head = self.head_products(lanes, targets)
+        else:
+            head = self.task_head.products(lanes, self.config.tgt_len)
+        return [*self.body_products(lanes, targets), head]
+
+    @abstractmethod
+    def body_products(self, lanes: int, targets: int) -> list[list[Product]]:
+        """List the products of the embedding and of each layer; arguments are those of `products`."""
+
+    @abstractmethod
+    def head_products(self, lanes: int, targets: int) -> list[Product]:
+        """List the products of the head that predicts tokens; arguments are those of `products`."""
 
     def flops(self, lanes: int, targets: int) -> list[float]:
         """Count a forward of the embedding, of each layer and of the head; arguments are those of `products`."""
@@ -270,3 +322,6 @@ class LanguageModel(nn.Module, ABC):
         for parameter in self.parameters():
             if parameter.dim() == 2 and parameter.size(0) > parameter.size(1):
                 parameter.data = parameter.data.T.contiguous().T
+
+
+HeadBuilder = Callable[[LanguageModel], TaskHead]  # builds the head of a task for a model

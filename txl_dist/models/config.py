@@ -41,6 +41,11 @@ class ModelConfig:
         return 1
 
     @property
+    def reads_both_ways(self) -> bool:
+        """Return whether a position of an example sees those behind it."""
+        return False
+
+    @property
     def note(self) -> str:
         """Return what people should know of losses of this model; as a rule nothing."""
         return ""

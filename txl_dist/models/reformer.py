@@ -218,6 +218,7 @@ class Reformer(LanguageModel):
     config: ReformerConfig
     inputs = ("inputs", "lookback", "position")
     last_only = ("layer_norm", "head")
+    token_head = "head"
 
     def __init__(self, config: ReformerConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME):
         super().__init__(config, vocab_size, runtime)
@@ -288,12 +289,21 @@ class Reformer(LanguageModel):
         streams = run_reversibly(streams, layers, shared, noise, self.activation_observer)  # type: ignore[arg-type]
         return (streams, lookback), memory
 
-    def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Turn both streams into the first result of `forward`."""
+    def output(self, carry: Carry, noise: Noise | None = None) -> Tensor:
+        """Return both streams, normalised, [lanes, length, 2 * d_model]."""
         streams, _ = carry
-        normed = self.layer_norm(streams.to(self.head.weight.dtype))
-        logits = self.head(self.output_dropout(normed, noise))
-        return cross_entropy.predict(logits, targets)
+        normed = self.layer_norm(streams.to(self.layer_norm.weight.dtype))
+        dropped: Tensor = self.output_dropout(normed, noise)
+        return dropped
+
+    @property
+    def output_width(self) -> int:
+        """Return 2 * d_model: both streams."""
+        return 2 * self.config.d_model
+
+    def predict_tokens(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+        """Turn both streams into the first result of `forward`."""
+        return cross_entropy.predict(self.head(hidden), targets)
 
     def state_shapes(self) -> list[Shapes]:
         """Return nothing for each layer: no segment knows of the one before."""
@@ -305,12 +315,16 @@ class Reformer(LanguageModel):
         weight = self.layer_norm.weight
         return [{"text": TextCache.empty(lanes, config.n_head, weight, config.d_head, device)} for _ in self.layers]
 
-    def products(self, lanes: int, targets: int) -> list[list[Product]]:
-        """List the products of the embedding (none), of each layer and of the head, when `lanes` read one segment."""
+    def body_products(self, lanes: int, targets: int) -> list[list[Product]]:
+        """List the products of the embedding (none) and of each layer, when `lanes` read one segment."""
         config = self.config
         inner = Product(2 * lanes * config.tgt_len * config.d_model * config.d_inner)
         layers = []
         for layer in self.layers:
             assert isinstance(layer, Layer)
             layers.append([*layer.attention.products(lanes, config.tgt_len, config.n_hashes), inner, inner])
-        return [[], *layers, [Product(2 * lanes * targets * 2 * config.d_model * self.vocab_size)]]
+        return [[], *layers]
+
+    def head_products(self, lanes: int, targets: int) -> list[Product]:
+        """List the product of the head."""
+        return [Product(2 * lanes * targets * self.output_width * self.vocab_size)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from txl_dist.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from txl_dist.models.base import LanguageModel, Runtime
+    from txl_dist.models.base import HeadBuilder, LanguageModel, Runtime
 
 GROUP = "txl_dist.models"
 OURS = {
@@ -54,8 +54,20 @@ def is_installed(name: object) -> bool:
     return True
 
 
-def build(config: ModelConfig, vocab_size: int, runtime: "Runtime | None" = None) -> "LanguageModel":
-    """Build a model on the CPU, with weights drawn from torch's generator."""
+def build(
+    config: ModelConfig,
+    vocab_size: int,
+    runtime: "Runtime | None" = None,
+    head: "HeadBuilder | None" = None,
+) -> "LanguageModel":
+    """Build a model on the CPU, with weights drawn from torch's generator.
+
+    Args:
+        head: builds the head of a task, which takes the place of the one that predicts tokens.
+    """
     from txl_dist.models.base import DEFAULT_RUNTIME
 
-    return find(config.name)(config, vocab_size, runtime or DEFAULT_RUNTIME)
+    model = find(config.name)(config, vocab_size, runtime or DEFAULT_RUNTIME)
+    if head is not None:
+        model.replace_head(head(model))
+    return model

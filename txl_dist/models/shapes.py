@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from txl_dist.errors import ConfigError
 from txl_dist.files.parsing import describe
 from txl_dist.models import registry
+from txl_dist.models.base import HeadBuilder
 from txl_dist.models.config import ModelConfig
 
 
@@ -21,8 +22,13 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **options)
 
 
-def parameter_shapes(config: ModelConfig, vocab_size: int, at_most: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(
+    config: ModelConfig, vocab_size: int, at_most: int, head: HeadBuilder | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a model's parameters, without allocating memory for them.
+
+    Args:
+        head: as of `registry.build`.
 
     Raises:
         ConfigError: where a model of this config would have more than `at_most` parameter tensors, or one larger
@@ -33,7 +39,7 @@ def parameter_shapes(config: ModelConfig, vocab_size: int, at_most: int) -> dict
         raise ConfigError([f"model.n_layer={config.n_layer}: {tensors}"])
     try:
         with torch.device("meta"), Uninitialised():
-            model = registry.build(config, vocab_size)
+            model = registry.build(config, vocab_size, head=head)
     except (RuntimeError, TypeError) as error:
         raise ConfigError([f"model: no tensor can have the sizes of this config ({describe(error)})"]) from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -261,19 +261,33 @@ class TransformerXL(LanguageModel):
             lookback = lookback.clamp(max=config.mem_len - 1)
         return encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype)
 
-    def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
+    def output(self, carry: Carry, noise: Noise | None = None) -> Tensor:
+        """Return the hidden states [lanes, length, d_model]."""
         hidden, _ = carry
-        prediction: Tensor = self.softmax(self.output_dropout(hidden, noise), targets)
+        dropped: Tensor = self.output_dropout(hidden, noise)
+        return dropped
+
+    @property
+    def output_width(self) -> int:
+        """Return d_model."""
+        return self.config.d_model
+
+    def predict_tokens(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+        """Turn hidden states [lanes, length, d_model] into the first result of `forward`."""
+        prediction: Tensor = self.softmax(hidden, targets)
         return prediction
 
-    def products(self, lanes: int, targets: int) -> list[list[Product]]:
-        """List the products of the embedding, of each layer and of the softmax, when `lanes` read one segment."""
+    def body_products(self, lanes: int, targets: int) -> list[list[Product]]:
+        """List the products of the embedding and of each layer, when `lanes` read one segment."""
+        counts = self.embedding.expected_counts(lanes * self.config.tgt_len)
+        layers = [layer.products(lanes, self.config) for layer in self.layers if isinstance(layer, Layer)]
+        return [self.embedding.products(counts), *layers]
+
+    def head_products(self, lanes: int, targets: int) -> list[Product]:
+        """List the products of the softmax."""
         assert targets == self.config.tgt_len, "every position is predicted"
         tokens = lanes * self.config.tgt_len
-        counts = self.embedding.expected_counts(tokens)
-        layers = [layer.products(lanes, self.config) for layer in self.layers if isinstance(layer, Layer)]
-        return [self.embedding.products(counts), *layers, self.softmax.products([tokens, *counts[1:]])]
+        return self.softmax.products([tokens, *self.embedding.expected_counts(tokens)[1:]])
 
     def state_shapes(self) -> list[Shapes]:
         """Return [mem_len, d_model] for each layer: it remembers its own last inputs, oldest first."""

@@ -8,7 +8,8 @@ each position that is to be predicted, no other. A layer remembers its own conte
 
 A batch of permutation language modelling (objectives/permutation_lm.py) says which positions are predicted, and by
 their ranks in which order. A batch without is read causally, with a query for the token after each position: so the
-same model is evaluated, scored and sampled from as any other.
+same model is evaluated, scored and sampled from as any other. A batch of examples (objectives/examples.py) has no
+query: its content is the output.
 """
 
 from collections.abc import Iterator
@@ -64,6 +65,11 @@ class XLNetConfig(ModelConfig):
     def lookback(self) -> int:
         """Return mem_len: every layer remembers so many tokens."""
         return self.mem_len
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Return that it does, as an example has no order of prediction."""
+        return True
 
     def problems(self, section: str = "model") -> Iterator[str]:
         """Yield what does not fit together, by the keys of the section in which it is given."""
@@ -156,15 +162,16 @@ class Head(nn.Module):
 class XLNet(LanguageModel):
     """Embedding, layers of two streams with memory, and a softmax that shares the embedding's table.
 
-    A carry is both streams [lanes, length + queries, d_model], content first (behind the last layer the queries alone),
-    and the integers of a batch: rank, lookback, segment [lanes, length], direction [lanes, 1], and positions [lanes,
-    queries].
+    A carry is both streams [lanes, length + queries, d_model], content first (behind the last layer the queries alone,
+    where there are some), and the integers of a batch: rank, lookback, segment [lanes, length], direction [lanes, 1],
+    and positions [lanes, queries].
     """
 
     Config = XLNetConfig
     config: XLNetConfig
     inputs = ("inputs", "rank", "lookback", "segment", "direction", "positions")
     last_only = ("head",)
+    token_head = "head"
 
     def __init__(self, config: XLNetConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME):
         super().__init__(config, vocab_size, runtime)
@@ -232,10 +239,10 @@ class XLNet(LanguageModel):
         marks = torch.cat([segment, segment.gather(1, positions)], dim=1)
         return View(
             length=length,
-            remembered=self.config.reuse_len,
+            remembered=self.remembered(length, positions.size(1)),
             encoding=encoding,
             direction=direction[:, :, None, None].to(streams.dtype),
-            blocks=blocks_of(length, self.config.reuse_len, mem_len),
+            blocks=blocks_of(length, self.remembered(length, positions.size(1)), mem_len),
             content=self.added(content, streams.dtype),
             queries=self.added(queries, streams.dtype),
             columns=keys - distance,
@@ -244,16 +251,33 @@ class XLNet(LanguageModel):
             segment_of_key=F.one_hot(F.pad(segment, (mem_len, 0)), SEGMENTS),
         )
 
+    def remembered(self, length: int, queries: int) -> int:
+        """Return how many positions of a segment become memory, and see nothing behind them: reuse_len.
+
+        Where nothing is predicted nothing is read again: then all positions become memory, and see each other.
+        """
+        return self.config.reuse_len if queries else length
+
     @staticmethod
     def added(visible: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what is added to scores: 0 where a key is seen, else half of the least number: sums stay finite."""
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
 
-    def predict(self, carry: Carry, targets: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Turn the query stream into the first result of `forward`."""
+    def output(self, carry: Carry, noise: Noise | None = None) -> Tensor:
+        """Return the query stream [lanes, queries, d_model]; where there is no query, the content."""
         streams, *integers = carry
-        queries = streams[:, -integers[-1].size(1) :]
-        prediction: Tensor = self.head(self.output_dropout(queries, noise), targets)
+        rows = integers[-1].size(1) or streams.size(1)
+        dropped: Tensor = self.output_dropout(streams[:, -rows:], noise)
+        return dropped
+
+    @property
+    def output_width(self) -> int:
+        """Return d_model."""
+        return self.config.d_model
+
+    def predict_tokens(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
+        """Turn the query stream into the first result of `forward`."""
+        prediction: Tensor = self.head(hidden, targets)
         return prediction
 
     def state_shapes(self) -> list[Shapes]:
@@ -269,19 +293,23 @@ class XLNet(LanguageModel):
             if isinstance(layer, Layer)
         ]
 
-    def products(self, lanes: int, targets: int) -> list[list[Product]]:
-        """List the products of the embedding (none), of each layer and of the head, when `lanes` read one segment."""
+    def body_products(self, lanes: int, targets: int) -> list[list[Product]]:
+        """List the products of the embedding (none) and of each layer, when `lanes` read one segment."""
         config = self.config
         seen = seen_keys(config, targets)
-        reuse_len = config.reuse_len if targets < config.tgt_len else None
+        reuse_len = self.remembered(config.tgt_len, targets) if targets < config.tgt_len else None
         attention_sizes = (lanes, config.tgt_len, targets, config.mem_len, reuse_len, seen)
         layers = []
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            rows = targets if layer.attention.is_last else config.tgt_len + targets
+            rows = targets if layer.attention.is_last and targets else config.tgt_len + targets
             inner = Product(2 * lanes * rows * config.d_model * config.d_inner)
             layers.append([*layer.attention.products(*attention_sizes), inner, inner])
-        return [[], *layers, [Product(2 * lanes * targets * config.d_model * self.vocab_size)]]
+        return [[], *layers]
+
+    def head_products(self, lanes: int, targets: int) -> list[Product]:
+        """List the product of the head."""
+        return [Product(2 * lanes * targets * self.config.d_model * self.vocab_size)]
 
 
 def seen_keys(config: XLNetConfig, targets: int) -> tuple[float, float]:
@@ -292,6 +320,8 @@ def seen_keys(config: XLNetConfig, targets: int) -> tuple[float, float]:
     length = config.tgt_len
     if targets == length:  # read from left to right
         return (config.mem_len + (length + 1) / 2,) * 2
+    if targets == 0:  # every position sees all others
+        return config.mem_len + length, 0.0
     share = targets / length
     content = queries = 0.0
     before = 0

@@ -4,22 +4,43 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from txl_dist.config.schema import TrainJob
+from txl_dist.data.examples import Place
 from txl_dist.data.index import Index
 from txl_dist.data.lanes import Origin
-from txl_dist.data.segments import Segment, SegmentLoader
-from txl_dist.models.base import Batch
+from txl_dist.data.segments import NOT_SCORED, Segment, SegmentLoader
+from txl_dist.models.base import Batch, HeadBuilder
+
+
+class Prediction(NamedTuple):
+    """What the head of a task says where a segment ends.
+
+    Attributes:
+        place: the segment.
+        outputs: float32 [width], a row of `TaskHead.outputs`.
+        tgt_len: the length of the segment.
+    """
+
+    place: Place
+    outputs: np.ndarray
+    tgt_len: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """The negative log-likelihood of `tokens` tokens: `nats` in total."""
+    """The negative log-likelihood of `tokens` tokens: `nats` in total.
+
+    Of examples these are the losses of so many targets, and `predictions` what was said of each.
+    """
 
     nats: float
     tokens: int
+    predictions: Sequence[Prediction] = ()
 
     @property
     def loss(self) -> float:
@@ -33,7 +54,18 @@ class Score:
 
 
 class Objective(ABC):
-    """What a model is to read and to predict, and how that counts."""
+    """What a model is to read and to predict, and how that counts.
+
+    Attributes:
+        head: builds what says something of examples; None: running text is read, and tokens are predicted.
+    """
+
+    head: HeadBuilder | None = None
+
+    @property
+    def reads_examples(self) -> bool:
+        """Return whether examples are read, and no running text."""
+        return self.head is not None
 
     @abstractmethod
     def segments(
@@ -64,6 +96,18 @@ class Objective(ABC):
         """Return the part of [lanes, targets] that counts in training."""
         return targets
 
+    def is_scored(self, targets: Tensor) -> Tensor:
+        """Return which targets there are: bool, of the shape of the losses."""
+        return targets != NOT_SCORED
+
+    def losses(self, result: Tensor) -> Tensor:
+        """Return the losses [lanes, targets] in what a model returns in evaluation."""
+        return result
+
+    def predictions(self, result: Tensor, batch: Batch) -> list[Prediction]:
+        """Return what a model, which returns `result` for a batch, says of examples; nothing of running text."""
+        return []
+
     def loss(self, nats: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's loss, in nats per target, and that of each lane, detached: [lanes].
 
@@ -74,13 +118,8 @@ class Objective(ABC):
         weighted = self.counted(nats) * weight
         return weighted.mean(), weighted.detach().mean(dim=1)
 
-    def metrics(self, score: Score, num_bytes: int | None, num_dimensions: int | None = None) -> dict[str, float]:
-        """Return what is logged of an evaluation.
-
-        Args:
-            num_bytes: of the text that was read; None if it was not text.
-            num_dimensions: numbers of sequences that were read, `<eos>` not counted; None if it was text.
-        """
+    def metrics(self, score: Score, index: Index, split: str) -> dict[str, float]:
+        """Return what is logged of an evaluation of a whole split."""
         return {"loss": score.loss, "perplexity": perplexity(score.loss)}
 
 

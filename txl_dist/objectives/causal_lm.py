@@ -11,6 +11,7 @@ from txl_dist.data.index import Index
 from txl_dist.data.lanes import LanePlan, Origin
 from txl_dist.data.samples import SampleReader
 from txl_dist.data.segments import NOT_SCORED, Segment, Segments, whole_split
+from txl_dist.data.text_size import number_of_dimensions
 from txl_dist.models.base import Batch
 from txl_dist.objectives.base import Objective, Score
 
@@ -64,9 +65,11 @@ class CausalLM(Objective):
         """Return the positions that count in training, of [lanes, length]."""
         return targets[:, self.first_scored :]
 
-    def metrics(self, score: Score, num_bytes: int | None, num_dimensions: int | None = None) -> dict[str, float]:
+    def metrics(self, score: Score, index: Index, split: str) -> dict[str, float]:
         """Return loss (nats per token), perplexity, and bits per byte of the text or per number of the sequences."""
-        metrics = super().metrics(score, num_bytes, num_dimensions)
+        metrics = super().metrics(score, index, split)
+        num_bytes = index.splits[split].bytes
+        num_dimensions = number_of_dimensions(index, split, index.splits[split].tokens)
         if num_bytes:
             metrics["bits_per_byte"] = score.bits / num_bytes
         if num_dimensions:

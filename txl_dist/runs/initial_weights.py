@@ -11,7 +11,7 @@ from torch import Tensor
 
 from txl_dist.checkpoint.format import Checkpoint, latest, steps
 from txl_dist.checkpoint.initial_weights import InitialWeights
-from txl_dist.config.schema import ConvertJob, TrainJob
+from txl_dist.config.schema import ConvertJob, ObjectiveConfig, TaskConfig, TrainJob
 from txl_dist.config.sections import parse_model
 from txl_dist.config.types import NEVER
 from txl_dist.conversion.importing import model_config
@@ -20,6 +20,8 @@ from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.errors import ConfigError, UserError
+from txl_dist.models import registry
+from txl_dist.models.base import TASK_HEAD
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.shapes import parameter_shapes
 from txl_dist.runs.load import load_tokenizer
@@ -71,17 +73,22 @@ def initial_weights(job: TrainJob, index: Index, group: ProcessGroup) -> Initial
     if checkpoint or not is_run:
         try:
             origin = of_run(path, checkpoint) if checkpoint else of_third_party(path, job.model)
-            problems = list(differences(path, origin, job.model, job.data.dir, index))
+            problems = list(differences(path, origin, job.model, job.objective, job.data.dir, index))
         except UserError as error:
             problems = lines_of(error, path)
     problems = group.gather(problems)
     if problems:
         raise ConfigError(problems)
     assert origin is not None
-    return InitialWeights(origin.title, origin.read)
+    return InitialWeights(origin.title, partial(read_body, origin))
 
 
-def problems_of(path: str, model: ModelConfig, data_dir: str) -> Iterator[str]:
+def read_body(origin: Origin, names: Iterable[str]) -> Mapping[str, Tensor]:
+    """Return the weights of these names but those of a task's head: each run draws its own."""
+    return origin.read([name for name in names if not name.startswith(f"{TASK_HEAD}.")])
+
+
+def problems_of(path: str, model: ModelConfig, objective: ObjectiveConfig, data_dir: str) -> Iterator[str]:
     """Yield why a run of this model on this dataset cannot begin with the weights at a path."""
     try:
         index = Index.open(data_dir)
@@ -93,7 +100,7 @@ def problems_of(path: str, model: ModelConfig, data_dir: str) -> Iterator[str]:
             origin = of_third_party(path, model)
         else:
             origin = of_run(path, latest_checkpoint(path, contents=False))
-        yield from differences(path, origin, model, data_dir, index)
+        yield from differences(path, origin, model, objective, data_dir, index)
     except UserError as error:
         yield from lines_of(error, path)
 
@@ -161,7 +168,9 @@ def of_third_party(path: str, model: ModelConfig) -> Origin:
 # ------------------------------------------------------------------------------------------- what must be the same
 
 
-def differences(path: str, origin: Origin, model: ModelConfig, data_dir: str, index: Index) -> Iterator[str]:
+def differences(
+    path: str, origin: Origin, model: ModelConfig, objective: ObjectiveConfig, data_dir: str, index: Index
+) -> Iterator[str]:
     """Yield what is not the same in the origin of weights and in the run that is to begin with them."""
     if origin.config.name != model.name:
         yield (
@@ -184,14 +193,24 @@ def differences(path: str, origin: Origin, model: ModelConfig, data_dir: str, in
             "tokenizer"
         )
     elif not differ:
-        yield from shape_differences(path, origin.shapes(), model, index.vocab_size)
+        yield from shape_differences(path, origin.shapes(), model, objective, index.vocab_size)
 
 
 def shape_differences(
-    path: str, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, vocab_size: int
+    path: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    vocab_size: int,
 ) -> Iterator[str]:
-    """Yield the first weight that is missing or has another shape, as in a damaged checkpoint."""
+    """Yield the first weight that is missing or has another shape, as in a damaged checkpoint.
+
+    A run with the head of a task needs none that predicts tokens.
+    """
+    token_head = f"{registry.find(model.name).token_head}."
     for name, shape in parameter_shapes(model, vocab_size, len(shapes)).items():
+        if isinstance(objective, TaskConfig) and name.startswith(token_head):
+            continue
         if shapes.get(name) != shape:
             stored = list(shapes[name]) if name in shapes else "missing"
             yield f"{KEY}={path}: its weights of {name} are {stored}, not {list(shape)}"

@@ -11,17 +11,21 @@ from pathlib import Path
 import torch
 
 from txl_dist.checkpoint.format import Checkpoint, find_checkpoint
-from txl_dist.config.schema import ModelChanges
-from txl_dist.config.sections import changed_model, parse_model
+from txl_dist.config.identity import EARLIER
+from txl_dist.config.schema import ModelChanges, ObjectiveConfig, TaskConfig
+from txl_dist.config.sections import changed_model, parse_model, parse_section
 from txl_dist.config.types import CheckpointChoice
 from txl_dist.data import tokenizers
+from txl_dist.data.format import Examples
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import sha256_of_file
 from txl_dist.models import registry
-from txl_dist.models.base import LanguageModel
+from txl_dist.models.base import HeadBuilder, LanguageModel
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.shapes import parameter_shapes
+from txl_dist.objectives.examples import ExampleObjective
+from txl_dist.objectives.registry import build_task, head_builder
 
 
 def load_model(
@@ -37,21 +41,54 @@ def load_model(
 
     Raises:
         UserError: where the checkpoint cannot be read.
-        ConfigError: where the changes are not possible, or the average was not kept.
+        ConfigError: where the changes are not possible, the average was not kept, or the model predicts no tokens.
     """
     checkpoint = find_checkpoint(run, which)
-    config = changed_model(parse_model(checkpoint.config["model"]), changes or {})
+    if isinstance(objective_of(checkpoint), TaskConfig):
+        raise ConfigError([f"run={run}: has learnt a task, and predicts no text; use txl-predict or txl-evaluate"])
+    return build_model(run, checkpoint, changes or {}, average), checkpoint
+
+
+def load_task(
+    run: str, which: CheckpointChoice = None, changes: ModelChanges | None = None, average: bool = False
+) -> tuple[LanguageModel, ExampleObjective, Checkpoint]:
+    """Load the model of a run that has learnt a task, with its objective; arguments and errors as of `load_model`."""
+    checkpoint = find_checkpoint(run, which)
+    config = objective_of(checkpoint)
+    if not isinstance(config, TaskConfig):
+        raise ConfigError([f"run={run}: has learnt no task, it predicts text; use txl-generate or txl-score"])
+    model = build_model(run, checkpoint, changes or {}, average)
+    return model, build_task(config, examples_of(checkpoint), load_tokenizer(run, checkpoint)), checkpoint
+
+
+def objective_of(checkpoint: Checkpoint) -> ObjectiveConfig:
+    """Return what a checkpoint's model was trained for; one of earlier versions, or imported, for predicting text."""
+    given = checkpoint.config.get("objective", EARLIER["objective"])
+    objective: ObjectiveConfig = parse_section("objective", ObjectiveConfig, given)
+    return objective
+
+
+def examples_of(checkpoint: Checkpoint) -> Examples | None:
+    """Return what kind of examples a checkpoint's model was trained on; None: on none."""
+    given = checkpoint.data.get("examples")
+    return None if given is None else Examples.model_validate(given)
+
+
+def build_model(run: str, checkpoint: Checkpoint, changes: ModelChanges, average: bool) -> LanguageModel:
+    """Build the model of a run's checkpoint, with the head that it was trained with; arguments as of `load_model`."""
+    config = changed_model(parse_model(checkpoint.config["model"]), changes)
     vocab_size = checkpoint.data["vocab_size"]
+    head = head_builder(objective_of(checkpoint), examples_of(checkpoint))
     problems = list(config.problems())
     missing_average = explain_missing_average(checkpoint) if average else None
     if missing_average:
         problems.append(f"average=true: {run} {missing_average}; leave it out")
     if problems:
         raise ConfigError(problems)
-    check_shapes(checkpoint, config, vocab_size)
-    model = registry.build(config, vocab_size)
+    check_shapes(checkpoint, config, vocab_size, head)
+    model = registry.build(config, vocab_size, head=head)
     checkpoint.load_weights(model, average)
-    return ready_to_evaluate(model), checkpoint
+    return ready_to_evaluate(model)
 
 
 def ready_to_evaluate(model: LanguageModel) -> LanguageModel:
@@ -63,14 +100,14 @@ def ready_to_evaluate(model: LanguageModel) -> LanguageModel:
     return model.eval()
 
 
-def check_shapes(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
+def check_shapes(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int, head: HeadBuilder | None = None) -> None:
     """Compare the shapes of the weights with those of the model, before it is built: a damaged config may be huge.
 
     Raises:
         UserError: with the first weight that has another shape.
     """
     shapes = checkpoint.shapes("weights")
-    for name, shape in parameter_shapes(config, vocab_size, len(shapes)).items():
+    for name, shape in parameter_shapes(config, vocab_size, len(shapes), head).items():
         if shapes.get(name) != shape:
             stored = list(shapes.get(name, []))
             raise UserError(f"{checkpoint.path}: its weights of {name} are {stored}, not {list(shape)}")

@@ -12,7 +12,7 @@ class DroppedSamples:
         tokens: that all ranks have dropped since the last reading.
     """
 
-    def __init__(self, reader: SampleReader, group: ProcessGroup, reporter: ConsoleReporter):
+    def __init__(self, reader: SampleReader | None, group: ProcessGroup, reporter: ConsoleReporter):
         self.reader = reader
         self.group = group
         self.reporter = reporter
@@ -21,7 +21,7 @@ class DroppedSamples:
 
     def read(self) -> dict[str, int]:
         """Return the dropped tokens as a metric, and report newly found damage; every rank must call it."""
-        if self.reader.fill_value is None:
+        if self.reader is None or self.reader.fill_value is None:
             return {}
         if self.tokens:  # the same on every rank
             for damage in self.group.gather(list(self.reader.damaged.values())):

@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from txl_dist.config.quoting import command_to_paste
-from txl_dist.config.schema import TrainJob
+from txl_dist.config.schema import TaskConfig, TrainJob
 from txl_dist.distributed.logs import output_optional
 from txl_dist.errors import describe_os_error, first_line
 from txl_dist.tracking.console import PlainConsole
@@ -23,6 +23,7 @@ from txl_dist.tracking.services.wandb_id import last_id
 
 Row = tuple[str, str | Text]
 
+TASK_METRICS = {"accuracy", "pearson", "exact_match"}  # the first of each task
 LEET = (0, 31)  # the first release of W&B with its viewer for a terminal
 
 
@@ -53,8 +54,11 @@ def show_result(job: TrainJob, splits: Collection[str]) -> None:
         rows.append(("continue", "start the same command again, without train.stop_at"))
     split = next(name for name in ("valid", "test", "train") if name in splits)
     rows.append(("look further", command_to_paste("python -m txl_dist.evaluate", run=run_dir, split=split)))
-    rows.append(("", command_to_paste("python -m txl_dist.look", run=run_dir) + ' text="..."'))
-    rows.append(("", command_to_paste("python -m txl_dist.generate", run=run_dir) + ' prompt="..."'))
+    if isinstance(job.objective, TaskConfig):
+        rows.append(("", command_to_paste("python -m txl_dist.predict", run=run_dir) + " file=..."))
+    else:
+        rows.append(("", command_to_paste("python -m txl_dist.look", run=run_dir) + ' text="..."'))
+        rows.append(("", command_to_paste("python -m txl_dist.generate", run=run_dir) + ' prompt="..."'))
     rows += [("", command) for command in wandb_commands(run_dir)]
     # Lines, not a rich table: that would cut or pad commands and paths that are longer than the screen is wide.
     width = max(22, *(len(label) + 2 for label, _ in rows))
@@ -67,7 +71,10 @@ def result_rows(lines: list[dict[str, Any]]) -> Iterator[Row]:
     """Describe the last evaluation of each split, and the speed of training."""
     for split in ("valid", "test"):
         evaluated = [line for line in lines if f"{split}/loss" in line]
-        if evaluated:
+        task_rows = list(rows_of_task(split, evaluated[-1])) if evaluated else []
+        if task_rows:
+            yield from task_rows
+        elif evaluated:
             loss, perplexity = (evaluated[-1].get(f"{split}/{key}", math.nan) for key in ("loss", "perplexity"))
             unit = next((unit for unit in ("byte", "dimension") if f"{split}/bits_per_{unit}" in evaluated[-1]), None)
             if unit:
@@ -80,6 +87,14 @@ def result_rows(lines: list[dict[str, Any]]) -> Iterator[Row]:
     speeds = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]
     if speeds:
         yield "tokens per second", Text.assemble((f"{median(speeds):,.0f}", "bold"), "  (median of training)")
+
+
+def rows_of_task(split: str, line: dict[str, Any]) -> Iterator[Row]:
+    """Describe what an evaluation has measured of a task; nothing where there is none."""
+    keys = {key.partition("/")[2]: value for key, value in line.items() if key.startswith(f"{split}/")}
+    for key in TASK_METRICS & keys.keys():
+        more = ", ".join(f"{other.replace('_', ' ')} {value:.4f}" for other, value in keys.items() if other != key)
+        yield f"{split} {key.replace('_', ' ')}", Text.assemble((f"{keys[key]:.4f}", "bold"), f"  ({more})")
 
 
 def curve_or_reason(run_dir: str, lines: list[dict[str, Any]]) -> str:

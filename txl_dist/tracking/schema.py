@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Section = Literal["Loss", "Optimization", "Memory", "Speed", "Health", "Samples"]
-SECTIONS: tuple[Section, ...] = ("Loss", "Optimization", "Memory", "Speed", "Health", "Samples")
+Section = Literal["Loss", "Task", "Optimization", "Memory", "Speed", "Health", "Samples"]
+SECTIONS: tuple[Section, ...] = ("Loss", "Task", "Optimization", "Memory", "Speed", "Health", "Samples")
 
 AXES = {"tokens": "training tokens", "step": "optimizer steps", "time": "seconds since 1970"}  # on every line
 
@@ -71,7 +71,23 @@ def find_metric(key: str) -> Metric | None:
     return next((metric for metric in METRICS if metric.match(key) is not None), None)
 
 
-NATS = "nats per token"  # with permutation language modelling per predicted token
+NATS = "nats per token"  # with permutation language modelling per predicted token, of a task per example
+
+
+def of_evaluation(name: str, meaning: str, console: str | None = None, label: str = "") -> tuple[Metric, Metric]:
+    """Return a metric of the validation split and the same of the test split.
+
+    Args:
+        name: of the key behind that of the split.
+        console: its name in a line of the console; None: it stands in none.
+        label: of its lines, behind the name of the split.
+    """
+    shown = {split: None if console is None else f"{split} {console} {{:.4f}}" for split in ("valid", "test")}
+    return (
+        Metric(f"valid/{name}", f"validation{label}", meaning, console=shown["valid"]),
+        Metric(f"test/{name}", f"test{label}", "the same of the test split", console=shown["test"]),
+    )
+
 
 PANELS = (
     # ------------------------------------------------------------------------------------------------------- loss
@@ -131,6 +147,61 @@ PANELS = (
             ),
             Metric("test/bits_per_dimension", "test", "the same of the test split", console="test bits/dim {:.4f}"),
         ),
+    ),
+    # ------------------------------------------------------------------------------------------------------- task
+    Panel(
+        "Accuracy",
+        "Task",
+        "",
+        "higher",
+        of_evaluation("accuracy", "the share of examples that are said right", "accuracy"),
+    ),
+    Panel("F1", "Task", "", "higher", of_evaluation("f1", "that of class 1 of two, else the mean over the classes")),
+    Panel(
+        "Matthews correlation",
+        "Task",
+        "",
+        "higher",
+        of_evaluation("matthews", "of the predicted and the true classes, 0 for guesses"),
+    ),
+    Panel(
+        "Pearson correlation", "Task", "", "higher", of_evaluation("pearson", "of predicted and true scores", "pearson")
+    ),
+    Panel("Spearman correlation", "Task", "", "higher", of_evaluation("spearman", "of their ranks")),
+    Panel(
+        "Exact match",
+        "Task",
+        "percent",
+        "higher",
+        (
+            *of_evaluation(
+                "exact_match", "answers that are one of the true ones, as SQuAD's script compares", "exact match"
+            ),
+            *of_evaluation("has_answer_exact_match", "those of questions with an answer", label=", with an answer"),
+            *of_evaluation("no_answer_exact_match", "those of questions without one", label=", without an answer"),
+            *of_evaluation(
+                "best_exact_match", "with the best threshold for giving no answer", label=", best threshold"
+            ),
+        ),
+    ),
+    Panel(
+        "F1 of answers",
+        "Task",
+        "percent",
+        "higher",
+        (
+            *of_evaluation("answer_f1", "of the words of an answer and of the true one that is most like it", "F1"),
+            *of_evaluation("has_answer_f1", "that of questions with an answer", label=", with an answer"),
+            *of_evaluation("no_answer_f1", "that of questions without one", label=", without an answer"),
+            *of_evaluation("best_answer_f1", "those with the best threshold for no answer", label=", best threshold"),
+        ),
+    ),
+    Panel(
+        "Threshold for no answer",
+        "Task",
+        "",
+        None,
+        of_evaluation("best_threshold", "above which no answer is given for the best F1 of this split"),
     ),
     # ----------------------------------------------------------------------------------------------- optimization
     Panel(

@@ -15,7 +15,6 @@ from txl_dist.checkpoint.initial_weights import InitialWeights
 from txl_dist.config.schema import TrainJob
 from txl_dist.data.index import Index
 from txl_dist.data.segments import Segment, SegmentLoader
-from txl_dist.data.text_size import number_of_dimensions
 from txl_dist.distributed.preemption import Preempted, Preemption
 from txl_dist.distributed.process_group import ProcessGroup
 from txl_dist.distributed.watchdog import Watchdog
@@ -163,7 +162,9 @@ class Training:
     def memory_is_due(self) -> bool:
         """Return whether it is looked at what the memory does after this step: by default at evaluations."""
         every = self.job.tracking.memory_every
-        if every == 0 or not self.job.evaluated_model.lookback or "valid" not in self.index.splits:
+        if every == 0 or self.engine.objective.reads_examples:
+            return False
+        if not self.job.evaluated_model.lookback or "valid" not in self.index.splits:
             return False
         return self.evaluation_is_due if every is None else self.engine.step % every == 0
 
@@ -229,9 +230,7 @@ class Training:
         score = self.engine.evaluate(self.until_stopped(segments, name))
         if self.preemption.agreed:
             raise Preempted(f"in the evaluation of {name} after step {self.engine.step}")
-        split = self.index.splits[name]
-        num_dimensions = number_of_dimensions(self.index, name, split.tokens)
-        metrics = self.engine.objective.metrics(score, split.bytes, num_dimensions)
+        metrics = self.engine.objective.metrics(score, self.index, name)
         return {f"{name}/{key}": value for key, value in metrics.items()}
 
     def until_stopped(self, segments: SegmentLoader, name: str) -> Iterator[Segment]:
@@ -268,6 +267,7 @@ class Training:
             "vocab_size": self.index.vocab_size,
             "tokenizer": self.index.tokenizer_files,
             "place": self.index.store.absolute_location,
+            "examples": None if self.index.examples is None else self.index.examples.model_dump(),
             "unlogged_losses": self.earlier_losses,
         }
         with self.meter.saving():

@@ -66,6 +66,7 @@ class Recurrent(LanguageModel):
 
     Config = RecurrentConfig
     last_only = ("norm", "head")
+    token_head = "head"
 
     def __init__(self, config, vocab_size, runtime=DEFAULT_RUNTIME):
         super().__init__(config, vocab_size, runtime)
@@ -88,10 +89,19 @@ class Recurrent(LanguageModel):
         tokens, lookback = inputs
         return self.embedding(to_device(tokens, self.embedding.weight.device)), lookback
 
-    def predict(self, carry, targets, noise=None):
-        """Compute the losses of targets, or all log-probabilities."""
+    def output(self, carry, noise=None):
+        """Normalise the hidden states."""
         hidden, _ = carry
-        logits = self.head(self.norm(hidden))
+        return self.norm(hidden)
+
+    @property
+    def output_width(self):
+        """Return d_model."""
+        return self.config.d_model
+
+    def predict_tokens(self, hidden, targets):
+        """Compute the losses of targets, or all log-probabilities."""
+        logits = self.head(hidden)
         if targets is None:
             return logits.log_softmax(-1)
         targets = to_device(targets, logits.device).flatten()
@@ -101,9 +111,11 @@ class Recurrent(LanguageModel):
         """Return the mean, and the token before."""
         return [{"memory": (self.config.d_model,), "before": (self.config.d_model,)} for _ in self.layers]
 
-    def products(self, lanes, targets):
-        """List those of the layers and of the head; a lookup costs nothing."""
+    def body_products(self, lanes, targets):
+        """List those of the layers; a lookup costs nothing."""
         positions = lanes * self.config.tgt_len
-        width = self.config.d_model
-        layers = [layer.products(positions, width) for layer in self.layers]
-        return [[], *layers, [Product(2 * positions * width * self.vocab_size)]]
+        return [[], *(layer.products(positions, self.config.d_model) for layer in self.layers)]
+
+    def head_products(self, lanes, targets):
+        """List that of the head."""
+        return [Product(2 * lanes * targets * self.config.d_model * self.vocab_size)]

@@ -141,7 +141,8 @@ class TwoStreamAttention(ObservableAttention):
     The state of a lane is the sublayer's own last mem_len content inputs, oldest first; in evaluation a `KVCache`.
 
     Args:
-        is_last: whether it is that of the last layer, whose content nobody reads: only queries are computed.
+        is_last: whether it is that of the last layer, whose content nobody reads where there are queries: then only
+            those are computed.
     """
 
     def __init__(
@@ -175,15 +176,17 @@ class TwoStreamAttention(ObservableAttention):
             memory: [lanes, mem_len, d_model], or a KVCache.
 
         Returns:
-            [lanes, length + queries, d_model], of the last layer [lanes, queries, d_model]; and the memory for the next
-            segment, detached.
+            [lanes, length + queries, d_model], of the last layer [lanes, queries, d_model] if there are queries; and
+            the memory for the next segment, detached.
         """
         content = streams[:, : view.length]
         keys, new_memory = self.keys_of(content, memory, view)
-        attending = streams[:, view.length :] if self.is_last else streams
+        has_queries = streams.size(1) > view.length
+        queries_only = self.is_last and has_queries
+        attending = streams[:, view.length :] if queries_only else streams
         block_sizes = [block.end - block.start for block in view.blocks]
-        content_sizes = [] if self.is_last else block_sizes
-        query_sizes = block_sizes if view.columns is None else [attending.size(1) - sum(content_sizes)]
+        content_sizes = [] if queries_only else block_sizes
+        query_sizes = block_sizes if view.columns is None else [attending.size(1) - sum(content_sizes)] * has_queries
         rows = self.rows_of(attending, view).split(content_sizes + query_sizes)
         content_rows = rows[: len(content_sizes)]
         query_rows = rows[len(content_sizes) :]
@@ -193,7 +196,7 @@ class TwoStreamAttention(ObservableAttention):
         shown: list[Tensor] | None = None if self.observer is None else []
         if view.columns is None:
             attended += self.attend_by_blocks(query_rows, keys, view, view.queries, query_mask, ahead=1, shown=shown)
-        else:
+        elif has_queries:
             attended.append(self.attend_anywhere(query_rows[0], keys, view, query_mask, shown))
         if self.observer is not None:
             assert shown is not None
@@ -324,12 +327,13 @@ class TwoStreamAttention(ObservableAttention):
         project = 2 * d_model * width * lanes
         pair = 2 * width * lanes
         marked_pair = pair if reuse_len is None else pair + 2 * self.n_head * SEGMENTS * lanes
-        rows = queries if self.is_last else length + queries
+        queries_only = self.is_last and queries > 0
+        rows = queries if queries_only else length + queries
         content = [(end - start, count) for start, end, count, _ in blocks_of(length, reuse_len, mem_len)]
-        attending = [] if self.is_last else [(number, count, count + number - 1, seen[0]) for number, count in content]
+        attending = [] if queries_only else [(number, count, count + number - 1, seen[0]) for number, count in content]
         if reuse_len is None:
             attending += [(number, count, count + number - 1, seen[1]) for number, count in content]
-        else:
+        elif queries:
             attending.append((queries, keys, keys + length, seen[1]))
         products = [
             *[Product(project * rows)] * 2,  # q, output
