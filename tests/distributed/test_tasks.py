@@ -36,7 +36,7 @@ SPLITS = [
 MOVES = [(Split(2, zero=3), Split(1)), (Split(1), Split(2, 2, zero=1, acc=2))]
 # Softmax over positions does not see what is added to all of them.
 WITHOUT_EFFECT = {
-    "answers": ["task_head.start.bias", "task_head.end.dense_1.bias"],
+    "answers": [f"task_head.{name}.bias" for name in ("start", "end.layer_norm", "end.dense_1")],
     "question-first": ["task_head.out.bias"],
 }
 CASES = [(task, split) for task in TASKS for split in SPLITS]

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -11,11 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.batches import batch
 from tests.other_package.other_models.recurrent import Recurrent
+from txl_dist.config.schema import ClassificationConfig
+from txl_dist.data.examples import ExampleSource
+from txl_dist.data.format import Examples
+from txl_dist.data.tokenizers import BytesTokenizer
 from txl_dist.models import registry
 from txl_dist.models.base import Runtime
 from txl_dist.models.layers.dropout import LaneDropout, Noise
 from txl_dist.models.reformer import Reformer
 from txl_dist.models.transformer_xl import TransformerXL
+from txl_dist.objectives.classification import Classification
 
 torch.set_num_threads(1)
 
@@ -175,6 +181,65 @@ def ask_cost(model_class, config):
     assert counter.get_total_flops() == as_it_runs
 
 
+def build_task(model_class, config, **runtime):
+    """A model with the head of a task of three classes, and the task."""
+    examples = Examples(kind="labels", labels=["a", "b", "c"], pairs=False)
+    task = Classification(ClassificationConfig("classification", None, 0.3), examples, BytesTokenizer())
+    model = build(model_class, config, **runtime)
+    model.replace_head(task.head(model).double())
+    return model, task
+
+
+def read_examples(model, task, length, noisy=True):
+    """Read an example for each lane, all of one length, in segments of `length`; return what is said at their ends."""
+    source = ExampleSource.of_texts([(tokens.numpy(), np.array([], np.int64)) for tokens in TOKENS % VOCAB])
+    memory = model.empty_memory(LANES)
+    for segment in task.one_pass(source, LANES, length, range(LANES)):
+        fields = task.batch(segment)
+        inputs = {"inputs": fields["inputs"] % VOCAB}  # the marks are none of this small vocabulary
+        noise = Noise.of_step(1, segment.step, range(LANES)) if noisy else None
+        result, memory = model(fields | inputs, memory, noise)
+    return result
+
+
+def ask_task(model_class, config):
+    """With the head of a task padding has no effect, stages are the whole, and operations are as torch counts them."""
+    length = LENGTH + 2  # with both marks
+    model, task = build_task(model_class, config)
+    with FlopCounterMode(display=False) as counter:
+        whole = read_examples(model.train(), task, length)
+    with model.reading_as(replace(config, tgt_len=length)):
+        assert counter.get_total_flops() == sum(model.flops(LANES, task.num_targets(length)))
+    for cut in range(config.n_layer + 1):
+        stages = [build_task(model_class, config)[0] for _ in range(2)]
+        stages[0].keep_stage(range(cut), is_first=True, is_last=False)
+        stages[1].keep_stage(range(cut, config.n_layer), is_first=False, is_last=True)
+        parts = Chain(*stages)
+        assert_near(read_examples(parts, task, length), whole)
+    if model_class is not Reformer:  # whose chunks begin with the segment, padding included
+        model.eval()
+        assert_near(
+            read_examples(model, task, length + 3, noisy=False), read_examples(model, task, length, noisy=False)
+        )
+
+
+class Chain:
+    """Two stages, called as a model is."""
+
+    def __init__(self, first, last):
+        self.stages = (first, last)
+
+    def empty_memory(self, lanes):
+        return [state for stage in self.stages for state in stage.empty_memory(lanes)]
+
+    def __call__(self, fields, memory, noise):
+        first, last = self.stages
+        count = len(first.layers)
+        carry, lower = first.through_layers(first.embed(first.inputs_of(fields), noise), memory[:count], noise)
+        carry, upper = last.through_layers(carry, memory[count:], noise)
+        return last.predict(carry, fields["targets"], noise), [*lower, *upper]
+
+
 QUESTIONS = [
     ask_repetition,
     ask_lanes,
@@ -185,6 +250,7 @@ QUESTIONS = [
     ask_state_shapes,
     ask_places,
     ask_cost,
+    ask_task,
 ]
 
 
