@@ -13,7 +13,7 @@ from txl_dist.files.atomic import sha256_of_file, sha256_of_json
 
 from . import mutators
 from .mutators import Mutator
-from .specimens import TOKENIZERS, TRAIN
+from .specimens import LABELLED, TOKENIZERS, TRAIN
 
 Command = list[str]  # the module's name, then its arguments
 RARELY = 0.03  # training takes seconds to start, everything else less than one
@@ -67,7 +67,7 @@ def seal_data(data: Path) -> str | None:
             split["files"] |= {file: sha256_of_file(data / name / file) for file in split["files"]}
             for shard in split["shards"]:
                 shard["sha256"] = sha256_of_file(data / shard["name"])
-        index["fingerprint"] = content_fingerprint(files, index["splits"])
+        index["fingerprint"] = content_fingerprint(files, index["splits"], index.get("examples"))
     except (TypeError, KeyError, AttributeError, OSError, ValueError, RecursionError):
         pass  # as it is
     if not isinstance(index, dict):
@@ -241,6 +241,23 @@ def tokenizer_damaged(specimens: Path, folder: Path, rng: Random, name: str, mut
     return rng.choice([read_run(run, data, rng), read_data(specimens, run, data, rng)])
 
 
+def labelled(specimens: Path, folder: Path, rng: Random) -> Command:
+    """Damage a file of examples, or the dataset that was made of it."""
+    name = rng.choice(sorted(LABELLED))
+    data = folder / "out"
+    source = Path(shutil.copy(specimens / name, folder))
+    if rng.random() < 0.6:
+        damage(source, mutators.json_text if name.endswith(".json") else mutators.any_bytes, rng)
+    else:
+        shutil.copytree(specimens / f"data-{name}", data)
+        if rng.random() < 0.5:
+            damage(data / "index.json", mutators.json_text, rng)
+        else:
+            damage(data / "train" / "examples.npy", mutators.npy, rng)
+        seal_data(data)
+    return ["prepare", *LABELLED[name], f"corpus.path={source}", "tokenizer=word", "workers=1", f"data.dir={data}"]
+
+
 def foreign_config(specimens: Path, folder: Path, rng: Random) -> Command:
     """Damage config.json, an index of parts, or the tokenizer's config of a third-party checkpoint."""
     kind = rng.choice(["safe", "bin", "export", "parts"])
@@ -289,6 +306,7 @@ KINDS: dict[str, Callable[[Path, Path, Random], Command]] = {
     "torch file": torch_file,
     "sentencepiece": sentencepiece,
     "words": words,
+    "labelled": labelled,
     "foreign config": foreign_config,
     "command line": command_line,
 }

@@ -28,6 +28,12 @@ WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
 TRAIN = ["data.num_lanes=2", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.d_head=8"]
 TRAIN += ["model.d_inner=16", "model.tgt_len=8", "model.mem_len=8", "train.max_steps=4", "train.stop_at=2"]
 TRAIN += ["checkpoint.every=2", "train.eval_every=2", "tracking.mode=disabled", "tracking.log_every=1"]
+LABELLED = {  # files of examples, and how they are prepared
+    "labelled.csv": ["corpus=examples", "corpus.text_pair=pair"],
+    "labelled.tsv": ["corpus=examples", "corpus.kind=scores"],
+    "labelled.jsonl": ["corpus=examples"],
+    "questions.json": ["corpus=squad"],
+}
 TOKENIZERS = ("bytes", "word", "sentencepiece")
 
 
@@ -58,6 +64,25 @@ def make(folder: Path) -> None:
     (folder / "given.model").write_bytes((folder / "sentencepiece" / "tokenizer" / "sentencepiece.model").read_bytes())
     SentencePieceTokenizer.open(folder / "given.model")
     third_party(folder)
+    labelled(folder)
+
+
+def labelled(folder: Path) -> None:
+    """Make the files of examples, and a dataset of each."""
+    rows = [{"sentence": f"w{n} w2", "pair": f"w3 w{n}", "label": n % 3} for n in range(60)]
+    table = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    (folder / "labelled.csv").write_text("".join(",".join(f'"{value}"' for value in row) + "\n" for row in table))
+    (folder / "labelled.tsv").write_text("".join("\t".join(row) + "\n" for row in table))
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    articles = []
+    for number in range(30):
+        question = {"id": f"q{number}", "question": "w1?", "answers": [{"text": "w2", "answer_start": 3}]}
+        articles.append({"title": "a", "paragraphs": [{"context": f"w1 w2 w{number}", "qas": [question]}]})
+    (folder / "questions.json").write_text(json.dumps({"data": articles}))
+    for name, corpus in LABELLED.items():
+        path = f"corpus.path={folder / name}"
+        data = f"data.dir={folder / f'data-{name}'}"
+        done(folder, command("txl_dist.prepare", *corpus, path, "tokenizer=word", "workers=1", data))
 
 
 def untrained(folder: Path, tokenizer: str) -> None:
