@@ -148,7 +148,7 @@ def seal(folder: Path, change=lambda index: None, tables=("samples.npy", "docume
         shard["sha256"] = sha256_of_file(folder / shard["name"])
     change(index)
     if isinstance(index.get("splits"), dict):
-        index["fingerprint"] = content_fingerprint(index["tokenizer"]["files"], index["splits"])
+        index["fingerprint"] = content_fingerprint(index["tokenizer"]["files"], index["splits"], index.get("examples"))
     index.pop("sha256", None)
     (folder / "index.json").write_text(json.dumps(index | {"sha256": sha256_of_json(index)}))
 

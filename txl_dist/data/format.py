@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictBool
 
 from txl_dist.files.atomic import sha256_of_json
 from txl_dist.files.parsing import Sha256, Size, Version
@@ -91,7 +91,7 @@ class Examples(BaseModel):
 
     kind: Literal["labels", "scores", "answers"]
     labels: list[str] = []
-    pairs: bool
+    pairs: StrictBool
 
 
 class Question(BaseModel):

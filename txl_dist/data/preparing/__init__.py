@@ -6,5 +6,5 @@
 3. `tokenizing` makes the tokenizer and turns pieces into tokens, in the processes of `workers`.
 4. `shards` writes the tokens of each split into shards, and the index.
 
-`pipeline` calls 1 to 4.
+`pipeline` calls 1 to 4. For what is not text `sequences` stands beside 1 to 3, and for labelled texts `examples`.
 """
