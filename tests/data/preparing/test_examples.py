@@ -178,7 +178,7 @@ BAD = {
     "short row": ("a.tsv", "sentence\tlabel\nx\ta\ny\n", r"a.tsv: line 3: has 1 column, not 2 as line 1 has"),
     "long row": ("a.csv", 'sentence,label\n"x\ny",a\nz,b,c\n', r"a.csv: line 4: has 3 columns, not 2 as line 1"),
     "empty text": ("a.tsv", "sentence\tlabel\n  \ta\nx\tb\n", r"a.tsv: line 2: 'sentence' \(corpus.text\) is an empty"),
-    "empty label": ("a.tsv", "sentence\tlabel\nx\t\ny\tb\n", r"a.tsv: line 2: 'label' \(corpus.label\) is empty"),
+    "empty label": ("a.tsv", "sentence\tlabel\nx\t\ny\tb\n", r"a.tsv: line 2: 'label' \(corpus.label\) is an empty"),
     "no column": ("a.tsv", "text\tlabel\nx\ta\n", r"line 1: has no 'sentence' \(corpus.text\), but 'text', 'label'; "),
     "no label": ("a.tsv", "sentence\tx\nx\ta\n", r"line 1: has no 'label' \(corpus.label\), .* the name of one; where"),
     "twice": ("a.tsv", "sentence\tlabel\tlabel\nx\ta\tb\n", r"line 1: has the column 'label' \(corpus.label\) twice"),
@@ -200,6 +200,7 @@ BAD = {
     "no text": ("a.jsonl", '{"sentence": 3, "label": 1}\n', r"line 1: 'sentence' \(corpus.text\) is 3, not a text"),
     "null": ("a.jsonl", '{"sentence": "x", "label": null}\n', r"'label' \(corpus.label\) is None, not a text or a num"),
     "surrogate": ("a.jsonl", '{"sentence": "\\ud800", "label": 1}\n', r"line 1: 'sentence' .* half of a surrogate"),
+    "label": ("a.jsonl", '{"sentence": "x", "label": "\\ud800"}\n', r"line 1: 'label' .* half of a surrogate"),
     "name": ("a.txt", "1 x\n", r"a.txt: its name says no format of examples; give corpus.format=tsv"),
 }
 

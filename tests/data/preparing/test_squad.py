@@ -202,6 +202,22 @@ def test_other_files(tmp_path, content, expected):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    "context, text, expected",
+    [
+        ("\u0301 b", "\u0301", "question 'q1': the answer '\u0301' has no token of tokenizer=xlnet"),
+        ("\u0301", None, "the text '\u0301' has no token of tokenizer=xlnet"),
+    ],
+)
+def test_what_has_no_token_is_named(tmp_path, context, text, expected):
+    train = write(tmp_path / "a.json", article(*(question(number, None) for number in range(20, 30))))
+    answers = [] if text is None else [{"text": text, "answer_start": 0}]
+    valid = write(tmp_path / "b.json", article({"id": "q1", "question": "what?", "answers": answers}, context=context))
+    with pytest.raises(UserError, match=rf"b.json: .*{expected}"):
+        prepared(tmp_path / "data", TOKENIZERS["xlnet"], train=[str(train)], valid=[str(valid)])
+    assert not (tmp_path / "data").exists()
+
+
 def test_too_few_articles_to_split(tmp_path):
     path = write(tmp_path / "a.json", article(question(1, "fox")))
     with pytest.raises(UserError, match=r"corpus: 1 documents are too few to split .* give more articles, or set"):

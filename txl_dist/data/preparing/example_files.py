@@ -5,6 +5,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from math import isfinite
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from txl_dist.files.parsing import describe, shown
 
 SUFFIXES = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
 KEYS = ("text", "text_pair", "label")  # of the config: the columns that are read
+SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_BREAKS = str.maketrans("\r\n", "  ")
 
 Record = tuple[int, dict[str, str]]  # the number of its first line, from 1; its columns that are read
@@ -64,29 +66,29 @@ def read_rows(config: ExamplesCorpusConfig, file: SurveyedFile, problems: list[s
     records = READERS[format_of(config, file.source)](config, file, problems)
     for number, (line, record) in enumerate(records):
         texts = tuple(record[name].translate(LINE_BREAKS) for name in names)
-        row = Row(file.source, file.source.split, number, line, texts, record[config.label])
+        label = record[config.label].translate(LINE_BREAKS).strip()
+        row = Row(file.source, file.source.split, number, line, texts, label)
         problems += problems_of(config, row)
         yield row
 
 
 def problems_of(config: ExamplesCorpusConfig, row: Row) -> Iterator[str]:
     """Describe what is wrong with the values of a row."""
-    for key, text in zip(KEYS, row.texts, strict=False):
+    texts = [*zip(KEYS, row.texts, strict=False), ("label", row.label)]
+    for key, text in texts:
+        where = f"{row.place}: {getattr(config, key)!r} (corpus.{key})"
         problem = problem_of_text(text)
         if problem:
-            yield f"{row.place}: {getattr(config, key)!r} (corpus.{key}) {problem}"
-    where = f"{row.place}: {config.label!r} (corpus.label)"
-    if config.kind == "scores" and not is_score(row.label):
-        yield f"{where} is {shown(row.label)}, not a finite number; mend it, or give corpus.kind=labels"
-    elif not row.label:
-        yield f"{where} is empty; give each example a label, or leave it out"
+            yield f"{where} {problem}"
+        elif key == "label" and config.kind == "scores" and not is_score(text):
+            yield f"{where} is {shown(text)}, not a finite number; mend it, or give corpus.kind=labels"
 
 
 def problem_of_text(text: str) -> str | None:
     """Describe why a text cannot be encoded; None if it can."""
     if not text.strip():
         return "is an empty text; mend it, or leave it out"
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if SURROGATE.search(text):
         return "has half of a surrogate pair, which is no character; write it as UTF-8"
     return None
 

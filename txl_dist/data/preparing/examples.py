@@ -165,12 +165,11 @@ def survey_rows(config: ExamplesCorpusConfig, files: list[SurveyedFile], shares:
 
 def unseen_labels(labels: dict[str, dict[str, str]]) -> Iterator[str]:
     """Describe each label of valid and test that no example of train has."""
-    for split in SPLITS[1:]:
+    known = labels["train"]
+    for split in SPLITS[1:] if known else ():
         for label, place in labels[split].items():
-            if label not in labels["train"]:
-                yield (
-                    f"{place}: the label {label!r:.80} is not one of train; mend it, or give examples of it to train"
-                )
+            if label not in known:
+                yield f"{place}: the label {label!r:.80} is not one of train; mend it, or give examples of it to train"
 
 
 def survey_passages(config: SquadCorpusConfig, files: list[SurveyedFile], shares: Shares) -> dict[tuple[str, int], str]:
@@ -279,6 +278,7 @@ def encode_text(tokenizer: Tokenizer, text: str, place: str) -> np.ndarray:
 
 def encode_passage(tokenizer: Tokenizer, passage: Passage) -> Iterator[EncodedExample]:
     """Encode each question of a passage behind the passage, with the first and last token of its first answer."""
+    encode_text(tokenizer, passage.context, squad.place(passage.source, passage.title))
     tokens, offsets = tokenizer.encode_with_offsets(passage.context)
     for question in passage.questions:
         place = passage.place(question)
