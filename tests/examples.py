@@ -5,7 +5,7 @@ import random
 
 
 def sentence(draw, words):
-    return " ".join("".join(draw.choices("abcdefgh", k=draw.randint(1, 5))) for _ in range(words))
+    return " ".join("".join(draw.choices("bcdefgh", k=draw.randint(1, 5))) for _ in range(words))
 
 
 def write_labels(folder, counts=(60, 20, 20), longest=30):

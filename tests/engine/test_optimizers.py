@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from txl_dist.config.schema import OptimizerConfig, ScheduleConfig
-from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate
+from txl_dist.engine.optimizers import build_optimizer, keep_average, learning_rate, lr_scales
 
 
 def rates(name, steps, warmup=10, min_lr=0.1):
@@ -72,3 +72,11 @@ def test_the_average_is_the_mean_of_the_weights_after_the_steps_that_count():
         weights.append(parameter.detach().clone())
         expected = torch.stack(weights[2:]).mean(0) if done > 2 else weights[-1]
         torch.testing.assert_close(optimizer.state[parameter]["average"], expected)
+
+
+def test_each_lower_layer_has_a_smaller_rate():
+    """Yang et al. 2019, table 8: of n layers the m-th has the rate of the last, times the decay to the power n - m."""
+    config = OptimizerConfig("adam", 1.0, [0.9, 0.999], 1e-8, 0.0, 0.0, {"bias$": 0.1}, None, layer_decay=0.5)
+    names = ["embedding.table", "layers.0.a.weight", "layers.1.a.bias", "layers.11.a.weight", "task_head.out.weight"]
+    scales = lr_scales(config, [*names, *(f"layers.{number}.b" for number in range(12))])
+    assert [scales[name] for name in names] == [0.5**12, 0.5**11, 0.1 * 0.5**10, 1.0, 1.0]
