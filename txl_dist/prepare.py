@@ -1,6 +1,5 @@
 """Turn text into a dataset: python -m txl_dist.prepare corpus=text corpus.path=books tokenizer=sentencepiece"""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ def size_table(index: "Index") -> Table:
     columns = {"documents": "documents", "bytes": "bytes", "tokens": "tokens"}
     if index.examples is not None:
         columns = {"examples": "documents", "tokens": "tokens"}
-    table = Table("split", *right_aligned([*columns, "shards"]))
+    table = Table("split", *(Column(name, justify="right") for name in [*columns, "shards"]))
     for name, split in index.splits.items():
         numbers = [*(getattr(split, attribute) for attribute in columns.values()), len(split.shards)]
         table.add_row(name, *("-" if number is None else f"{number:,}" for number in numbers))
@@ -61,15 +60,10 @@ def size_table(index: "Index") -> Table:
 def label_table(index: "Index") -> Table:
     """Return how many examples of each split have each label, or an answer."""
     counts = [index.label_counts(name) for name in index.splits]
-    table = Table("label", *right_aligned(index.splits))
+    table = Table("label", *(Column(name, justify="right") for name in index.splits))
     for label in counts[0]:
         table.add_row(label, *(f"{split[label]:,}" for split in counts))
     return table
-
-
-def right_aligned(names: Iterable[str]) -> list[Column]:
-    """Return columns of numbers with these names."""
-    return [Column(name, justify="right") for name in names]
 
 
 def main() -> None:
