@@ -223,7 +223,8 @@ def test_lanes_are_split_among_pipelines_not_processes(small, processes):
 def test_another_optimizer_continues_where_its_states_are_of_the_same_kind(small, before, now, refused):
     job = compose_job("train", *small)
     started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": before, "average_from": None}}
-    given = job.run, job.data, job.model, replace(job.optimizer, name=now), job.objective
+    started["train"] = {}
+    given = job.run, job.data, job.model, replace(job.optimizer, name=now), job.objective, job.train
     problems = list(refused_changes(started, *given))
     assert [f"give optimizer={before}, or another run.dir" in problem for problem in problems] == [True] * refused
 
@@ -354,9 +355,10 @@ def test_the_objective_of_a_run_never_changes(small):
     """Runs of versions without objectives are those of causal_lm."""
     job = compose_job("train", *small)
     started = {"run": {"seed": 1}, "data": {}, "model": {}, "optimizer": {"name": "adam", "average_from": None}}
+    started["train"] = {}
 
     def refused(started, objective):
-        return list(refused_changes(started, job.run, job.data, job.model, job.optimizer, objective))
+        return list(refused_changes(started, job.run, job.data, job.model, job.optimizer, objective, job.train))
 
     causal = CausalLMConfig(name="causal_lm")
     trained = started | {"objective": {"name": "permutation_lm", **PERMUTATION}}

@@ -72,6 +72,17 @@ def test_every_split_is_the_same_run(train, whole, metrics, split):
     check_same(metrics, train(split, processes, *overrides), whole)
 
 
+def test_gradients_flow_through_several_segments_under_every_split(train, metrics):
+    """A step of three segments, also where each is recomputed, and where the run goes on under another split."""
+    three = ["train.tbptt=3", "model.tgt_len=6"]
+    whole = train("three", 1, *three)
+    assert metrics(whole)[0]["tokens"] == 8 * 3 * 6
+    split = ["engine.zero_stage=3", "engine.gradient_accumulation=2", "engine.activation_checkpointing=true"]
+    check_same(metrics, train("three-split", 2, *three, *split), whole)
+    train("three-moved", 2, *three, "engine.zero_stage=2", *HALF)
+    check_same(metrics, train("three-moved", 1, *three), whole)
+
+
 def test_a_run_goes_on_under_another_split(train, whole, metrics):
     (before, first), (after, second) = SPLITS["zero-3"], SPLITS["stages"]
     assert latest(train("moved", before, *first, *HALF)).step == 10

@@ -16,6 +16,7 @@ from shutil import which
 from txl_dist.config.identity import refused_changes
 from txl_dist.config.schema import (
     AssumeConfig,
+    CausalLMConfig,
     CheckpointConfig,
     CorpusConfig,
     DataConfig,
@@ -403,8 +404,31 @@ def objective_has_its_data(objective: ObjectiveConfig, model: ModelConfig, data:
             )
 
 
+def gradients_can_flow_between_segments(
+    train: TrainConfig, engine: EngineConfig, objective: ObjectiveConfig
+) -> Iterator[str]:
+    """Check that several segments of a step can be read one after the other, by the same process."""
+    if train.tbptt == 1:
+        return
+    given = f"train.tbptt={train.tbptt}"
+    if not isinstance(objective, CausalLMConfig):
+        yield f"{given}: is for objective=causal_lm, which reads segments that follow each other; give train.tbptt=1"
+    if train.loss != "full":
+        yield f"train.loss={train.loss}: {given} scores all positions; give train.loss=full"
+    if engine.pipeline_stages > 1:
+        yield (
+            f"engine.pipeline_stages={engine.pipeline_stages}: a pipeline has the segments of a lane in flight one by "
+            f"one, and no gradient flows between them; give engine.pipeline_stages=1, or train.tbptt=1"
+        )
+
+
 def run_continues_itself(
-    run: RunConfig, data: DataConfig, model: ModelConfig, optimizer: OptimizerConfig, objective: ObjectiveConfig
+    run: RunConfig,
+    data: DataConfig,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
+    train: TrainConfig,
 ) -> Iterator[str]:
     """Check that a run directory with a checkpoint is resumed as the run that it is."""
     from txl_dist.checkpoint.format import latest  # with torch
@@ -423,7 +447,7 @@ def run_continues_itself(
             "give another run.dir"
         )
         return
-    yield from refused_changes(checkpoint.config, run, data, model, optimizer, objective)
+    yield from refused_changes(checkpoint.config, run, data, model, optimizer, objective, train)
 
 
 def initial_weights_fit(
@@ -532,6 +556,7 @@ PLANNED: list[Check] = [
     objective_fits_the_rest,
     objective_fits_the_segment,
     task_fits_the_rest,
+    gradients_can_flow_between_segments,
 ]
 CHECKS: dict[type, list[Check]] = {
     PrepareJob: [tokenizer_fits_corpus, files_can_be_read, columns_are_named],

@@ -411,6 +411,7 @@ class TrainConfig:
     """Lengths in optimizer steps. `stop_at` ends this start cleanly; the schedule still runs to `max_steps`.
 
     loss: of all positions of a segment, or of its second half only (Dai et al. 2019, table 6).
+    tbptt: how many segments a step reads of each lane; gradients flow through the states between them.
     profile: the first and the last step to be profiled, numbered as in the log; null: none.
     """
 
@@ -419,6 +420,7 @@ class TrainConfig:
     loss: Literal["full", "second_half"]
     eval_every: PositiveInt
     profile: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None
+    tbptt: Annotated[Size, LANES] = 1
 
 
 @dataclass(config=SCHEMA, frozen=True)
@@ -523,7 +525,7 @@ class TrainJob:
     @property
     def stride(self) -> int:
         """Return how many tokens a lane moves on by in a step."""
-        return self.objective.stride(self.model)
+        return self.train.tbptt * self.objective.stride(self.model)
 
     @property
     def tokens_per_step(self) -> int:

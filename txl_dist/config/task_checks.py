@@ -113,7 +113,9 @@ def examples_are_read_whole(
                 return
 
 
-def language_model_is_planned(objective: ObjectiveConfig) -> Iterator[str]:
-    """Check that a plan is asked for a language model."""
+def language_model_is_planned(objective: ObjectiveConfig, train: TrainConfig) -> Iterator[str]:
+    """Check that a plan is asked for a language model, segment by segment."""
     if isinstance(objective, TaskConfig):
         yield f"objective={objective.name}: only the training of language models is planned; leave it out"
+    if train.tbptt > 1:
+        yield f"train.tbptt={train.tbptt}: only steps of one segment are planned; leave it out"

@@ -401,7 +401,8 @@ def build_model(job: TrainJob, vocab_size: int, start: Start, head: HeadBuilder 
         head: as of `registry.build`.
     """
     torch.manual_seed(job.run.seed)  # the same weights on every rank, whatever their number
-    runtime = Runtime(job.engine.attention, job.engine.activation_checkpointing, resolve_compile(job.engine))
+    engine = job.engine
+    runtime = Runtime(engine.attention, engine.activation_checkpointing, resolve_compile(engine), job.train.tbptt)
     model = registry.build(job.model, vocab_size, runtime, head)
     if start:
         start.load_weights(model)

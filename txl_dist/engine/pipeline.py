@@ -34,7 +34,7 @@ from txl_dist.engine.deepspeed_internals import (
 from txl_dist.engine.engine import Engine, LocalModule, Start, build_model, lane_split, parameter_names
 from txl_dist.engine.lane_states import LaneStates
 from txl_dist.evaluation.memory_use import ShowLosses
-from txl_dist.models.base import Batch, Carry, LanguageModel
+from txl_dist.models.base import Batch, Carry, LanguageModel, detached
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.objectives.base import Objective, micro_batches
 
@@ -83,7 +83,7 @@ class Stage(nn.Module):
         if self.is_first:
             carry = self.model.embed(carry, noise)
         carry, memory = self.model.through_layers(carry, self.memory.read(rows), noise)
-        self.memory.write(rows, memory)
+        self.memory.write(rows, [detached(state) for state in memory])
         return *carry, rows
 
     def loss(self, stage_output: StageInput, targets: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class ZeroEngine(Engine):
         forget_pipeline_grid()
         model = build_model(job, vocab_size, start, objective.head)
         targets = objective.num_targets(job.model.tgt_len)
-        training_flops = model.training_flops(job.data.num_lanes, targets)
+        training_flops = model.training_flops(job.data.num_lanes, targets) * job.train.tbptt
         layers = range(len(model.layers))
         local = LocalModule(model, objective, layers, model, parameter_names(model), training_flops)
         super().__init__(job, group, local, start)

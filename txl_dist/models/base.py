@@ -38,11 +38,14 @@ class Runtime:
         attention: a key of layers.backends.BACKENDS, or auto: the fastest for device and precision.
         activation_checkpointing: in training keep no activations within the layers; recompute them in backward.
         compile: torch.compile the layers.
+        tbptt: how many segments a forward in training reads, one after the other: gradients flow through the states
+            between them.
     """
 
     attention: str = "auto"
     activation_checkpointing: bool = False
     compile: bool = False
+    tbptt: int = 1
 
 
 DEFAULT_RUNTIME = Runtime()
@@ -56,7 +59,8 @@ class LanguageModel(nn.Module, ABC):
 
     A constructor builds the modules and ends with `complete`. A layer is called as
     `layer(carry, state, shared, noise) -> (carry, state)`. Its state is an argument and a result: a forward in training
-    writes nothing, and may be repeated without harm.
+    writes nothing, and may be repeated without harm. The new state keeps its graph where gradients are to flow from
+    segment to segment (`Runtime.tbptt`); at the end of a forward it is detached.
 
     Attributes:
         Config: the architecture's section of the config.
@@ -119,9 +123,35 @@ class LanguageModel(nn.Module, ABC):
             The negative log-likelihood of each target [lanes, targets], 0 where not scored, or the log-probabilities
             [lanes, length, vocab_size]; in nats, float32. And the memory for the next segment, detached.
         """
+        if self.training and self.runtime.tbptt > 1:
+            result, memory = self.through_segments(batch, memory, noise)
+        else:
+            result, memory = self.read_segment(batch, memory, noise)
+        return result, [detached(state) for state in memory]
+
+    def read_segment(self, batch: Batch, memory: list[State], noise: Noise | None) -> tuple[Tensor, list[State]]:
+        """Do what `forward` does for a single segment; the new memory keeps its graph."""
         carry = self.embed(self.inputs_of(batch), noise)
         carry, new_memory = self.through_layers(carry, memory, noise)
         return self.predict(carry, batch.get("targets"), noise), new_memory
+
+    def through_segments(self, batch: Batch, memory: list[State], noise: Noise | None) -> tuple[Tensor, list[State]]:
+        """Do what `forward` does for `runtime.tbptt` segments of one length, one after the other.
+
+        With activation checkpointing each keeps its states alone, so that their number costs no activations.
+        """
+        length = batch["inputs"].size(1) // self.runtime.tbptt
+        results = []
+        for number in range(self.runtime.tbptt):
+            part = slice(number * length, (number + 1) * length)
+            segment = {name: field[:, part] for name, field in batch.items()}
+            arguments = (segment, memory, noise and noise.of_part(number))
+            if self.runtime.activation_checkpointing:
+                result, memory = checkpoint(self.read_segment, *arguments, use_reentrant=False)
+            else:
+                result, memory = self.read_segment(*arguments)
+            results.append(result)
+        return torch.cat(results, dim=1), memory
 
     def inputs_of(self, batch: Batch) -> Carry:
         """Return the fields of a batch that `embed` takes."""
@@ -153,7 +183,8 @@ class LanguageModel(nn.Module, ABC):
     ) -> tuple[Carry, State]:
         """Run one layer, in training without keeping its activations if `runtime.activation_checkpointing` is set."""
         result: tuple[Carry, State]
-        if self.runtime.activation_checkpointing and self.training:
+        # Of several segments each is recomputed as a whole.
+        if self.runtime.activation_checkpointing and self.training and self.runtime.tbptt == 1:
             # Of all that is random only the dropout of torch's own attention draws from torch's generators.
             draws_from_torch = self.runtime.attention == "sdpa"
             arguments = (layer, carry, state, shared, noise)
@@ -322,6 +353,11 @@ class LanguageModel(nn.Module, ABC):
         for parameter in self.parameters():
             if parameter.dim() == 2 and parameter.size(0) > parameter.size(1):
                 parameter.data = parameter.data.T.contiguous().T
+
+
+def detached(state: State) -> State:
+    """Return a state without its graph; a cache has none."""
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 HeadBuilder = Callable[[LanguageModel], TaskHead]  # builds the head of a task for a model

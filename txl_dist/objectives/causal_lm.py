@@ -33,7 +33,7 @@ class CausalLM(Objective):
         plan = LanePlan(
             index.splits["train"].document_starts,
             job.data.num_lanes,
-            job.model.tgt_len,
+            job.stride,
             seed=job.run.seed,
             order=job.data.order,
             reset_memory=job.data.reset_memory,

@@ -114,7 +114,8 @@ def resume_problems(job: TrainJob, index: Index, checkpoint: Checkpoint) -> list
             f"(fingerprint {index.fingerprint[:12]}, not {checkpoint.data['fingerprint'][:12]}); "
             "give that data, or another run.dir for another run"
         )
-    problems += refused_changes(checkpoint.config, job.run, job.data, job.model, job.optimizer, job.objective)
+    sections = (job.run, job.data, job.model, job.optimizer, job.objective, job.train)
+    problems += refused_changes(checkpoint.config, *sections)
     return problems
 
 

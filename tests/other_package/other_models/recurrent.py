@@ -54,7 +54,7 @@ class Layer(nn.Module):
             before = inputs[:, t]
             means.append(mean)
         hidden = hidden + self.dropout(self.out(torch.stack(means, dim=1)), noise)
-        return (hidden, lookback), {"memory": mean.detach(), "before": before.detach()}
+        return (hidden, lookback), {"memory": mean, "before": before}
 
     def products(self, positions, d_model):
         """List the products of matrices: two of the gate's, one of the value, one of the output."""
