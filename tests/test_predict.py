@@ -8,7 +8,7 @@ from tests.examples import write_labels, write_squad
 from txl_dist.checkpoint.format import latest
 from txl_dist.errors import UserError
 from txl_dist.evaluation.predicting import Predictor
-from txl_dist.evaluation.squad import AnswerScores
+from txl_dist.objectives.squad import AnswerScores
 from txl_dist.runs.load import load_model
 
 TASK = ["data.reset_memory=document", "data.order=documents", "model.tgt_len=32", "train.max_steps=120"]

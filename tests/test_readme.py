@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 from torch.distributed.run import get_args_parser
 
+from txl_dist.config.initial_model import INIT_FROM
 from txl_dist.config.overrides import CONF, CommandLine
 from txl_dist.models import registry
 from txl_dist.models.config import ModelConfig
@@ -104,6 +105,9 @@ def check_job(name, arguments):
         config = compose(name, line.spelled)
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=bool(arguments))
     values = {f"{key}_" if key == "from" else key: value for key, value in values.items()}
+    if values.get("model", {}).get("name") == INIT_FROM:  # whose model a page does not know
+        default = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
+        values["model"] = default | {key: value for key, value in values["model"].items() if key != "name"}
     TypeAdapter(REFERENCE["COMMANDS"][name]).validate_python(values)
 
 

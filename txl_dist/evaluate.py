@@ -52,7 +52,7 @@ def show(score: dict[str, Any]) -> None:
     console = PlainConsole()
     console.print(table)
     if "confusions" in score:
-        from txl_dist.evaluation.example_metrics import confusion_table
+        from txl_dist.objectives.example_metrics import confusion_table
 
         console.print("", confusion_table(np.array(score["confusions"]), score["labels"]))
 

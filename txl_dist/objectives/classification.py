@@ -15,10 +15,10 @@ from txl_dist.data.format import Examples
 from txl_dist.data.index import Index
 from txl_dist.data.segments import NOT_SCORED
 from txl_dist.data.tokenizers import Tokenizer
-from txl_dist.evaluation.example_metrics import classification_metrics, count_confusions, score_metrics
 from txl_dist.models.base import LanguageModel
 from txl_dist.models.heads import ClassificationHead, ScoreHead, TaskHead
 from txl_dist.objectives.base import Prediction
+from txl_dist.objectives.example_metrics import classification_metrics, count_confusions, score_metrics
 from txl_dist.objectives.examples import ExampleObjective
 
 

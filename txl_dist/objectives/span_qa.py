@@ -18,12 +18,12 @@ from txl_dist.data.examples import ExampleSource, Place
 from txl_dist.data.index import Index
 from txl_dist.data.segments import NOT_SCORED
 from txl_dist.data.tokenizers import Tokenizer
-from txl_dist.evaluation.answers import Answer, find_answer
-from txl_dist.evaluation.squad import AnswerScores
 from txl_dist.models.base import LanguageModel
 from txl_dist.models.heads import BeamSpanHead, SpanHead, SpanPredictions, TaskHead
+from txl_dist.objectives.answers import Answer, find_answer
 from txl_dist.objectives.base import Prediction
 from txl_dist.objectives.examples import SECOND, ExampleObjective
+from txl_dist.objectives.squad import AnswerScores
 
 NO_ANSWER_FROM = 0.0  # above it, what a head says of no answer is that this is likelier than any
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from txl_dist.evaluation.squad import AnswerScores
+from txl_dist.objectives.squad import AnswerScores
 
 DEV = Path(__file__).parents[3] / "shared" / "data" / "squad2" / "dev.json"
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from txl_dist.evaluation.answers import Span, find_answer, has_most_context
 from txl_dist.models.heads import SpanHead, SpanPredictions
+from txl_dist.objectives.answers import Span, find_answer, has_most_context
 
 
 def windows(*rows):

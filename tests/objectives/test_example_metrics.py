@@ -6,7 +6,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from txl_dist.evaluation.example_metrics import (
+from txl_dist.objectives.example_metrics import (
     classification_metrics,
     confusion_table,
     count_confusions,
