@@ -24,7 +24,7 @@ LENGTHS = dict.fromkeys(["tgt_len", "mem_len", "clamp_len", "same_length", "cuto
 
 
 def convert_job(**values):
-    given = {"from": None, "to": None, "tokenizer_from": None, "checkpoint": None}
+    given = {"from": None, "to": None, "tokenizer_from": None, "checkpoint": None, "pairs": False}
     texts = {key: value if value is None else str(value) for key, value in values.items() if key != "model"}
     return parse_config(ConvertJob, given | texts | {"model": LENGTHS | values.get("model", {})})
 

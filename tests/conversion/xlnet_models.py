@@ -29,8 +29,10 @@ LENGTHS = {"tgt_len": 6, "reuse_len": 3}
 
 
 def convert_job(**values):
-    given = {"from": None, "to": None, "tokenizer_from": None, "checkpoint": None}
-    texts = {key: value if value is None else str(value) for key, value in values.items() if key != "model"}
+    given = {"from": None, "to": None, "tokenizer_from": None, "checkpoint": None, "pairs": False}
+    texts = {
+        key: value if value is None or value is True else str(value) for key, value in values.items() if key != "model"
+    }
     return parse_config(ConvertJob, given | texts | {"model": values.get("model", {})})
 
 

@@ -11,6 +11,7 @@ from transformers import (
 )
 from transformers.models.xlnet.modeling_xlnet import XLNetModelOutput
 
+from txl_dist.conversion.xlnet.weights import task_head_name
 from txl_dist.models.heads import BeamSpanHead, ClassificationHead, ScoreHead, SpanHead, SpanPredictions
 from txl_dist.models.layers.dropout import Noise
 
@@ -21,19 +22,6 @@ EPS = 1e-12
 CLS = LENGTH - 1
 BOTH_DTYPES = pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 
-NAMES = {
-    ClassificationHead: {"summary": "sequence_summary.summary", "out": "logits_proj"},
-    ScoreHead: {"summary": "sequence_summary.summary", "out": "logits_proj"},
-    SpanHead: {"out": "qa_outputs"},
-    BeamSpanHead: {
-        "start": "start_logits.dense",
-        "end.dense_0": "end_logits.dense_0",
-        "end.layer_norm": "end_logits.LayerNorm",
-        "end.dense_1": "end_logits.dense_1",
-        "answer.dense_0": "answer_class.dense_0",
-        "answer.dense_1": "answer_class.dense_1",
-    },
-}
 HEADS = {
     "classes": lambda: ClassificationHead(WIDTH, CLASSES, dropout=0.0),
     "scores": lambda: ScoreHead(WIDTH, dropout=0.0),
@@ -101,14 +89,9 @@ def theirs(cls, head, hidden, **config):
     )
     model = cls(config).to(hidden.dtype)
     model.transformer = Hidden(hidden)
-    named = {their_name(head, name): parameter.detach() for name, parameter in head.named_parameters()}
+    named = {task_head_name(cls.__name__, name): parameter.detach() for name, parameter in head.named_parameters()}
     model.load_state_dict(named)
     return model.eval()
-
-
-def their_name(head, name):
-    module, _, parameter = name.rpartition(".")
-    return f"{NAMES[type(head)][module]}.{parameter}"
 
 
 def assert_near(ours, expected, tolerance):
@@ -122,7 +105,7 @@ def assert_same_gradients(loss, head, hidden, their_loss, model, their_hidden, t
     assert_near(hidden.grad, their_hidden.grad, tolerance)
     gradients = dict(model.named_parameters())
     for name, parameter in head.named_parameters():
-        assert_near(parameter.grad, gradients[their_name(head, name)].grad, tolerance)
+        assert_near(parameter.grad, gradients[task_head_name(type(model).__name__, name)].grad, tolerance)
 
 
 @BOTH_DTYPES

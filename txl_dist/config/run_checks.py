@@ -169,7 +169,7 @@ def continuation_has_a_place(format: str, out: str | None) -> Iterator[str]:
 
 
 def conversion_has_one_direction(
-    run: str, from_: str | None, to: str | None, tokenizer_from: str | None
+    run: str, from_: str | None, to: str | None, tokenizer_from: str | None, pairs: bool
 ) -> Iterator[str]:
     """Check that a model is either imported or exported, and that nothing is overwritten."""
     if (from_ is None) == (to is None):
@@ -184,6 +184,8 @@ def conversion_has_one_direction(
         yield f"from={from_}: there is no such file or folder"
     if to is not None and tokenizer_from is not None:
         yield f"tokenizer_from={tokenizer_from}: is for from=PATH, because a run has its own; leave it out"
+    if to is not None and pairs:
+        yield "pairs=true: is for from=PATH, because a run knows what it reads; leave it out"
 
 
 def exported_run_is_there(run: str, to: str | None, checkpoint: CheckpointChoice, model: ModelChanges) -> Iterator[str]:

@@ -719,7 +719,10 @@ class ReclJob:
 
 @dataclass(config=SCHEMA, frozen=True)
 class ConvertJob:
-    """Import a model as a run (`from_`; the key is `from`) or export a run (`to`); exactly one of them is given."""
+    """Import a model as a run (`from_`; the key is `from`) or export a run (`to`); exactly one of them is given.
+
+    pairs: whether an imported classifier reads pairs of texts.
+    """
 
     run: RunDir
     from_: PathStr | None
@@ -727,3 +730,4 @@ class ConvertJob:
     tokenizer_from: PathStr | None
     checkpoint: CheckpointChoice
     model: ModelChanges
+    pairs: StrictBool = False

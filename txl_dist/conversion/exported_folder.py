@@ -27,7 +27,7 @@ class Exporter(ABC):
     """
 
     readers: ClassVar[str]
-    loader: ClassVar[str]
+    loader: str
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, vocab_size: int):
         self.config = config

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from txl_dist.checkpoint.format import CheckpointWriter
 from txl_dist.config.quoting import command_to_paste
 from txl_dist.config.schema import ConvertJob
 from txl_dist.config.sections import describe_unknown_key, describe_wrong_values
-from txl_dist.conversion.import_source import ImportSource
+from txl_dist.conversion.import_source import ImportedTask, ImportSource
 from txl_dist.conversion.sources import open_import_source
 from txl_dist.data.index import Index
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import new_folder
 from txl_dist.files.lock import Lock
-from txl_dist.files.parsing import shown
+from txl_dist.files.parsing import PARSE_ERRORS, describe, shown
 from txl_dist.models import registry
 from txl_dist.models.config import ModelConfig
 
@@ -33,6 +33,7 @@ class ImportedModel:
     """A model that was made elsewhere; its weights have our parameters' names."""
 
     source: ImportSource
+    title: str
     config: ModelConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
@@ -49,12 +50,16 @@ def import_checkpoint(job: ConvertJob, path: Path, run_dir: Path, lock: Lock) ->
         ConfigError: with everything that is wrong with the checkpoint.
     """
     imported = read_model(job, open_import_source(path))
+    task = read_task(job, imported)
+    if task is not None:
+        imported = with_task(imported, task)
     with new_folder(run_dir, lock) as folder:
         imported.tokenizer.save(folder / "tokenizer")
-        write_checkpoint(folder, job, imported.source, imported.config, imported.weights)
+        write_checkpoint(folder, job, imported, task)
     parameters = sum(map(Tensor.numel, imported.weights.values()))
-    print(f"{job.run}: {imported.source.title}, {parameters:,} parameters, tokenizer of {imported.tokenizer.kind}")
-    print(f"Next: {command_to_paste('python -m txl_dist.generate', run=job.run)}")
+    print(f"{job.run}: {imported.title}, {parameters:,} parameters, tokenizer of {imported.tokenizer.kind}")
+    program = "generate" if task is None else "predict"
+    print(f"Next: {command_to_paste(f'python -m txl_dist.{program}', run=job.run)}")
 
 
 def read_model(job: ConvertJob, source: ImportSource) -> ImportedModel:
@@ -71,7 +76,30 @@ def read_model(job: ConvertJob, source: ImportSource) -> ImportedModel:
         weights = source.weights(config)
     if problems:
         raise ConfigError(problems)
-    return ImportedModel(source, config, weights, tokenizer)
+    return ImportedModel(source, source.title, config, weights, tokenizer)
+
+
+def read_task(job: ConvertJob, imported: ImportedModel) -> ImportedTask | None:
+    """Read what a fine-tuned model has learnt; None where it predicts tokens.
+
+    Raises:
+        UserError: where its head cannot be one of ours, or pairs=true is given to a model without one.
+    """
+    if imported.source.task is None:
+        if job.pairs:
+            raise ConfigError(["pairs=true: is for a fine-tuned classifier, and this model has no head; leave it out"])
+        return None
+    try:
+        return imported.source.task(imported.config, job.pairs)
+    except PARSE_ERRORS as error:
+        raise UserError(f"from={job.from_}: is damaged, or not a complete checkpoint ({describe(error)})") from error
+
+
+def with_task(imported: ImportedModel, task: ImportedTask) -> ImportedModel:
+    """Return a model with the head of a task in place of the one that predicts tokens."""
+    token_head = f"{registry.find(imported.config.name).token_head}."
+    body = {name: value for name, value in imported.weights.items() if not name.startswith(token_head)}
+    return replace(imported, title=task.title, weights=body | task.weights)
 
 
 @contextmanager
@@ -156,22 +184,22 @@ def wrong_values(
     return problems
 
 
-def write_checkpoint(
-    run_dir: Path, job: ConvertJob, source: ImportSource, config: ModelConfig, weights: dict[str, Tensor]
-) -> None:
+def write_checkpoint(run_dir: Path, job: ConvertJob, imported: ImportedModel, task: ImportedTask | None) -> None:
     """Write a checkpoint of step 0 that holds weights alone, and no dataset that the model was trained on."""
     dataset = job.tokenizer_from if job.tokenizer_from and Path(job.tokenizer_from).is_dir() else None
     location = {"place": os.path.abspath(dataset)} if dataset else {}
+    objective = {} if task is None else {"objective": task.objective}
+    examples = {} if task is None else {"examples": task.examples.model_dump()}
     writer = CheckpointWriter(str(run_dir), step=0, rank=0)
-    writer.add("weights", weights)
+    writer.add("weights", imported.weights)
     writer.commit(
         writer.files,
         state={
             "step": 0,
             "tokens": 0,
-            "imported": {"from": str(job.from_), "title": source.title},
+            "imported": {"from": str(job.from_), "title": imported.title},
             "written_by": {"txl_dist": __version__, "torch": str(torch.__version__)},
         },
-        config={"model": asdict(config), "data": {"dir": dataset, "reset_memory": "never"}},
-        data={"fingerprint": None, "vocab_size": source.vocab_size} | location,
+        config={"model": asdict(imported.config), "data": {"dir": dataset, "reset_memory": "never"}} | objective,
+        data={"fingerprint": None, "vocab_size": imported.source.vocab_size} | location | examples,
     )

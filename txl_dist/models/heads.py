@@ -24,6 +24,7 @@ from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.transfer import to_device
 
+BEAMS = 5  # of XLNet's authors: starts that are looked at, and ends of each
 IMPOSSIBLE = -1e30  # the logit of a position where no answer can be: finite, for sums and differences
 
 
@@ -233,7 +234,7 @@ class BeamSpanHead(AnswerHead):
         eps: of the layer normalisation.
     """
 
-    def __init__(self, width: int, eps: float, beams: int = 5):
+    def __init__(self, width: int, eps: float, beams: int = BEAMS):
         super().__init__(beams)
         self.start = nn.Linear(width, 1)
         self.end = PairScore(width, nn.LayerNorm(width, eps=eps), has_bias=True)

@@ -163,6 +163,10 @@ def open_data(run: str, checkpoint: Checkpoint, split: str, data_dir: str | None
     if "imported" in checkpoint.state:
         if index.tokenizer_files != {path.name: sha256_of_file(path) for path in tokenizer.iterdir()}:
             problems.append(f"data_dir={location}: its tokenizer is not that of the imported model, {tokenizer}")
+        learnt = examples_of(checkpoint)
+        if learnt is not None and index.examples != learnt:
+            examples = "no examples" if index.examples is None else f"examples of {index.examples}"
+            problems.append(f"data_dir={location}: holds {examples}, but {run} was imported for those of {learnt}")
     elif index.fingerprint != checkpoint.data["fingerprint"]:
         problems.append(
             f"data_dir={location}: is not what the run {Path(run)} was trained on; give the location of that data"

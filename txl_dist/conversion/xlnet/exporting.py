@@ -1,19 +1,22 @@
 """Export XLNet to a folder that transformers' own classes load: of versions 4 and 5, without any code in it."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from txl_dist.checkpoint.format import save_tensors
+from txl_dist.config.schema import TaskConfig
 from txl_dist.conversion import activations
 from txl_dist.conversion.exported_folder import Exporter, write_json
-from txl_dist.conversion.xlnet import vocabulary
+from txl_dist.conversion.xlnet import fine_tuned, vocabulary
 from txl_dist.conversion.xlnet.recipe import OWN_KEYS
 from txl_dist.conversion.xlnet.tokenizer_json import SPECIAL_TOKENS, tokenizer_json
-from txl_dist.conversion.xlnet.weights import to_hugging_face
-from txl_dist.data.tokenizers import XLNetTokenizer
+from txl_dist.conversion.xlnet.weights import task_head_names, to_hugging_face
+from txl_dist.data.format import Examples
+from txl_dist.data.tokenizers import Tokenizer, XLNetTokenizer
 from txl_dist.models.xlnet import XLNetConfig
 
 
@@ -41,11 +44,54 @@ class XLNetExporter(Exporter):
     def write(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write all files into an empty folder."""
         assert isinstance(self.tokenizer, XLNetTokenizer)
-        save_tensors(to_hugging_face(weights, self.config), folder / "model.safetensors")
-        write_json(folder / "config.json", hub_config(self.config, self.vocab_size, self.tokenizer.specials))
+        save_tensors(self.tensors(weights), folder / "model.safetensors")
+        write_json(folder / "config.json", self.hub_config())
         (folder / vocabulary.FILE).write_bytes(self.tokenizer.model)
         write_json(folder / "tokenizer.json", tokenizer_json(self.tokenizer.model, self.tokenizer.lower))
         write_json(folder / "tokenizer_config.json", tokenizer_config(self.tokenizer.lower))
+
+    def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return Hugging Face's tensors."""
+        return to_hugging_face(weights, self.config)
+
+    def hub_config(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        assert isinstance(self.tokenizer, XLNetTokenizer)
+        return hub_config(self.config, self.vocab_size, self.tokenizer.specials)
+
+
+class XLNetTaskExporter(XLNetExporter):
+    """Writes the folder of a model that has learnt a task, for the class of transformers that has such a head.
+
+    Args:
+        objective: what it has learnt.
+        examples: on what.
+    """
+
+    def __init__(
+        self, config: XLNetConfig, tokenizer: Tokenizer, vocab_size: int, objective: TaskConfig, examples: Examples
+    ):
+        super().__init__(config, tokenizer, vocab_size)
+        self.objective = objective
+        self.examples = examples
+        self.hub_class = fine_tuned.class_of(objective)
+        self.loader = f"{self.hub_class}.from_pretrained({{}})"
+
+    def notes(self) -> Iterator[str]:
+        """Yield how examples are given, and what is not as here in transformers."""
+        yield from fine_tuned.reading_notes(self.objective, self.config.tgt_len)
+
+    def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return Hugging Face's tensors, with those of the head."""
+        head = {theirs: weights[ours] for ours, theirs in task_head_names(self.hub_class, weights).items()}
+        return super().tensors(weights) | head
+
+    def hub_config(self) -> dict[str, Any]:
+        """Return the content of config.json, with what was learnt."""
+        values = super().hub_config()
+        own = {"objective": asdict(self.objective), "pairs": self.examples.pairs, "notes": list(self.notes())}
+        task = fine_tuned.task_keys(self.objective, self.examples, self.config.dropout)
+        return values | task | {"txl_dist": values["txl_dist"] | own}
 
 
 def hub_config(config: XLNetConfig, vocab_size: int, specials: dict[str, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from txl_dist.conversion import activations
 from txl_dist.conversion.import_source import ImportSource
 from txl_dist.conversion.tensor_files import is_same, read_folder
-from txl_dist.conversion.xlnet import vocabulary, weights
+from txl_dist.conversion.xlnet import fine_tuned, vocabulary, weights
 from txl_dist.conversion.xlnet.recipe import ALSO_ACCEPTED, OWN_KEYS, RECIPE
 from txl_dist.data.tokenizers import Tokenizer
 from txl_dist.errors import ConfigError, UserError
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def open_folder(path: Path, config: dict[str, Any]) -> ImportSource:
-    """Open a folder of an XLNetLMHeadModel, an XLNetModel or a fine-tuned model, whose heads are left out.
+    """Open a folder of an XLNetLMHeadModel, an XLNetModel or a fine-tuned model, whose head is read apart.
 
     Raises:
         UserError: where its files cannot be read, or it is a model that ours cannot be.
@@ -45,7 +45,7 @@ def open_folder(path: Path, config: dict[str, Any]) -> ImportSource:
     problems = unsupported(path / "config.json", config)
     if problems:
         raise ConfigError(problems)
-    tensors, notes = model_tensors(path, read_folder(path, own_prefix="transformer."))
+    tensors, notes, head = model_tensors(path, read_folder(path, own_prefix="transformer."))
     spiece = path / vocabulary.FILE
     return ImportSource(
         title=", ".join(["Hugging Face's xlnet", *notes]),
@@ -55,6 +55,7 @@ def open_folder(path: Path, config: dict[str, Any]) -> ImportSource:
         load_tokenizer=partial(load_tokenizer, path) if spiece.is_file() else None,
         also_accepted=ALSO_ACCEPTED,
         load_vocabulary=vocabulary.load,
+        task=partial(fine_tuned.read_task, path / "config.json", config, head) if fine_tuned.has_head(head) else None,
     )
 
 
@@ -85,8 +86,11 @@ def hyper_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return values | {key: own[key] for key in OWN_KEYS if key in own}
 
 
-def model_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Choose the tensors of the language model, and add what is not there; return what people should know of that.
+def model_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], dict[str, Tensor]]:
+    """Choose the tensors of the language model, and add what is not there.
+
+    Returns:
+        Them, what people should know of that, and all other tensors.
 
     Raises:
         UserError: where they are not those of XLNet, or the softmax is not tied to the embedding.
@@ -99,12 +103,13 @@ def model_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Ten
     if not is_same(tensors.pop(weights.TIED, table), table):
         raise UserError(f"from={path}: {weights.TIED} differs from {weights.EMBEDDING}, to which our softmax is tied")
     kept = {name: value for name, value in tensors.items() if name.startswith("transformer.") or name == weights.BIAS}
-    left_out = sorted({name.partition(".")[0] for name in tensors.keys() - kept.keys()})
+    others = {name: value for name, value in tensors.items() if name not in kept}
+    left_out = sorted({name.partition(".")[0] for name in others})
     notes = [f"without its {', '.join(left_out)[:200]}"] if left_out else []
     if weights.BIAS not in kept:
         kept[weights.BIAS] = torch.zeros(len(table))
         notes.append("without lm_loss: the softmax has biases of 0")
-    return kept, notes
+    return kept, notes, others
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -18,6 +18,14 @@ RECIPE: dict[str, Any] = {
 # which there is erf's, but the models were trained with the other.
 ALSO_ACCEPTED = ("activation",)
 
+# What a fine-tuned model's config does not state of how passages and questions were read (the authors' run_squad.py).
+QUESTIONS: dict[str, Any] = {
+    "passage_first": True,
+    "doc_stride": 128,
+    "max_question_tokens": 64,
+    "max_answer_tokens": 64,
+}
+
 # What an exported folder keeps, in a section of its own, because Hugging Face's config has no such key or means another
 # thing: there reuse_len cuts the memory of every call, and one dropout is that of all.
 OWN_KEYS = ("tgt_len", "mem_len", "reuse_len", "dropatt")

@@ -5,12 +5,13 @@ but for the output's. The authors' TensorFlow names become Hugging Face's first 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from txl_dist.conversion.tensor_files import check_shapes, check_size
+from txl_dist.models.base import TASK_HEAD
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.shapes import parameter_shapes
 from txl_dist.models.xlnet import XLNetConfig
@@ -34,6 +35,20 @@ LAYER = {
     "feed_forward.outer.bias": "ff.layer_2.bias",
     "feed_forward.layer_norm.weight": "ff.layer_norm.weight",
     "feed_forward.layer_norm.bias": "ff.layer_norm.bias",
+}
+
+# The heads for fine-tuning, by Hugging Face's class: the names of their modules here and there.
+HEADS = {
+    "XLNetForSequenceClassification": {"summary": "sequence_summary.summary", "out": "logits_proj"},
+    "XLNetForQuestionAnsweringSimple": {"out": "qa_outputs"},
+    "XLNetForQuestionAnswering": {
+        "start": "start_logits.dense",
+        "end.dense_0": "end_logits.dense_0",
+        "end.layer_norm": "end_logits.LayerNorm",
+        "end.dense_1": "end_logits.dense_1",
+        "answer.dense_0": "answer_class.dense_0",
+        "answer.dense_1": "answer_class.dense_1",
+    },
 }
 
 NOTHING = re.compile(r"(?!)")
@@ -77,13 +92,11 @@ def from_hugging_face(theirs: Callable[[str], Tensor], n_layer: int) -> Iterator
 
 
 def to_hugging_face(parameters: Mapping[str, Tensor], config: XLNetConfig) -> dict[str, Tensor]:
-    """Convert our parameters into Hugging Face's tensors, the inverse of `from_hugging_face`."""
+    """Convert our parameters into Hugging Face's tensors, the inverse of `from_hugging_face`; but those of a task."""
     heads = (config.d_model, config.n_head, config.d_head)
-    tensors = {
-        EMBEDDING: parameters["embedding.table"],
-        MASK: parameters["embedding.mask"].view(1, 1, -1),
-        BIAS: parameters["head.bias"],
-    }
+    tensors = {EMBEDDING: parameters["embedding.table"], MASK: parameters["embedding.mask"].view(1, 1, -1)}
+    if "head.bias" in parameters:
+        tensors[BIAS] = parameters["head.bias"]
     for l in range(config.n_layer):
         layer = f"transformer.layer.{l}"
         ours = {name: parameters[f"layers.{l}.attention.{name}_net.weight"] for name in ("q", "kv", "r", "o")}
@@ -94,6 +107,24 @@ def to_hugging_face(parameters: Mapping[str, Tensor], config: XLNetConfig) -> di
         for our_name, their_name in LAYER.items():
             tensors[f"{layer}.{their_name}"] = parameters[f"layers.{l}.{our_name}"]
     return tensors
+
+
+def task_head_name(kind: str, name: str) -> str:
+    """Return Hugging Face's name of a parameter of a head for fine-tuning.
+
+    Args:
+        kind: a key of HEADS.
+        name: within our head, such as `end.dense_0.weight`.
+    """
+    module, _, parameter = name.rpartition(".")
+    return f"{HEADS[kind][module]}.{parameter}"
+
+
+def task_head_names(kind: str, parameters: Iterable[str]) -> dict[str, str]:
+    """Return Hugging Face's names of those of our parameters that are of a head for fine-tuning, by our names."""
+    prefix = f"{TASK_HEAD}."
+    ours = [name for name in parameters if name.startswith(prefix)]
+    return {name: task_head_name(kind, name.removeprefix(prefix)) for name in ours}
 
 
 def hugging_face_shapes(config: XLNetConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
