@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,21 +13,40 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import (
+    XLNetForMultipleChoice,
+    XLNetForQuestionAnswering,
+    XLNetForQuestionAnsweringSimple,
+    XLNetForSequenceClassification,
+    XLNetForTokenClassification,
+    XLNetLMHeadModel,
+)
 
 from tests.conversion.exported_xlnet_tasks import outputs_of
 from tests.conversion.third_party import assert_same, load_weights
-from tests.conversion.xlnet_models import LINES, convert_job, hugging_face_model, import_run, save_folder
+from tests.conversion.xlnet_models import (
+    LINES,
+    convert_job,
+    edit_config,
+    hugging_face_model,
+    import_run,
+    refusal,
+    save_folder,
+)
 from txl_dist.checkpoint.format import CheckpointWriter, latest
 from txl_dist.config.schema import ClassificationConfig, SpanQAConfig
 from txl_dist.convert import convert
 from txl_dist.data.format import Examples
+from txl_dist.errors import ConfigError
 from txl_dist.evaluation.predicting import Predictor
 from txl_dist.models import registry
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.heads import SpanPredictions
 from txl_dist.objectives.registry import head_builder
+from txl_dist.runs.load import load_task
 
 LENGTH = 64  # of a segment, which holds each example
+LONG_ENOUGH = 68  # for a question of 64 tokens, as in the recipe
 LABELS = ["bad", "good", "so-so"]
 TEXTS = [[line] for line in LINES[:4]] + [["read"], ["(again) 3,800 pages of the sea , lost"]]
 PAIRS = [[LINES[0], "a house"], ["the sea", LINES[9]], ["read", "lost"]]
@@ -77,9 +97,7 @@ def write_task_run(run_dir, body, objective, examples):
     state = checkpoint.state | {"imported": {"from": "nowhere", "title": "made up"}}
     data = checkpoint.data | {"examples": examples.model_dump()}
     writer.commit(writer.files, state, checkpoint.config | {"objective": asdict(objective)}, data)
-    (run_dir / "tokenizer").mkdir()
-    for path in (body / "tokenizer").iterdir():
-        (run_dir / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(body / "tokenizer", run_dir / "tokenizer")
     return run_dir
 
 
@@ -161,3 +179,83 @@ def test_the_folder_comes_back_as_the_run(name, cases, tmp_path):
     assert_same(load_weights(tmp_path / "run"), before.tensors("weights"))
     assert again.config == before.config and again.data == before.data
     assert again.state["imported"]["title"] == f"Hugging Face's {CASES[name].hub_class}"
+
+
+NAMES = {"id2label": {"0": "no", "1": "neither", "2": "yes"}, "label2id": {"no": 0, "neither": 1, "yes": 2}}
+FOREIGN = {
+    "classes": (XLNetForSequenceClassification, NAMES | {"summary_last_dropout": 0.3}),
+    "two classes": (XLNetForSequenceClassification, {}),
+    "scores": (XLNetForSequenceClassification, {"id2label": {"0": "score"}, "label2id": {"score": 0}}),
+    "beam": (XLNetForQuestionAnswering, {}),
+    "simple": (XLNetForQuestionAnsweringSimple, {}),
+}
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_of_others_is_a_run_that_has_learnt_a_task(name, safe, tmp_path):
+    """Exported again it is the same model, whose outputs are those of the run."""
+    kind, config = FOREIGN[name]
+    model = hugging_face_model(kind, **config)
+    is_classifier = kind is XLNetForSequenceClassification
+    folder = save_folder(model, tmp_path / "hf", safe)
+    run_dir = import_run(folder, tmp_path / "run", pairs=is_classifier, model={"tgt_len": LONG_ENOUGH})
+    convert(convert_job(run=run_dir, to=tmp_path / "folder"))
+    again = kind.from_pretrained(tmp_path / "folder")
+    assert_same(again.state_dict(), model.state_dict())
+    if is_classifier:
+        assert again.config.id2label == model.config.id2label
+        assert again.config.summary_last_dropout == model.config.summary_last_dropout
+    _, objective, _ = load_task(str(run_dir))
+    assert objective.input_keys == (("text", "text_pair") if is_classifier else ("context", "question"))
+
+
+def test_labels_are_those_of_the_folder(tmp_path):
+    folder = save_folder(hugging_face_model(XLNetForSequenceClassification, **NAMES), tmp_path / "hf")
+    (said,) = Predictor.open(str(import_run(folder, tmp_path / "run"))).classify([LINES[0]])
+    assert list(said["probabilities"]) == ["no", "neither", "yes"]
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        (XLNetForSequenceClassification, {"summary_type": "mean"}, "summary_type='mean': must be 'last'"),
+        (XLNetForSequenceClassification, {"summary_activation": None}, "summary_activation=None: must be 'tanh'"),
+        (XLNetForSequenceClassification, {"problem_type": "multi_label_classification"}, "problem_type='multi_label"),
+        (XLNetForSequenceClassification, {"id2label": {"1": "a", "2": "b"}}, "id2label={'1': 'a', '2': 'b'}: must"),
+        (XLNetForSequenceClassification, {"id2label": {"0": "a", "1": "a"}}, "no two alike"),
+        (XLNetForSequenceClassification, {"id2label": NAMES["id2label"]}, "logits_proj.weight: has the shape [2, 16]"),
+        (XLNetForSequenceClassification, {"summary_last_dropout": "x"}, "objective.dropout=x"),
+        (XLNetForSequenceClassification, {"id2label": ["a", "b"]}, "id2label=['a', 'b']: must"),
+        (XLNetForQuestionAnswering, {"txl_dist": {"objective": 3}}, "is damaged"),
+        (XLNetForQuestionAnswering, {}, "model.tgt_len=6: holds no question of objective.max_question_tokens=64"),
+        (XLNetForQuestionAnswering, {"txl_dist": {"objective": {"doc_stride": 0}}}, "objective.doc_stride=0"),
+        (XLNetForTokenClassification, {}, "its head (['classifier.bias', 'classifier.weight']) is none of"),
+        (XLNetForMultipleChoice, {}, "architectures=XLNetForMultipleChoice: there is no such objective"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_refused(kind, changes, message, tmp_path):
+    folder = edit_config(save_folder(hugging_face_model(kind), tmp_path / "hf"), **changes)
+    text = refusal(folder, tmp_path / "run")
+    assert message in text and len(text.splitlines()) <= 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [XLNetLMHeadModel, XLNetForQuestionAnsweringSimple])
+def test_pairs_are_for_classifiers_that_are_imported(kind, tmp_path):
+    folder = save_folder(hugging_face_model(kind), tmp_path / "hf")
+    message = refusal(folder, tmp_path / "run", pairs=True, model={"tgt_len": LONG_ENOUGH})
+    assert "pairs=true: is for a fine-tuned classifier" in message
+    message = refusal(None, tmp_path / "run", to=tmp_path / "folder", pairs=True)
+    assert "pairs=true: is for from=PATH" in message
+
+
+def test_other_architectures_have_no_such_class(cases, make_config, tmp_path):
+    checkpoint = latest(cases / "classes" / "run")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(cases / "classes" / "run" / "tokenizer", tmp_path / "run" / "tokenizer")
+    writer = CheckpointWriter(str(tmp_path / "run"), step=0, rank=0)
+    writer.add("weights", {})
+    config = checkpoint.config | {"model": asdict(make_config())}
+    writer.commit(writer.files, checkpoint.state, config, checkpoint.data)
+    with pytest.raises(ConfigError, match="Transformer-XL and Reformer have no such class here"):
+        convert(convert_job(run=tmp_path / "run", to=tmp_path / "folder"))

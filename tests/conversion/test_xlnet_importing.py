@@ -76,18 +76,19 @@ def test_a_folder_has_the_same_numbers(safe, activation, tmp_path):
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("kind", TITLE)
 def test_other_models_give_their_xlnet(kind, safe, tmp_path):
+    """A run can begin with it; imported as a run a fine-tuned model keeps its head (test_xlnet_fine_tuned.py)."""
     model = hugging_face_model(kind)
-    run_dir = import_run(save_folder(model, tmp_path / "hf", safe), tmp_path / "run")
-    assert latest(run_dir).state["imported"]["title"].startswith(TITLE[kind])
+    source = open_import_source(save_folder(model, tmp_path / "hf", safe))
+    job = convert_job(**{"from": tmp_path / "hf"}, run=tmp_path / "run", model=LENGTHS)
+    assert source.title.startswith(TITLE[kind])
     whole = hugging_face_model()
     whole.transformer.load_state_dict(getattr(model, "transformer", model).state_dict())
     if kind is XLNetLMHeadModel:
         whole.load_state_dict(model.state_dict())
     else:
         torch.nn.init.zeros_(whole.lm_loss.bias)
-    assert_same(
-        load_weights(run_dir), load_weights(import_run(save_folder(whole, tmp_path / "lm"), tmp_path / "other"))
-    )
+    run_dir = import_run(save_folder(whole, tmp_path / "lm"), tmp_path / "other")
+    assert_same(source.weights(model_config(job, source)), load_weights(run_dir))
 
 
 @pytest.mark.parametrize("wrap", ["model", "module."])

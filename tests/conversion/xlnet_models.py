@@ -30,10 +30,9 @@ LENGTHS = {"tgt_len": 6, "reuse_len": 3}
 
 def convert_job(**values):
     given = {"from": None, "to": None, "tokenizer_from": None, "checkpoint": None, "pairs": False}
-    texts = {
-        key: value if value is None or value is True else str(value) for key, value in values.items() if key != "model"
-    }
-    return parse_config(ConvertJob, given | texts | {"model": values.get("model", {})})
+    others = {key: values[key] for key in ("model", "pairs") if key in values}
+    texts = {key: value if value is None else str(value) for key, value in values.items() if key not in others}
+    return parse_config(ConvertJob, given | {"model": {}} | texts | others)
 
 
 def import_run(source, run_dir, **values):

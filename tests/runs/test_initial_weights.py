@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from transformers import XLNetForSequenceClassification, XLNetModel
 
 from tests.conversion.third_party import SMALL, hugging_face_model, save_folder
 from tests.conversion.xlnet_models import LINES, save_checkpoint
 from tests.conversion.xlnet_models import hugging_face_model as hugging_face_xlnet
 from tests.conversion.xlnet_models import save_folder as save_xlnet_folder
+from tests.examples import write_labels
 from txl_dist.checkpoint.format import latest, write_manifest
 
 STILL = ["optimizer.lr=1e-30", "train.max_steps=1"]  # after a step the weights are what they were
@@ -171,3 +173,29 @@ def test_xlnet_begins_with_the_weights_of_third_parties(run, tmp_path):
         assert same_weights(tmp_path / "imported", tmp_path / name)
     done = run("txl_dist.train", *command, f"run.dir={tmp_path / 'x'}", f"run.init_from={folder}", expect=2)
     assert "model.activation=gelu_tanh: the model of run.init_from=" in done.stderr and "gelu_erf" in done.stderr
+
+
+@pytest.mark.parametrize("kind", [XLNetModel, XLNetForSequenceClassification])
+def test_a_task_begins_with_any_xlnet_and_draws_its_own_head(kind, run, tmp_path):
+    """With model=init_from the folder gives all sizes; the run goes on when it is gone."""
+    folder = save_xlnet_folder(hugging_face_xlnet(kind), tmp_path / "hf")
+    expected = XLNetModel.from_pretrained(folder).state_dict()["layer.2.ff.layer_1.weight"]
+    corpus = ["corpus=examples", *write_labels(tmp_path, (8, 4, 4), longest=4), "tokenizer=xlnet"]
+    run("txl_dist.prepare", *corpus, f"tokenizer.model={folder / 'spiece.model'}", f"data.dir={tmp_path / 'data'}")
+    command = ["+experiment=sst2", f"run.init_from={folder}", f"run.dir={tmp_path / 'run'}", "model.tgt_len=16"]
+    command += [f"data.dir={tmp_path / 'data'}", "data.num_lanes=4", "tracking.mode=disabled", "optimizer.lr=1e-30"]
+    command += ["train.max_steps=2", "train.eval_every=1", "checkpoint.every=1", "schedule.warmup_steps=0"]
+    done = run("txl_dist.train", *command, "model.reuse_len=17", expect=2)
+    assert done.stderr.count("model.reuse_len=17: is a part of a segment") == 1
+    done = run("txl_dist.train", *command, "model.reuse_len=8", "train.stop_at=1")
+    assert "starting with the weights of Hugging Face's xlnet, without" in done.stdout
+    assert ("without its logits_proj, sequence_summary" in done.stdout) == (kind is not XLNetModel)
+    model = latest(tmp_path / "run").config["model"]
+    sizes = {"name": "xlnet", "n_layer": 3, "d_model": 16, "d_inner": 20, "mem_len": 7, "tgt_len": 16, "dropout": 0.25}
+    assert {key: model[key] for key in sizes} == sizes
+    shutil.rmtree(folder)
+    done = run("txl_dist.train", *command, "model.reuse_len=8")
+    assert "resuming from step 1" in done.stdout and latest(tmp_path / "run").step == 2
+    weights = latest(tmp_path / "run").tensors("weights")
+    assert torch.equal(weights["layers.2.feed_forward.inner.weight"], expected)
+    assert weights["task_head.summary.weight"].std() < 0.03  # as init_std says, not 0.4 as in the folder

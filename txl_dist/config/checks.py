@@ -454,7 +454,7 @@ def initial_weights_fit(
     run: RunConfig, data: DataConfig, model: ModelConfig, objective: ObjectiveConfig
 ) -> Iterator[str]:
     """Check that a run that begins with the weights of another model can; a run that resumes does not."""
-    if run.init_from is None:
+    if run.init_from is None or any(model.problems()):  # others report those
         return
     from txl_dist.checkpoint.format import steps  # with torch, as the next
 

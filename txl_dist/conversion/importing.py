@@ -83,16 +83,16 @@ def read_task(job: ConvertJob, imported: ImportedModel) -> ImportedTask | None:
     """Read what a fine-tuned model has learnt; None where it predicts tokens.
 
     Raises:
-        UserError: where its head cannot be one of ours, or pairs=true is given to a model without one.
+        UserError: where its head cannot be one of ours, or pairs=true is given and it is no classifier.
     """
-    if imported.source.task is None:
-        if job.pairs:
-            raise ConfigError(["pairs=true: is for a fine-tuned classifier, and this model has no head; leave it out"])
-        return None
+    read = imported.source.task
     try:
-        return imported.source.task(imported.config, job.pairs)
+        task = None if read is None else read(imported.config, job.pairs)
     except PARSE_ERRORS as error:
         raise UserError(f"from={job.from_}: is damaged, or not a complete checkpoint ({describe(error)})") from error
+    if job.pairs and (task is None or task.examples.kind == "answers"):
+        raise ConfigError([f"pairs=true: is for a fine-tuned classifier, and {job.from_} is none; leave it out"])
+    return task
 
 
 def with_task(imported: ImportedModel, task: ImportedTask) -> ImportedModel:

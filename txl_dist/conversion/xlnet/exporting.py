@@ -79,7 +79,7 @@ class XLNetTaskExporter(XLNetExporter):
 
     def notes(self) -> Iterator[str]:
         """Yield how examples are given, and what is not as here in transformers."""
-        yield from fine_tuned.reading_notes(self.objective, self.config.tgt_len)
+        yield from fine_tuned.reading_notes(self.objective, self.examples, self.config.tgt_len)
 
     def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return Hugging Face's tensors, with those of the head."""

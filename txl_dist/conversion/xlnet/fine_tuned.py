@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txl_dist.config.schema import ClassificationConfig, ObjectiveConfig, TaskConfig
+from txl_dist.config.schema import ClassificationConfig, ObjectiveConfig, SpanQAConfig, TaskConfig
 from txl_dist.config.sections import parse_section
+from txl_dist.config.task_checks import questions_fit
 from txl_dist.conversion.import_source import ImportedTask
 from txl_dist.conversion.tensor_files import check_shapes
 from txl_dist.conversion.xlnet.recipe import QUESTIONS
@@ -61,18 +62,20 @@ def task_keys(objective: TaskConfig, examples: Examples, dropout: float) -> dict
     return keys
 
 
-def reading_notes(objective: TaskConfig, tgt_len: int) -> Iterator[str]:
+def reading_notes(objective: TaskConfig, examples: Examples, tgt_len: int) -> Iterator[str]:
     """Yield how examples are given to Hugging Face's class, and what it returns."""
-    yield "several texts at once: padding=True; padding stands on the left, and attention_mask hides it"
+    yield "several examples at once: padding=True; <pad> stands on the left, and attention_mask hides it"
     if isinstance(objective, ClassificationConfig):
-        yield "a text is given as tokenizer(text), a pair as tokenizer(first, second)"
-        if objective.max_tokens is None:
+        yield f"an example is given as {'tokenizer(first, second)' if examples.pairs else 'tokenizer(text)'}"
+        if objective.max_tokens is not None:
             yield (
-                f"a text of more than {tgt_len} tokens (tgt_len, marks included) is read here in segments with memory, "
-                "there at once: then the numbers differ"
+                f"an example is cut by truncation=True, max_length={objective.max_tokens} (max_tokens); of a pair one "
+                "token fewer of the first text may be left there, and one more of the second"
             )
-        else:
-            yield f"longer texts were cut to {objective.max_tokens} tokens, marks included; cut them there, too"
+        yield (
+            f"an example of more than {tgt_len} tokens (tgt_len) is read here in segments with memory, there at once: "
+            "then the numbers differ"
+        )
         return
     order = "tokenizer(passage, question)" if objective.passage_first else "tokenizer(question, passage)"
     yield f"an example is given as {order}, the question cut to its first {objective.max_question_tokens} tokens"
@@ -125,6 +128,10 @@ def read_task(
         raise ConfigError(problems)
     assert kind is not None
     objective = read_objective(kind, stated)
+    if isinstance(objective, SpanQAConfig):
+        problems += questions_fit(objective, model)
+    if problems:
+        raise ConfigError(problems)
     examples = read_examples(kind, stated, pairs)
     shapes = parameter_shapes(model, stated["vocab_size"], model.fewest_tensors, head_builder(objective, examples))
     names = task_head_names(kind, shapes)
@@ -158,8 +165,7 @@ def unsupported(
 
 def label_names(stated: Mapping[str, Any]) -> list[Any]:
     """Return the names of the classes; [] where they are not numbered from 0 on."""
-    number = stated.get("num_labels", 2)
-    given = stated.get("id2label") or {str(label): f"LABEL_{label}" for label in range(number)}
+    given = stated.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # as transformers has it where none are stated
     return [given.get(str(label)) for label in range(len(given))] if isinstance(given, dict) else []
 
 
@@ -183,7 +189,7 @@ def read_examples(kind: str, stated: Mapping[str, Any], pairs: bool) -> Examples
     if kind != CLASSIFIER:
         return Examples(kind="answers", pairs=True)
     own = stated.get("txl_dist", {})
-    pairs = bool(own.get("pairs", pairs))
+    pairs = pairs or bool(own.get("pairs"))
     names = label_names(stated)
     if len(names) == 1:
         return Examples(kind="scores", pairs=pairs)
