@@ -8,7 +8,7 @@ import torch
 from transformers import XLNetForSequenceClassification, XLNetModel
 
 from tests.conversion.third_party import SMALL, hugging_face_model, save_folder
-from tests.conversion.xlnet_models import LINES, save_checkpoint
+from tests.conversion.xlnet_models import LINES, TOKENIZER, save_checkpoint
 from tests.conversion.xlnet_models import hugging_face_model as hugging_face_xlnet
 from tests.conversion.xlnet_models import save_folder as save_xlnet_folder
 from tests.examples import write_labels
@@ -175,16 +175,30 @@ def test_xlnet_begins_with_the_weights_of_third_parties(run, tmp_path):
     assert "model.activation=gelu_tanh: the model of run.init_from=" in done.stderr and "gelu_erf" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def labelled(run, tmp_path_factory):
+    """A few labelled texts, prepared with the vocabulary of XLNet's made-up folders."""
+    folder = tmp_path_factory.mktemp("labelled")
+    (folder / "spiece.model").write_bytes(TOKENIZER.model)
+    corpus = ["corpus=examples", *write_labels(folder, (8, 4, 4), longest=4)]
+    vocabulary = ["tokenizer=xlnet", f"tokenizer.model={folder / 'spiece.model'}"]
+    run("txl_dist.prepare", *corpus, *vocabulary, f"data.dir={folder / 'data'}")
+    return folder / "data"
+
+
+def fine_tuning(origin, run_dir, data):
+    """Overrides of a run that learns nothing."""
+    command = ["+experiment=sst2", f"run.init_from={origin}", f"run.dir={run_dir}", f"data.dir={data}"]
+    command += ["model.tgt_len=16", "data.num_lanes=4", "tracking.mode=disabled", "optimizer.lr=1e-30"]
+    return [*command, "train.max_steps=2", "train.eval_every=1", "checkpoint.every=1", "schedule.warmup_steps=0"]
+
+
 @pytest.mark.parametrize("kind", [XLNetModel, XLNetForSequenceClassification])
-def test_a_task_begins_with_any_xlnet_and_draws_its_own_head(kind, run, tmp_path):
+def test_a_task_begins_with_any_xlnet(kind, run, labelled, tmp_path):
     """With model=init_from the folder gives all sizes; the run goes on when it is gone."""
     folder = save_xlnet_folder(hugging_face_xlnet(kind), tmp_path / "hf")
     expected = XLNetModel.from_pretrained(folder).state_dict()["layer.2.ff.layer_1.weight"]
-    corpus = ["corpus=examples", *write_labels(tmp_path, (8, 4, 4), longest=4), "tokenizer=xlnet"]
-    run("txl_dist.prepare", *corpus, f"tokenizer.model={folder / 'spiece.model'}", f"data.dir={tmp_path / 'data'}")
-    command = ["+experiment=sst2", f"run.init_from={folder}", f"run.dir={tmp_path / 'run'}", "model.tgt_len=16"]
-    command += [f"data.dir={tmp_path / 'data'}", "data.num_lanes=4", "tracking.mode=disabled", "optimizer.lr=1e-30"]
-    command += ["train.max_steps=2", "train.eval_every=1", "checkpoint.every=1", "schedule.warmup_steps=0"]
+    command = fine_tuning(folder, tmp_path / "run", labelled)
     done = run("txl_dist.train", *command, "model.reuse_len=17", expect=2)
     assert done.stderr.count("model.reuse_len=17: is a part of a segment") == 1
     done = run("txl_dist.train", *command, "model.reuse_len=8", "train.stop_at=1")
@@ -196,6 +210,23 @@ def test_a_task_begins_with_any_xlnet_and_draws_its_own_head(kind, run, tmp_path
     shutil.rmtree(folder)
     done = run("txl_dist.train", *command, "model.reuse_len=8")
     assert "resuming from step 1" in done.stdout and latest(tmp_path / "run").step == 2
-    weights = latest(tmp_path / "run").tensors("weights")
-    assert torch.equal(weights["layers.2.feed_forward.inner.weight"], expected)
-    assert weights["task_head.summary.weight"].std() < 0.03  # as init_std says, not 0.4 as in the folder
+    assert torch.equal(latest(tmp_path / "run").tensors("weights")["layers.2.feed_forward.inner.weight"], expected)
+
+
+def test_an_imported_task_keeps_its_head_and_gives_none(run, labelled, tmp_path):
+    folder = save_xlnet_folder(hugging_face_xlnet(XLNetForSequenceClassification), tmp_path / "hf")
+    run("txl_dist.convert", f"from={folder}", f"run={tmp_path / 'imported'}")
+    done = run("txl_dist.evaluate", f"run={tmp_path / 'imported'}", f"data_dir={labelled}", expect=2)
+    assert "holds examples of kind='labels' labels=['bad', 'good', 'so-so']" in done.stderr
+    assert "was imported for those of kind='labels' labels=['LABEL_0', 'LABEL_1']" in done.stderr
+    command = fine_tuning(tmp_path / "imported", tmp_path / "run", labelled)
+    run("txl_dist.train", *command, "model.reuse_len=8")
+    heads = [latest(tmp_path / name).tensors("weights")["task_head.summary.weight"] for name in ("imported", "run")]
+    assert heads[0].std() > 0.3 and heads[1].std() < 0.03  # drawn as init_std says
+    run("txl_dist.convert", f"run={tmp_path / 'run'}", f"to={tmp_path / 'folder'}")
+    run("txl_dist.convert", f"from={tmp_path / 'folder'}", f"run={tmp_path / 'again'}")
+    losses = []
+    for name in ("run", "again"):
+        done = run("txl_dist.evaluate", f"run={tmp_path / name}", f"data_dir={labelled}", "format=json")
+        losses.append(json.loads(done.stdout)["loss"])
+    assert losses[0] == losses[1]
