@@ -1,11 +1,12 @@
 """Tasks as a user tries them: prepare, begin with a trained model, train, evaluate, predict."""
 
 import json
+import shutil
 
 import pytest
 
 from tests.examples import write_labels, write_squad
-from txl_dist.checkpoint.format import latest
+from txl_dist.checkpoint.format import latest, write_manifest
 from txl_dist.errors import UserError
 from txl_dist.evaluation.predicting import Predictor
 from txl_dist.objectives.squad import AnswerScores
@@ -128,6 +129,19 @@ def test_an_answer_is_always_given_without_a_threshold(run, reader):
     assert all(line["answer"] and line["start"] is not None and line["log_prob"] < 0 for line in lines)
     (one,) = Predictor.open(str(run_dir)).answer([("some words of a passage", "what ?")])
     assert one["answer"] and "some words of a passage"[one["start"] :].startswith(one["answer"])
+
+
+@pytest.mark.parametrize("examples", [None, {"kind": "labels"}, {"kind": "none", "labels": [], "pairs": False}])
+def test_a_checkpoint_that_does_not_say_what_its_examples_are(classifier, tmp_path, examples):
+    """By whatever it came into the checkpoint, whose sums are right."""
+    shutil.copytree(classifier[0], tmp_path / "run")
+    folder = latest(tmp_path / "run").path
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    del manifest["sha256"]
+    manifest["data"]["examples"] = examples
+    write_manifest(folder, manifest)
+    with pytest.raises(UserError, match="does not say what its examples are"):
+        Predictor.open(str(tmp_path / "run"))
 
 
 def test_what_predicts_no_text_says_so(run, classifier, language_model):

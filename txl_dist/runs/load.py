@@ -20,6 +20,7 @@ from txl_dist.data.format import Examples
 from txl_dist.data.index import Index
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import sha256_of_file
+from txl_dist.files.parsing import PARSE_ERRORS, describe
 from txl_dist.models import registry
 from txl_dist.models.base import HeadBuilder, LanguageModel
 from txl_dist.models.config import ModelConfig
@@ -69,9 +70,18 @@ def objective_of(checkpoint: Checkpoint) -> ObjectiveConfig:
 
 
 def examples_of(checkpoint: Checkpoint) -> Examples | None:
-    """Return what kind of examples a checkpoint's model was trained on; None: on none."""
+    """Return what kind of examples a checkpoint's model was trained on; None: on none.
+
+    Raises:
+        UserError: where a checkpoint of a task does not say it.
+    """
     given = checkpoint.data.get("examples")
-    return None if given is None else Examples.model_validate(given)
+    if given is None and not isinstance(objective_of(checkpoint), TaskConfig):
+        return None
+    try:
+        return Examples.model_validate(given)
+    except PARSE_ERRORS as error:
+        raise UserError(f"{checkpoint.path}: does not say what its examples are ({describe(error)})") from error
 
 
 def build_model(run: str, checkpoint: Checkpoint, changes: ModelChanges, average: bool) -> LanguageModel:
