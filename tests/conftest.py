@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from omegaconf import OmegaConf
 
+from tests import separate_packages
 from tests.other_package.install import install
 from tests.warm_python import warm_python
 from txl_dist.checkpoint.format import latest
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("distributed")
     slow = {item.path for item in items if any(map(item.get_closest_marker, ("distributed", "slow", "slurm")))}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def transformers5(request):
+    """The environment of a process that imports transformers 5; that of the tests has transformers 4."""
+    folder = separate_packages.install(request.config, REPO / "tests/conversion/transformers5.txt")
+    return {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

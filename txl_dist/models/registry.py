@@ -20,6 +20,7 @@ GROUP = "txl_dist.models"
 OURS = {
     "transformer_xl": EntryPoint("transformer_xl", "txl_dist.models.transformer_xl:TransformerXL", GROUP),
     "reformer": EntryPoint("reformer", "txl_dist.models.reformer:Reformer", GROUP),
+    "gated_delta_net": EntryPoint("gated_delta_net", "txl_dist.models.gated_delta_net:GatedDeltaNet", GROUP),
     "xlnet": EntryPoint("xlnet", "txl_dist.models.xlnet:XLNet", GROUP),
 }
 
