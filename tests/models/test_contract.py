@@ -44,6 +44,7 @@ def find(path):
 # Other sizes of architectures that need them.
 SIZES = {"reformer": {"axial_shape": [4, 4], "axial_widths": [8, 16], "n_buckets": 4, "n_hashes": 3, "ff_chunk_len": 3}}
 SIZES["reformer"] |= {"lsh_chunk_len": 4, "local_chunk_len": 4, "mem_len": 0}
+SIZES["gated_delta_net"] = {"d_value": 7, "mem_len": 0}
 
 
 def make_config(path, **changes):
@@ -258,6 +259,12 @@ QUESTIONS = [
 @pytest.mark.parametrize("ask", QUESTIONS)
 def test_every_architecture_keeps_the_contract(ask, path):
     ask(find(path), make_config(path))
+
+
+@pytest.mark.parametrize("ask", QUESTIONS)
+def test_a_hybrid_keeps_the_contract(ask):
+    path = TESTS.parent / "conf/model/gated_delta_net.yaml"
+    ask(find(path), make_config(path, layers=["delta", "attention"], mem_len=12))
 
 
 @pytest.mark.parametrize("name", ["transformer_xl", "xlnet"])

@@ -347,3 +347,36 @@ def test_the_cost_is_that_of_all_chunks():
     shorter = replace(config, tgt_len=CHUNK)
     with model.reading_as(shorter):
         assert sum(model.flops(LANES, CHUNK)) < counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------- the hybrid
+
+
+def test_a_hybrid_has_the_states_of_both_kinds():
+    model = GatedDeltaNet(make_config(n_layer=5, layers=["delta", "delta", "attention"], mem_len=7), VOCAB)
+    delta = {"memory": (2, 6, 5), "conv": (3, 2 * (6 + 6 + 5))}
+    assert model.state_shapes() == [delta, delta, {"memory": (7, 16)}, delta, delta]
+    assert model.config.lookback == 7 and make_config().lookback == 1
+    assert model.config.without_memory() is None
+
+
+def test_only_a_model_that_attends_has_a_backend_of_attention():
+    device = torch.device("cpu")
+    hybrid, plain = (GatedDeltaNet(make_config(layers=layers), VOCAB) for layers in (["delta", "attention"], None))
+    assert hybrid.describe_runtime(device, torch.float32) == "attention by reference, "
+    assert "sdpa" in hybrid.config.attention_backends
+    assert plain.describe_runtime(device, torch.float32) == "" and plain.config.attention_backends == ()
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"layers": ["delta", "delta", "attention"]}, "model.layers: names 3 layers of model.n_layer=2"),
+        ({"mem_len": 4}, "model.mem_len=4: is the memory of attention, and no layer attends"),
+        ({"mem_len": 4, "layers": ["delta"]}, "model.layers=[delta,attention]"),
+        ({"clamp_len": 0}, "model.clamp_len=0"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(changes, key):
+    assert [key in problem for problem in make_config(**changes).problems()] == [True]
+    assert not list(make_config().problems())

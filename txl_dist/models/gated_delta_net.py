@@ -4,21 +4,38 @@
     h <- h + feed-forward(RMSNorm(h))              feed-forward(x) = W_o (SiLU(W_g x) * W_i x)
 
 A layer remembers of each lane a matrix per head, into which every token has been read, and the last inputs of its short
-convolution (models/layers/gated_delta.py).
+convolution (models/layers/gated_delta.py). In a hybrid (section 3.4) some layers have the attention of Transformer-XL
+in its place, and remember their last mem_len inputs: they see a part of the text exactly, the others all of it in sum.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from math import log
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from txl_dist.config.types import ALWAYS, SCHEMA, Fraction, Positive, Size, StrictBool
+from txl_dist.config.types import (
+    ALWAYS,
+    EVALUATION,
+    INT32_MAX,
+    LANES,
+    SCHEMA,
+    Fraction,
+    Positive,
+    Size,
+    SizeOrZero,
+    StrictBool,
+)
 from txl_dist.models.base import DEFAULT_RUNTIME, Carry, LanguageModel, Runtime, Shapes
 from txl_dist.models.config import ModelConfig
 from txl_dist.models.layers import cross_entropy
+from txl_dist.models.layers.attention import RelativeAttention, encode_distances
+from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, describe_backend
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise
 from txl_dist.models.layers.gated_delta import GatedDelta
@@ -28,19 +45,69 @@ from txl_dist.models.layers.transfer import to_device
 
 @dataclass(config=SCHEMA, frozen=True, kw_only=True)
 class GatedDeltaNetConfig(ModelConfig):
-    """Gated DeltaNet's hyper-parameters (Yang et al. 2024, section 3.4, and the authors' code)."""
+    """The hyper-parameters of Gated DeltaNet (Yang et al. 2024, section 3.4) and of Transformer-XL's attention."""
 
     name: Literal["gated_delta_net"]
-    d_model: Size
+    layers: Annotated[list[Literal["delta", "attention"]], Field(min_length=1)] | None = None  # repeated up to n_layer
+    d_model: Annotated[int, Strict(), Field(ge=2, le=INT32_MAX, multiple_of=2)]
     n_head: Size
     d_head: Size  # of queries and keys
     d_value: Size  # of values, for each head
     d_conv: Size  # tokens that the short convolution sees
     d_inner: Size
+    mem_len: Annotated[SizeOrZero, LANES] = 0  # hidden states remembered per layer of attention and lane
+    clamp_len: Annotated[int, Strict(), Field(ge=-1, le=INT32_MAX), EVALUATION] = -1  # larger distances are as this one
     dropout: Annotated[Fraction, ALWAYS]
+    dropatt: Annotated[Fraction, ALWAYS] = 0.0  # of the attention's probabilities
     tie_weights: StrictBool  # the softmax uses the embedding's table
     init_std: Positive
     norm_eps: Positive
+
+    @property
+    def kinds(self) -> list[str]:
+        """Return the kind of each layer."""
+        pattern = self.layers or ["delta"]
+        return [pattern[number % len(pattern)] for number in range(self.n_layer)]
+
+    @property
+    def attends(self) -> bool:
+        """Return whether there is a layer of attention."""
+        return "attention" in self.kinds
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Return those of layers/backends.py where a layer attends."""
+        return tuple(BACKENDS) if self.attends else ()
+
+    @property
+    def lookback(self) -> int:
+        """Return mem_len, and 1 at least: a state is of all tokens up to the last one before the segment."""
+        return max(1, self.mem_len)
+
+    def problems(self, section: str = "model") -> Iterator[str]:
+        """Yield what does not fit together, by the keys of the section in which it is given."""
+        if self.layers and len(self.layers) > self.n_layer:
+            yield f"{section}.layers: names {len(self.layers)} layers of {section}.n_layer={self.n_layer}"
+        if self.clamp_len == 0:
+            yield f"{section}.clamp_len=0: would make all distances equal; give -1 (no clamping) or 1 or more"
+        if self.mem_len and not self.attends:
+            yield (
+                f"{section}.mem_len={self.mem_len}: is the memory of attention, and no layer attends; give 0, or "
+                f"{section}.layers=[delta,attention]"
+            )
+
+
+class Shared(NamedTuple):
+    """What all layers share.
+
+    Attributes:
+        lookback: int64 [lanes, length], where the layers compute.
+        encoding, window: of `RelativeAttention.forward`; None where no layer attends.
+    """
+
+    lookback: Tensor
+    encoding: Tensor | None
+    window: AttentionWindow | None
 
 
 class FeedForward(nn.Module):
@@ -67,25 +134,94 @@ class FeedForward(nn.Module):
         return [Product(2 * positions * self.inner.in_features * self.inner.out_features)] * 3
 
 
-class Layer(nn.Module):
-    """Gated delta rule, then feed-forward. A carry is hidden states [lanes, length, d_model] and lookback."""
+class Layer(nn.Module, ABC):
+    """A sublayer with a state, then feed-forward. A carry is hidden states [lanes, length, d_model] and lookback."""
 
     def __init__(self, config: GatedDeltaNetConfig):
         super().__init__()
-        sizes = (config.d_model, config.n_head, config.d_head, config.d_value, config.d_conv)
-        self.delta = GatedDelta(*sizes, dropout=config.dropout, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, carry: Carry, state: State, shared: Tensor, noise: Noise | None = None) -> tuple[Carry, State]:
+    def forward(self, carry: Carry, state: State, shared: Shared, noise: Noise | None = None) -> tuple[Carry, State]:
         """Run both sublayers; return the carry for the next layer, and the new state."""
         hidden, lookback = carry
-        hidden, new_state = self.delta(hidden, state, shared, noise)
-        hidden = self.feed_forward(hidden, noise)
-        return (hidden, lookback), {name: value.detach() for name, value in new_state.items()}
+        hidden, new_state = self.mix(hidden, state, shared, noise)
+        return (self.feed_forward(hidden, noise), lookback), new_state
 
-    def products(self, lanes: int, length: int) -> list[Product]:
+    @abstractmethod
+    def mix(self, hidden: Tensor, state: State, shared: Shared, noise: Noise | None) -> tuple[Tensor, State]:
+        """Run the sublayer in which tokens see others; the new state is detached."""
+
+    @abstractmethod
+    def products(self, lanes: int, config: GatedDeltaNetConfig) -> list[Product]:
         """List the products of matrices when `lanes` read a segment."""
+
+    @abstractmethod
+    def state_shapes(self, config: GatedDeltaNetConfig) -> Shapes:
+        """Return the shapes of what it remembers of one lane, by name."""
+
+    @abstractmethod
+    def empty_cache(self, lanes: int, config: GatedDeltaNetConfig, device: torch.device) -> State:
+        """Return its state for evaluation before the first token."""
+
+
+class DeltaLayer(Layer):
+    """The gated delta rule, then feed-forward."""
+
+    def __init__(self, config: GatedDeltaNetConfig):
+        super().__init__(config)
+        sizes = (config.d_model, config.n_head, config.d_head, config.d_value, config.d_conv)
+        self.delta = GatedDelta(*sizes, dropout=config.dropout, eps=config.norm_eps)
+
+    def mix(self, hidden: Tensor, state: State, shared: Shared, noise: Noise | None) -> tuple[Tensor, State]:
+        """Read the segment into the matrices, and out of them."""
+        hidden, new_state = self.delta(hidden, state, shared.lookback, noise)
+        return hidden, {name: value.detach() for name, value in new_state.items()}
+
+    def products(self, lanes: int, config: GatedDeltaNetConfig) -> list[Product]:
+        """List the products of both sublayers."""
+        length = config.tgt_len
         return [*self.delta.products(lanes, length), *self.feed_forward.products(lanes * length)]
+
+    def state_shapes(self, config: GatedDeltaNetConfig) -> Shapes:
+        """Return those of the matrices and of the convolution's last inputs."""
+        return self.delta.state_shapes()
+
+    def empty_cache(self, lanes: int, config: GatedDeltaNetConfig, device: torch.device) -> State:
+        """Return zeros."""
+        return self.delta.empty_cache(lanes, device)
+
+
+class AttentionLayer(Layer):
+    """Attention to a memory and the segment (Dai et al. 2019, section 3), then feed-forward."""
+
+    def __init__(self, config: GatedDeltaNetConfig, backend: str):
+        super().__init__(config)
+        self.attention = RelativeAttention(
+            *(config.d_model, config.n_head, config.d_head),
+            dropout=config.dropout,
+            dropatt=config.dropatt,
+            variational=False,
+            pre_lnorm=True,
+            backend=backend,
+        )
+
+    def mix(self, hidden: Tensor, state: State, shared: Shared, noise: Noise | None) -> tuple[Tensor, State]:
+        """Attend, and remember the last mem_len inputs."""
+        hidden, memory = self.attention(hidden, state["memory"], shared.encoding, shared.window, noise)
+        return hidden, {"memory": memory}
+
+    def products(self, lanes: int, config: GatedDeltaNetConfig) -> list[Product]:
+        """List the products of both sublayers, after a full memory."""
+        attention = self.attention.products(lanes, config.tgt_len, config.mem_len, same_length=False)
+        return [*attention, *self.feed_forward.products(lanes * config.tgt_len)]
+
+    def state_shapes(self, config: GatedDeltaNetConfig) -> Shapes:
+        """Return [mem_len, d_model]."""
+        return {"memory": (config.mem_len, config.d_model)}
+
+    def empty_cache(self, lanes: int, config: GatedDeltaNetConfig, device: torch.device) -> State:
+        """Return an empty key/value cache."""
+        return {"memory": self.attention.empty_cache(lanes, config.mem_len, device)}
 
 
 class GatedDeltaNet(LanguageModel):
@@ -98,12 +234,16 @@ class GatedDeltaNet(LanguageModel):
     def __init__(self, config: GatedDeltaNetConfig, vocab_size: int, runtime: Runtime = DEFAULT_RUNTIME):
         super().__init__(config, vocab_size, runtime)
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(
+            DeltaLayer(config) if kind == "delta" else AttentionLayer(config, runtime.attention)
+            for kind in config.kinds
+        )
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.softmax = nn.Linear(config.d_model, vocab_size, bias=False)
         if config.tie_weights:
             self.softmax.weight = self.embedding.weight
         self.input_dropout = Dropout(config.dropout, variational=False)
+        self.distance_dropout = Dropout(config.dropout, variational=False)
         self.output_dropout = Dropout(config.dropout, variational=False)
         self.complete()
 
@@ -116,6 +256,8 @@ class GatedDeltaNet(LanguageModel):
                 draw_step(parameter, 0.001, 0.1)
             elif name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
+            elif name.endswith("norm.bias"):
+                nn.init.zeros_(parameter)
             elif name.endswith("convolution.weight"):
                 limit = parameter.size(-1) ** -0.5
                 nn.init.uniform_(parameter, -limit, limit)
@@ -128,10 +270,18 @@ class GatedDeltaNet(LanguageModel):
         embedded = self.embedding(to_device(tokens, self.embedding.weight.device))
         return self.input_dropout(embedded, noise), lookback
 
-    def shared(self, carry: Carry, noise: Noise | None = None) -> Tensor:
-        """Copy lookback to where the layers compute."""
+    def shared(self, carry: Carry, noise: Noise | None = None) -> Shared:
+        """Copy lookback to where the layers compute; for attention encode the distances, and find the keys."""
+        config = self.config
         hidden, lookback = carry
-        return to_device(lookback, hidden.device)
+        lookback = to_device(lookback, hidden.device)
+        if not config.attends:
+            return Shared(lookback, None, None)
+        keys = config.mem_len + lookback.size(1)
+        encoding = encode_distances(keys, config.clamp_len, config.d_model, hidden.dtype, hidden.device)
+        if self.training:  # else it is the very same tensor each time: a cache keeps what is computed of it
+            encoding = self.distance_dropout(encoding[None], noise and noise.of_all_lanes())[0]
+        return Shared(lookback, encoding, AttentionWindow(lookback, config.mem_len, hidden.dtype))
 
     def output(self, carry: Carry, noise: Noise | None = None) -> Tensor:
         """Return the hidden states, normalised, [lanes, length, d_model]."""
@@ -149,29 +299,27 @@ class GatedDeltaNet(LanguageModel):
         return cross_entropy.predict(self.softmax(hidden), targets)
 
     def state_shapes(self) -> list[Shapes]:
-        """Return the shapes of the matrices and of the convolution's last inputs, for each layer."""
-        return [layer.delta.state_shapes() for layer in self.layers if isinstance(layer, Layer)]
+        """Return the shapes of what each layer remembers of one lane."""
+        return [layer.state_shapes(self.config) for layer in self.layers if isinstance(layer, Layer)]
 
     def empty_cache(self, lanes: int, device: torch.device | None = None) -> list[State]:
-        """Return each layer's state for evaluation, the matrices in float32 at least.
-
-        Where each token is a segment of its own, half precision would lose what one adds to the sum of all before it.
-        """
-        cache = self.empty_memory(lanes, device)
-        for state in cache:
-            memory = state["memory"]
-            assert isinstance(memory, Tensor)
-            state["memory"] = memory.to(torch.promote_types(memory.dtype, torch.float32))
-        return cache
+        """Return matrices of zeros, in float32 at least, and for attention empty key/value caches."""
+        device = device or next(self.parameters()).device
+        return [layer.empty_cache(lanes, self.config, device) for layer in self.layers if isinstance(layer, Layer)]
 
     def body_products(self, lanes: int, targets: int) -> list[list[Product]]:
         """List the products of the embedding (none) and of each layer, when `lanes` read one segment."""
-        length = self.config.tgt_len
-        return [[], *(layer.products(lanes, length) for layer in self.layers if isinstance(layer, Layer))]
+        return [[], *(layer.products(lanes, self.config) for layer in self.layers if isinstance(layer, Layer))]
 
     def head_products(self, lanes: int, targets: int) -> list[Product]:
         """List the product of the softmax."""
         return [Product(2 * lanes * targets * self.config.d_model * self.vocab_size)]
+
+    def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return the attention backend, where a layer attends."""
+        if not self.config.attends:
+            return ""
+        return describe_backend(self.runtime.attention, device, dtype, self.config.dropatt)
 
 
 @torch.no_grad()

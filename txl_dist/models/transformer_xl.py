@@ -45,7 +45,7 @@ from txl_dist.models.layers.attention import (
     clip_distances,
     encode_distances,
 )
-from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, default_backend
+from txl_dist.models.layers.backends import BACKENDS, AttentionWindow, describe_backend
 from txl_dist.models.layers.cost import Product
 from txl_dist.models.layers.dropout import Dropout, Noise, ReluDropout
 from txl_dist.models.layers.state import State
@@ -304,8 +304,4 @@ class TransformerXL(LanguageModel):
 
     def describe_runtime(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the attention backend, and a warning where its dropout does not belong to lanes."""
-        backend = self.runtime.attention
-        if backend == "auto":
-            backend = default_backend(device, dtype, self.config.dropatt)
-        warning = " (whose dropout is another under another split)" if backend == "sdpa" and self.config.dropatt else ""
-        return f"attention by {backend}{warning}, "
+        return describe_backend(self.runtime.attention, device, dtype, self.config.dropatt)

@@ -205,6 +205,14 @@ def default_backend(device: torch.device, dtype: torch.dtype, dropout: float = 0
     return "reference" if dropout else "sdpa"
 
 
+def describe_backend(backend: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+    """Return which backend computes, with a comma behind it, and a warning where its dropout is not by lane."""
+    if backend == "auto":
+        backend = default_backend(device, dtype, dropout)
+    warning = " (whose dropout is another under another split)" if backend == "sdpa" and dropout else ""
+    return f"attention by {backend}{warning}, "
+
+
 def attend(
     backend: str,
     content: Tensor,

@@ -228,6 +228,17 @@ class GatedDelta(nn.Module):
         past = (self.convolution.d_conv - 1, sum(self.widths))
         return {"memory": (self.n_head, self.d_head, self.d_value), "conv": past}
 
+    def empty_cache(self, lanes: int, device: torch.device) -> State:
+        """Return the state for evaluation before the first token, S in float32 at least.
+
+        Where each token is a segment of its own, half precision would lose what one adds to the sum of all before it.
+        """
+        weight = self.o_net.weight
+        shapes = self.state_shapes()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        memory = weight.new_zeros(lanes, *shapes["memory"], dtype=dtype, device=device)
+        return {"memory": memory, "conv": weight.new_zeros(lanes, *shapes["conv"], device=device)}
+
     def products(self, lanes: int, length: int) -> list[Product]:
         """List the products of matrices when `lanes` read a segment."""
         nets = (self.qkv_net, self.rate_net, self.gate_net, self.o_net)
