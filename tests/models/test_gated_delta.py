@@ -235,8 +235,10 @@ def test_the_sublayer_is_that_of_transformers(theirs):
     sublayer.norm = torch.nn.Identity()  # theirs stands in the layer around it
     first, *second = draw_segments()
     state = {name: torch.zeros(LANES, *shape, dtype=torch.float64) for name, shape in sublayer.state_shapes().items()}
+    position = torch.arange(CHUNK + 15).expand(LANES, -1)
     for number, segment in enumerate((first, *second)):
-        hidden, state = sublayer(segment, state, torch.full(segment.shape[:2], 1000))
+        hidden, state = sublayer(segment, state, position[:, : segment.size(1)])
+        position = position[:, segment.size(1) :]
         result = hidden - segment  # without the residual connection
         near(result, theirs["layer"]["outputs"][number])
         their_memory, their_inputs = theirs["layer"]["states"][number]
@@ -323,11 +325,11 @@ def test_in_half_precision_evaluation_keeps_float32():
 
 def test_weights_begin_as_the_authors_draw_them():
     torch.manual_seed(0)
-    model = GatedDeltaNet(make_config(n_head=200), VOCAB)
-    delta = model.layers[0].delta
+    delta = GatedDeltaNet(make_config(n_head=20_000, d_head=1, d_value=1), VOCAB).layers[0].delta
     step, rate = F.softplus(delta.dt_bias), delta.A_log.exp()
-    assert 0.001 <= step.min() < 0.002 and 0.05 < step.max() <= 0.1
-    assert 0.01 <= rate.min() < 1 and 15 < rate.max() <= 16
+    assert 0.001 <= step.min() < 0.00101 and 0.0999 < step.max() <= 0.1001
+    assert 0.009 < step.log().mean().exp() < 0.011  # log-uniform
+    assert 0.01 <= rate.min() < 0.02 and 15.9 < rate.max() <= 16 and 7.9 < rate.mean() < 8.1
     assert (delta.norm.weight == 1).all() and (delta.head_norm.weight == 1).all()
 
 
