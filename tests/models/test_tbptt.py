@@ -6,6 +6,7 @@ import torch
 from tests.batches import batch
 from tests.other_package.other_models.recurrent import Recurrent, RecurrentConfig
 from txl_dist.models.base import Runtime
+from txl_dist.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from txl_dist.models.layers.dropout import Noise
 from txl_dist.models.transformer_xl import TransformerXL
 
@@ -29,6 +30,15 @@ def recurrent(dropout=0.0, **runtime):
     return build(Recurrent, config, **runtime)
 
 
+def gated_delta_net(dropout=0.0, **runtime):
+    sizes = {"n_layer": 2, "d_model": 8, "n_head": 2, "d_head": 4, "d_value": 4, "d_conv": 3, "d_inner": 12}
+    rest = {"tgt_len": LENGTH, "dropout": dropout, "tie_weights": True, "init_std": 0.02, "norm_eps": 1e-6}
+    return build(GatedDeltaNet, GatedDeltaNetConfig(name="gated_delta_net", **sizes, **rest), **runtime)
+
+
+every_recurrence = pytest.mark.parametrize("recurrence", [recurrent, gated_delta_net])
+
+
 def read(model, begin=0, end=LENGTH * PARTS, memory=None, noise=None):
     part = (slice(None), slice(begin, end))
     memory = model.empty_memory(LANES) if memory is None else memory
@@ -43,9 +53,10 @@ def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_segments_from_an_empty_state_are_one_long_segment():
+@every_recurrence
+def test_segments_from_an_empty_state_are_one_long_segment(recurrence):
     """Losses, gradients and states."""
-    several, one = recurrent(tbptt=PARTS), recurrent()
+    several, one = recurrence(tbptt=PARTS), recurrence()
     results = [read(model) for model in (several, one)]
     for losses, _ in results:
         losses.mean().backward()
@@ -80,12 +91,13 @@ def test_a_memory_that_is_detached_by_definition_stays_so(make_config):
     assert_near(gradients(several), gradients(one))
 
 
-def test_recomputed_segments_have_the_same_gradients():
+@every_recurrence
+def test_recomputed_segments_have_the_same_gradients(recurrence):
     """Dropout included, which is another one in each segment."""
     noise = Noise.of_step(1, 0, range(LANES))
     found = []
     for recompute in (False, True):
-        model = recurrent(0.3, tbptt=PARTS, activation_checkpointing=recompute)
+        model = recurrence(0.3, tbptt=PARTS, activation_checkpointing=recompute)
         read(model, noise=noise)[0].mean().backward()
         found.append(gradients(model))
     torch.testing.assert_close(*found, rtol=0, atol=0)
@@ -103,8 +115,9 @@ def test_recomputation_keeps_the_states_between_segments_alone():
     assert kept[PARTS] < 0.5 * kept[1]
 
 
-def test_a_state_that_is_returned_has_no_graph():
-    for model in (recurrent(tbptt=PARTS), recurrent()):
+@every_recurrence
+def test_a_state_that_is_returned_has_no_graph(recurrence):
+    for model in (recurrence(tbptt=PARTS), recurrence()):
         _, memory = read(model)
         assert not any(value.requires_grad for state in memory for value in state.values())
 

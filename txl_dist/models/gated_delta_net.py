@@ -149,7 +149,7 @@ class Layer(nn.Module, ABC):
 
     @abstractmethod
     def mix(self, hidden: Tensor, state: State, shared: Shared, noise: Noise | None) -> tuple[Tensor, State]:
-        """Run the sublayer in which tokens see others; the new state is detached."""
+        """Run the sublayer in which tokens see others."""
 
     @abstractmethod
     def products(self, lanes: int, config: GatedDeltaNetConfig) -> list[Product]:
@@ -174,8 +174,8 @@ class DeltaLayer(Layer):
 
     def mix(self, hidden: Tensor, state: State, shared: Shared, noise: Noise | None) -> tuple[Tensor, State]:
         """Read the segment into the matrices, and out of them."""
-        hidden, new_state = self.delta(hidden, state, shared.lookback, noise)
-        return hidden, {name: value.detach() for name, value in new_state.items()}
+        mixed: tuple[Tensor, State] = self.delta(hidden, state, shared.lookback, noise)
+        return mixed
 
     def products(self, lanes: int, config: GatedDeltaNetConfig) -> list[Product]:
         """List the products of both sublayers."""
