@@ -150,11 +150,12 @@ class ShortConvolution(nn.Module):
         """
         length = inputs.size(1)
         all_inputs = torch.cat([past, inputs], dim=1)
-        mixed = inputs * self.weight[:, -1]
+        mixed = all_inputs[:, self.d_conv - 1 :] * self.weight[:, -1]
         for back in range(1, self.d_conv):
             start = self.d_conv - 1 - back
-            before = all_inputs[:, start : start + length].masked_fill(lookback[..., None] < back, 0.0)
-            mixed = mixed + before * self.weight[:, -1 - back]
+            before = all_inputs[:, start : start + length] * self.weight[:, -1 - back]
+            # The products are hidden, not the inputs: so backward needs no copy of these for each weight.
+            mixed = mixed + before.masked_fill(lookback[..., None] < back, 0.0)
         return F.silu(mixed), all_inputs[:, length:]
 
 
@@ -177,7 +178,6 @@ class GatedDelta(nn.Module):
         self, d_model: int, n_head: int, d_head: int, d_value: int, d_conv: int, *, dropout: float, eps: float
     ):
         super().__init__()
-        self.d_model = d_model
         self.n_head = n_head
         self.d_head = d_head
         self.d_value = d_value
