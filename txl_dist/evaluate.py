@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import numpy as np
 from rich.table import Column, Table
 
 from txl_dist.cli import command
@@ -52,6 +51,8 @@ def show(score: dict[str, Any]) -> None:
     console = PlainConsole()
     console.print(table)
     if "confusions" in score:
+        import numpy as np  # not for --help
+
         from txl_dist.objectives.example_metrics import confusion_table
 
         console.print("", confusion_table(np.array(score["confusions"]), score["labels"]))
