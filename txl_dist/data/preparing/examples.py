@@ -1,6 +1,6 @@
 """Labelled examples: texts or pairs of texts with a class or a score, and questions with answers in a passage.
 
-    survey -> ExamplePlan.examples -> encode_examples
+    survey -> LabelledPlan.examples -> encode_examples
 
 It stands beside `corpora`, `splitting` and `tokenizing`, which do the same with text: here a document is an example,
 and its split is that of its row or article. `example_files` and `squad` know the kinds of files.
@@ -32,7 +32,7 @@ NAMED = 10  # of the problems
 
 
 @dataclass(frozen=True)
-class ExamplePlan:
+class LabelledPlan:
     """The examples to read, with their splits; used as a `splitting.Plan` is.
 
     Attributes:
@@ -106,7 +106,7 @@ def changed(source: SourceFile) -> UserError:
 # ------------------------------------------------------------------------------------------------------- survey
 
 
-def survey(config: LabelledCorpusConfig, advance: Callable[[int], None]) -> ExamplePlan:
+def survey(config: LabelledCorpusConfig, advance: Callable[[int], None]) -> LabelledPlan:
     """Find the files, read each for its size and SHA-256, check every example, and decide the splits and labels.
 
     Args:
@@ -125,17 +125,17 @@ def survey(config: LabelledCorpusConfig, advance: Callable[[int], None]) -> Exam
     return survey_of(config, files, (config.valid_share, config.test_share))
 
 
-def survey_of(config: LabelledCorpusConfig, files: list[SurveyedFile], shares: Shares) -> ExamplePlan:
+def survey_of(config: LabelledCorpusConfig, files: list[SurveyedFile], shares: Shares) -> LabelledPlan:
     """Check every example of some files, and decide their splits."""
     given = [(file, file.source.split) for file in files]
     is_given = any(split for _, split in given)
     if isinstance(config, SquadCorpusConfig):
         articles = survey_passages(config, files, shares)
         entry = Examples(kind="answers", pairs=True)
-        return ExamplePlan(config, given, "given" if is_given else "article", shares, entry, articles)
+        return LabelledPlan(config, given, "given" if is_given else "article", shares, entry, articles)
     labels = survey_rows(config, files, shares)
     entry = Examples(kind=config.kind, labels=labels, pairs=config.text_pair is not None)
-    return ExamplePlan(config, given, "given" if is_given else "document", shares, entry, {})
+    return LabelledPlan(config, given, "given" if is_given else "document", shares, entry, {})
 
 
 def survey_rows(config: ExamplesCorpusConfig, files: list[SurveyedFile], shares: Shares) -> list[str]:

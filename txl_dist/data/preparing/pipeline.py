@@ -25,7 +25,7 @@ from txl_dist.config.schema import (
 )
 from txl_dist.data.index import Index
 from txl_dist.data.preparing import corpora, examples, published, sequences, shards, splitting
-from txl_dist.data.preparing.examples import ExamplePlan, encode_examples
+from txl_dist.data.preparing.examples import LabelledPlan, encode_examples
 from txl_dist.data.preparing.sequences import SequencePlan, encode_sequences
 from txl_dist.data.preparing.splitting import Plan
 from txl_dist.data.preparing.tokenizing import (
@@ -41,7 +41,7 @@ from txl_dist.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordToke
 from txl_dist.errors import ConfigError, UserError
 from txl_dist.files.atomic import is_empty, lock_of_new_folder, new_folder, sha256_of_json
 
-AnyPlan = Plan | SequencePlan | ExamplePlan
+AnyPlan = Plan | SequencePlan | LabelledPlan
 
 
 def make_dataset(job: PrepareJob) -> bool:
@@ -146,7 +146,7 @@ def describe(job: PrepareJob, plan: AnyPlan, tokenizer: Tokenizer | None) -> dic
     }
     if plan.vocabulary is not None:
         settings["vocabulary"] = plan.vocabulary.sha256
-    if isinstance(plan, SequencePlan | ExamplePlan):
+    if isinstance(plan, SequencePlan | LabelledPlan):
         settings["corpus"] = plan.corpus_settings
     files = [(file.source.split, file.source.name, file.size, file.sha256) for file, _ in plan.files]
     return {
@@ -174,7 +174,7 @@ def write_dataset(
         tokenizer = train_tokenizer(job.tokenizer, job.corpus, plan, workers)
     tokenizer.save(folder / "tokenizer")
     splits = write_splits(job, plan, tokenizer, folder, workers)
-    entry = plan.entry if isinstance(plan, ExamplePlan) else None
+    entry = plan.entry if isinstance(plan, LabelledPlan) else None
     shards.write_index(folder, corpus, tokenizer, job.data.sample_tokens, job.data.shard_samples, splits, entry)
 
 
@@ -184,7 +184,7 @@ def write_splits(
     """Tokenize all text into the shards of its splits; return the splits' entries in index.json."""
     load_tokenizer.cache_clear()  # a tokenizer of an earlier call could have the same path
     sentences = isinstance(plan, Plan) and has_sentences(plan, tokenizer)
-    entry = plan.entry if isinstance(plan, ExamplePlan) else None
+    entry = plan.entry if isinstance(plan, LabelledPlan) else None
     cut = (tokenizer.dtype, job.data.sample_tokens, job.data.shard_samples)
     writers: dict[str, shards.SplitWriter] = {}
     with ExitStack() as stack:
@@ -206,7 +206,7 @@ def tokenize(
     if isinstance(plan, SequencePlan):
         encode_ids = partial(encode_sequences, tokenizer_folder, plan.shares, plan.config)
         return workers.map("tokenizing", encode_ids, plan.pieces(), plan.size())
-    if isinstance(plan, ExamplePlan):
+    if isinstance(plan, LabelledPlan):
         encode_labelled = partial(encode_examples, tokenizer_folder, plan.entry)
         return workers.map("tokenizing", encode_labelled, plan.examples(), plan.size())
     encode = partial(encode_pieces, tokenizer_folder, plan.shares, sentences)
