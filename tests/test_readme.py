@@ -106,8 +106,9 @@ def check_job(name, arguments):
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=bool(arguments))
     values = {f"{key}_" if key == "from" else key: value for key, value in values.items()}
     if values.get("model", {}).get("name") == INIT_FROM:  # whose model a page does not know
-        default = OmegaConf.to_container(OmegaConf.load(CONF / "model/transformer_xl.yaml"))
-        values["model"] = default | {key: value for key, value in values["model"].items() if key != "name"}
+        models = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(CONF.glob("model/*.yaml"))]
+        given = values["model"].keys() - {"name"}
+        values["model"] = next(model for model in models if given <= model.keys() and "n_layer" in model)
     TypeAdapter(REFERENCE["COMMANDS"][name]).validate_python(values)
 
 
