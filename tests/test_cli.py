@@ -42,7 +42,7 @@ def test_the_commands_that_training_prints_can_be_pasted(trained_run, tmp_path):
 
 def test_a_run_without_a_valid_split_is_shown_another(capsys, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "train/loss": 2.0}\n')
-    job = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), train=SimpleNamespace(max_steps=1))
+    job = SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), train=SimpleNamespace(max_steps=1), objective=None)
     for splits, split in ((["train", "valid", "test"], "valid"), (["train", "test"], "test"), (["train"], "train")):
         show_result(job, splits)
         assert f"split={split}\n" in capsys.readouterr().out
@@ -93,6 +93,7 @@ ENTRY_POINTS = [
     "train",
     "prepare",
     "evaluate",
+    "predict",
     "generate",
     "score",
     "look",

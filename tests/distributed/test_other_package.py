@@ -116,4 +116,7 @@ def test_what_it_cannot_do_is_said(command, whole, tmp_path):
 
 def test_without_the_package_its_name_is_unknown(run, whole):
     done = run("txl_dist.evaluate", f"run={whole}", expect=2, fresh=True)
-    assert "model.name=recurrent: is not an architecture that is installed here; these are: gated_delta_net, reformer" in done.stderr
+    assert (
+        "model.name=recurrent: is not an architecture that is installed here; these are: gated_delta_net, reformer"
+        in done.stderr
+    )
