@@ -69,7 +69,7 @@ def test_text_has_no_examples(run, small, tmp_path):
     assert "holds text to be predicted; give a data.dir that was prepared with corpus=examples" in refused
 
 
-def test_an_example_that_is_cut_needs_no_memory(run, small, datasets, tmp_path):
+def test_an_example_that_is_cut_needs_no_memory(run, small, datasets, metrics, tmp_path):
     cut = [
         "model.mem_len=0",
         "objective.max_tokens=16",
@@ -78,6 +78,7 @@ def test_an_example_that_is_cut_needs_no_memory(run, small, datasets, tmp_path):
         "checkpoint.every=2",
     ]
     run("txl_dist.train", *small, datasets["labels"], *LABELS, *cut, f"run.dir={tmp_path / 'run'}")
+    assert 0 <= metrics(tmp_path / "run")[-1]["test/accuracy"] <= 1
 
 
 def test_a_model_of_nowhere_is_asked_for(run, datasets):
