@@ -31,7 +31,7 @@ DAMAGED = {
 
 @pytest.fixture
 def job(tmp_path):
-    return SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), train=SimpleNamespace(max_steps=20))
+    return SimpleNamespace(run=SimpleNamespace(dir=str(tmp_path)), train=SimpleNamespace(max_steps=20), objective=None)
 
 
 def write(job, content):

@@ -25,7 +25,9 @@ LINES = [
 
 
 def show(run_dir, max_steps=3):
-    job = SimpleNamespace(run=SimpleNamespace(dir=str(run_dir)), train=SimpleNamespace(max_steps=max_steps))
+    job = SimpleNamespace(
+        run=SimpleNamespace(dir=str(run_dir)), train=SimpleNamespace(max_steps=max_steps), objective=None
+    )
     show_result(job, ["train", "valid"])
 
 
@@ -124,7 +126,7 @@ def test_a_matplotlib_that_cannot_work_is_said(tmp_path):
     (tmp_path / "latex/matplotlibrc").write_text("text.usetex: true\n")
     code = (
         "from types import SimpleNamespace as N\nfrom txl_dist.tracking.result import show_result\n"
-        f"show_result(N(run=N(dir={str(tmp_path / 'run')!r}), train=N(max_steps=3)), ['valid'])"
+        f"show_result(N(run=N(dir={str(tmp_path / 'run')!r}), train=N(max_steps=3), objective=None), ['valid'])"
     )
     root = str(Path(__file__).resolve().parents[2])
     nowhere = str(tmp_path / "cache/in")  # which is below a file

@@ -235,7 +235,7 @@ def test_a_view_is_saved_once_with_all_sections_and_panels(start, server, tmp_pa
     spec = json.loads(view["spec"])["section"]
     bank = spec["panelBankConfig"]["sections"]
     names = [section["name"] for section in bank if section["panels"]]
-    assert names == ["Loss", "Optimization", "Memory", "Speed", "Health", "Samples"]
+    assert names == ["Loss", "Task", "Optimization", "Memory", "Speed", "Health", "Samples"]
     plots = [panel["config"] for section in bank for panel in section["panels"] if "chartTitle" in panel["config"]]
     assert [plot["chartTitle"] for plot in plots] == [panel.title for panel in PANELS]
     assert {plot["xAxis"] for plot in plots} == {"tokens"}
